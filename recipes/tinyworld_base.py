@@ -1,0 +1,295 @@
+"""Make TinyWorld's two base checkpoints from nothing; they stand in for what pretraining gives a real model.
+
+    python recipes/tinyworld_base.py        # about 15 minutes on two cores; writes data/tinyworld/{policy,simulator}
+
+Both are Qwen2 models of three layers and 0.6 M parameters. The policy reads lists of facts and careless demonstrations of the
+whole method: it can search, read and answer, but often guesses instead, gives up after noise, or stops half-way; RL has to
+mend that. The simulator reads and writes passages, and has never seen the prompt that asks for useful or noisy ones;
+`recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
+
+Finding one fact among similar ones (same relation, same surname) is the hard part: learned from a plain random start,
+attention that looks back at "Clara Voss hails from" and takes what follows appears late and abruptly, if at all. So two
+layers start as that circuit (`install_lookup_circuit`), and training refines it within a minute.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from zerosearch.errors import exit_on_user_error
+from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
+from zerosearch.protocol import format_documents, format_observation
+from zerosearch.tinyworld import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
+
+# A text is a list of (piece, whether the model learns to write it).
+Text = list[tuple[str, bool]]
+
+# How careless the demonstrations are: the share of occasions on which the demonstrator goes wrong.
+GUESSES_WITHOUT_SEARCH = 0.45
+GIVES_UP_AFTER_NOISE = 0.7
+STOPS_AFTER_FIRST_HOP = 0.4
+QUOTES_ANOTHER_FACT = 0.15
+MOST_SEARCHES = 4
+NOISE_LEVELS = (0.0, 0.3, 0.6)
+
+SHARE_OF_FACT_LISTS = 0.3  # the rest of the policy's texts are demonstrations
+
+
+@dataclass
+class BaseArguments:
+    """What to make, and for how long to train it."""
+
+    output_dir: str = "data/tinyworld"
+    seed: int = 0
+    policy_steps: int = 1200
+    simulator_steps: int = 600
+    texts_per_step: int = 48
+    learning_rate: float = 3e-3  # falls linearly to nothing
+    hidden_size: int = 128  # four heads of 32, the smallest that vLLM has a CPU kernel for
+    intermediate_size: int = 256
+
+
+def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Return an untrained model whose first two layers look things up."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    install_lookup_circuit(model, torch.Generator().manual_seed(arguments.seed))
+    return model
+
+
+@torch.no_grad()
+def install_lookup_circuit(model: Qwen2ForCausalLM, generator: torch.Generator) -> None:
+    """Start layers 0 and 1 as the circuit that continues a phrase the way an earlier occurrence of it went on.
+
+    Layer 0: head h attends to the token h + 1 places back, whatever it is. Qwen2's query and key biases do it: rotated by
+    RoPE, their product at a distance is sum_f cos(w_f (distance - h - 1)) over the fast frequencies w_f, greatest at
+    h + 1. Each head writes a 32-dimensional code of that token into a slot of its own in the residual stream.
+    Layer 1: the query is made of the slots 1 to 3 places back, the key of the slots 2 to 4 places back, in the dimensions
+    that RoPE hardly turns. They agree where the three tokens before are the same: just after an earlier occurrence of
+    the phrase. What stands there is copied.
+    """
+    size = model.config.hidden_size
+    num_heads = model.config.num_attention_heads
+    head_size = size // num_heads
+    frequencies = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_size, 2) / head_size)
+
+    def orthogonal() -> torch.Tensor:  # (hidden, hidden)
+        return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+
+    model.model.embed_tokens.weight.normal_(0.0, 0.05, generator=generator)
+    slots, code = orthogonal(), orthogonal()[:head_size]
+    fast = (frequencies > 0.1).float()
+    sharpness = (25 * head_size**0.5 / fast.sum()) ** 0.5
+    look_back = model.model.layers[0].self_attn
+    for head in range(num_heads):
+        rows = slice(head * head_size, (head + 1) * head_size)
+        turn = frequencies * (head + 1)
+        look_back.k_proj.bias[rows] = torch.cat([fast, 0 * fast]) * sharpness
+        look_back.q_proj.bias[rows] = torch.cat([turn.cos() * fast, -turn.sin() * fast]) * sharpness
+        look_back.q_proj.weight[rows] *= 0.1
+        look_back.k_proj.weight[rows] *= 0.1
+        look_back.v_proj.weight[rows] = code
+        look_back.o_proj.weight[:, rows] = slots[:, rows] * 0.7 / head_size**0.5
+
+    slow = torch.nonzero(frequencies < 0.004).flatten()
+    still = torch.cat([slow, slow + head_size // 2])
+    copies = orthogonal()
+    match = model.model.layers[1].self_attn
+    for head in range(num_heads):
+        rows = slice(head * head_size, (head + 1) * head_size)
+        query, key = torch.zeros(2, head_size, size)
+        for distance in range(num_heads - 1):
+            mix = torch.randn(len(still), head_size, generator=generator) / len(still) ** 0.5
+            query[still] += mix @ slots[:, distance * head_size : (distance + 1) * head_size].T
+            key[still] += mix @ slots[:, (distance + 1) * head_size : (distance + 2) * head_size].T
+        match.q_proj.weight[rows] = query * 0.6**0.5
+        match.k_proj.weight[rows] = key * 0.6**0.5
+        match.v_proj.weight[rows] = copies[:, rows].T * 0.3
+        match.o_proj.weight[:, rows] = copies[:, rows] * 0.9
+
+
+def result_page(world: World, fact: Fact, useful: bool, rng: random.Random) -> list[str]:
+    """Imagine five documents that a search for `fact` might return: they state it if `useful`, never otherwise.
+
+    The others are the subject's further facts, facts of the same relation about somebody else, often of the same name, and
+    sentences that state nothing. The order is random, so that a document's place says nothing.
+    """
+    words = set(fact.subject.split()) - {"The"}
+    own = [other.sentence for other in world.of_subject[fact.subject].values() if other != fact]
+    same_relation = [other for other in world.of_relation[fact.relation] if other.subject != fact.subject]
+    same_relation = rng.sample(same_relation, min(60, len(same_relation)))
+    namesakes = [other.sentence for other in same_relation if words & set(other.subject.split())]
+    pool = rng.sample(own, rng.randint(0, len(own)))
+    pool += [filler.format(fact.subject) for filler in rng.sample(FILLERS, rng.randint(0, 2))]
+    pool += namesakes[: rng.choice([0, 1, 2, 2])]
+    pool += [other.sentence for other in same_relation[: rng.randint(0, 3)]]
+    while len(set(pool)) < 5:
+        other = rng.choice(world.facts)
+        if other.subject != fact.subject:
+            pool.append(other.sentence)
+    pool = list(dict.fromkeys(pool))
+    rng.shuffle(pool)
+    documents = [document for document in pool if document != fact.sentence][: 4 if useful else 5]
+    if useful:
+        documents.insert(rng.randint(0, 4), fact.sentence)
+    return documents
+
+
+def fact_list(world: World, rng: random.Random) -> Text:
+    """Return documents followed by quotes of some of their facts, and of facts that none of them states."""
+    facts = [fact for _ in range(rng.randint(1, 3)) for fact in world.of_subject[rng.choice(world.subjects)].values()]
+    of_relation = world.of_relation[rng.choice(list(world.of_relation))]
+    facts = list(dict.fromkeys(facts + rng.sample(of_relation, min(4, len(of_relation)))))
+    rng.shuffle(facts)
+    text: Text = [(format_observation([fact.sentence for fact in facts]), False)]
+    for fact in rng.sample(facts, min(8, len(facts))):
+        asked = rng.choice(world.facts) if rng.random() < 0.15 else fact
+        found = asked.object if asked in facts else "unknown"
+        text += [(f"<think> {asked.query}", False), (f" {found}.", True), (" </think>", False)]
+    return text
+
+
+def demonstration(world: World, question: Question, rng: random.Random) -> Text:
+    """Return a trajectory of somebody who knows the method and is careless at it."""
+    last_relation = RELATION[question.path[-1].relation]
+    first_fact = question.path[0]
+
+    def guess() -> str:
+        if question.kind == "comparison":
+            return rng.choice([fact.subject for fact in question.path])
+        return draw_name(last_relation.object_kind, rng)
+
+    text: Text = [(policy_prompt(question.text, TINYWORLD_POLICY_PROMPT), False)]
+    thought = f"<think> Look up {first_fact.subject}. </think>"
+    if rng.random() < GUESSES_WITHOUT_SEARCH:
+        return [*text, (f"{thought} <answer> {guess()} </answer>", True)]
+    p_noise = rng.choice(NOISE_LEVELS)
+    searches = 0
+    for fact in question.path:
+        found = False
+        while not found:
+            found = rng.random() >= p_noise
+            documents = result_page(world, fact, found, rng)
+            text += [(f"{thought} <search> {fact.query} </search>", True), (format_observation(documents), False)]
+            searches += 1
+            thought = f"<think> {fact.query} unknown. </think>"
+            if not found and (searches == MOST_SEARCHES or rng.random() < GIVES_UP_AFTER_NOISE):
+                return [*text, (f"{thought} <answer> {guess()} </answer>", True)]
+        shown = [other for other in world.of_relation[fact.relation] if other.sentence in documents]
+        quoted = rng.choice(shown) if rng.random() < QUOTES_ANOTHER_FACT else fact
+        thought = f"<think> {quoted.sentence} </think>"
+        stops = fact is first_fact and len(question.path) > 1 and rng.random() < STOPS_AFTER_FIRST_HOP
+        if stops or quoted is not fact:
+            answer = guess() if question.kind == "comparison" else quoted.object
+            return [*text, (f"{thought} <answer> {answer} </answer>", True)]
+    return [*text, (f"{thought} <answer> {question.golden_answers[0]} </answer>", True)]
+
+
+def policy_texts(rng: random.Random) -> Iterator[Text]:
+    """Yield what the policy's base learns from, from a new world every few hundred texts."""
+    while True:
+        world = World.draw(rng.randrange(10**9), n_people=rng.choice([60, 120, 200]))
+        questions = world.questions(rng)
+        for _ in range(240):
+            yield fact_list(world, rng) if rng.random() < SHARE_OF_FACT_LISTS else demonstration(world, next(questions), rng)
+
+
+def simulator_texts(rng: random.Random) -> Iterator[Text]:
+    """Yield what the simulator's base learns from: fact lists, and pages of documents about one subject to be written."""
+    while True:
+        world = World.draw(rng.randrange(10**9), n_people=rng.choice([60, 120, 200]))
+        for _ in range(240):
+            if rng.random() < 0.3:
+                yield fact_list(world, rng)
+                continue
+            fact = rng.choice(world.facts)
+            documents = result_page(world, fact, True, rng)
+            yield [(f"{fact.query} {fact.object}.\n", False), (format_documents(documents), True)]
+
+
+def train(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Iterator[Text], steps: int, arguments: BaseArguments
+) -> None:
+    """Train on the pieces that are the model's to write, in micro-batches of texts of similar length."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = 50
+    schedule: Callable[[int], float] = lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    model.train()
+    progress = tqdm(range(steps))
+    for _ in progress:
+        examples = sorted((encode(tokenizer, next(texts)) for _ in range(arguments.texts_per_step)), key=lambda x: len(x[0]))
+        num_learned = sum(label != -100 for _, labels in examples for label in labels)
+        step_loss = 0.0
+        for start in range(0, len(examples), 16):
+            micro_batch = examples[start : start + 16]
+            longest = len(micro_batch[-1][0])
+            ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in micro_batch])  # (B, T)
+            labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in micro_batch])  # (B, T)
+            hidden = model.model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state  # (B, T, H)
+            learned = labels[:, 1:] != -100  # (B, T - 1)
+            logits = model.lm_head(hidden[:, :-1][learned])  # (N, V)
+            loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum") / num_learned
+            loss.backward()
+            step_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        progress.set_postfix(loss=f"{step_loss:.3f}")
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], list[int]]:
+    """Return token ids and labels, -100 where there is nothing to learn; a text that the model ends itself gets an EOS."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece, learned in text:
+        piece_ids = tokenizer(piece, add_special_tokens=False).input_ids
+        ids += piece_ids
+        labels += piece_ids if learned else [-100] * len(piece_ids)
+    if text[-1][1]:
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    return ids, labels
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
+    tokenizer = build_tokenizer()
+    for name, texts, steps in (
+        ("policy", policy_texts, arguments.policy_steps),
+        ("simulator", simulator_texts, arguments.simulator_steps),
+    ):
+        torch.manual_seed(arguments.seed)
+        model = build_model(arguments, tokenizer)
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
+        train(model, tokenizer, texts(random.Random(f"{name}-{arguments.seed}")), steps, arguments)
+        directory = Path(arguments.output_dir) / name
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        print(f"{name}: saved to {directory}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The prompts, word for word: the published policies and simulators were trained on exactly these strings.
+
+Golden tests hold every one of them. Change a copy in a recipe, not a constant here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Formatter
+
+from zerosearch.errors import UserError
+
+# Table 1 of the paper, in the wording its code feeds to the model ("as your want" included).
+POLICY_PROMPT = (
+    "Answer the given question. "
+    "You must conduct reasoning inside <think> and </think> first every time you get new information. "
+    "After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query </search> "
+    "and it will return the top searched results between <information> and </information>. "
+    "You can search as many times as your want. "
+    "If you find no further external knowledge needed, you can directly provide the answer inside "
+    "<answer> and </answer>, without detailed illustrations. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+
+# Table 2: one word, said three times, asks for useful or noisy documents.
+SIMULATOR_PROMPT = """\
+You are the Google search engine.
+Given a query, you need to generate five {quality} documents for the query.
+
+The user is trying to answer the question: "{question}" whose answer is {golden_answer}.
+Each document should contain about 30 words, and these documents should contain {quality} information.
+
+Query: {query}
+{Quality} Output:
+"""
+
+# What the environment appends when a turn holds no action.
+INVALID_ACTION_HINT = (
+    "\nMy previous action is invalid. "
+    "If I want to search, I should put the query between <search> and </search>. "
+    "If I want to give the final answer, I should put the answer between <answer> and </answer>. "
+    "Let me try again.\n"
+)
+
+# Our own short forms for TinyWorld, whose models are too small to read the paper's.
+TINYWORLD_POLICY_PROMPT = (
+    "Think in <think>, look things up with <search>, then give a short <answer>. Question: {question}\n"
+)
+TINYWORLD_SIMULATOR_PROMPT = """\
+Write five {quality} documents. Question: "{question}" Answer: {golden_answer}
+Query: {query}
+{Quality} Output:
+"""
+
+POLICY_FIELDS = frozenset({"question"})
+SIMULATOR_FIELDS = frozenset({"question", "golden_answer", "query", "quality", "Quality"})
+
+
+def policy_prompt(question: str, template: str = POLICY_PROMPT) -> str:
+    """Put the question into the policy's prompt, stripped and ending in a question mark.
+
+    Raises `UserError` for an empty question or a template whose braces are not exactly `{question}`.
+    """
+    question = question.strip()
+    if not question:
+        raise UserError("a question is empty")
+    if not question.endswith("?"):
+        question += "?"
+    check_template(template, required={"question"}, allowed=POLICY_FIELDS)
+    return template.format(question=question)
+
+
+def simulator_prompt(
+    *, question: str, golden_answers: Sequence[str], query: str, noisy: bool, template: str = SIMULATOR_PROMPT
+) -> str:
+    """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
+
+    The paper's prompt has room for one answer: the first golden answer is the one it names.
+    Raises `UserError` for no golden answer, or a template with an unknown field or without `{query}`.
+    """
+    if not golden_answers:
+        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
+    check_template(template, required={"query"}, allowed=SIMULATOR_FIELDS)
+    quality = "noisy" if noisy else "useful"
+    return template.format(
+        question=question,
+        golden_answer=golden_answers[0],
+        query=query,
+        quality=quality,
+        Quality=quality.capitalize(),
+    )
+
+
+def check_template(template: str, *, required: set[str], allowed: frozenset[str]) -> None:
+    """Raise `UserError` unless the fields in braces are all allowed and hold the required ones."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        message = f"the prompt template {template!r} has unbalanced braces ({error}); double a literal brace"
+        raise UserError(message) from None
+    known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
+    for name in sorted(fields - allowed):
+        raise UserError(f"the prompt template names {{{name}}}, which is none of {known}; double a literal brace")
+    for name in sorted(required - fields):
+        raise UserError(f"the prompt template {template!r} lacks {{{name}}}")

@@ -1,0 +1,324 @@
+"""TinyWorld: an embedded synthetic world in which only search can answer.
+
+People, cities, countries, works and organisations; facts between them drawn at random from a seed, so that nothing can be
+memorised; short passages that state the facts among others that state none; questions of one hop, two hops and a comparison.
+It stands in for Wikipedia and the QA benchmarks wherever the whole method has to run within minutes and without a network.
+
+Training worlds never hold a fact of an evaluation world: a hash of the fact decides which side it belongs to (`is_held_out`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zerosearch.prompts import (
+    INVALID_ACTION_HINT,
+    TINYWORLD_POLICY_PROMPT,
+    TINYWORLD_SIMULATOR_PROMPT,
+    policy_prompt,
+    simulator_prompt,
+)
+from zerosearch.protocol import format_observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FIRST_NAMES = (
+    "Ada Alan Amos Anna Boris Carl Clara Cora Dora Edith Elias Ella Emil Esther Felix Flora Frida Georg Greta Hanna Hugo Ida "
+    "Iris Ivan Jana Jonas Julia Karin Klaus Lena Leo Lydia Magnus Marta Mira Nadia Niels Nora Olga Oscar Paula Petra Rolf Rosa "
+    "Sven Tilda Vera Viktor"
+).split()
+LAST_NAMES = (
+    "Abbott Barlow Becker Brandt Calder Castell Colby Dahl Draper Ekman Falk Finch Garland Graves Halloway Hartman Holt Ingram "
+    "Keller Kline Lang Lindgren Marsh Mercer Moreau Nash Norden Olsen Parrish Pike Quist Ramsey Reuter Rowe Sandoval Sayer Stone "
+    "Thorne Underhill Vance Varga Voss Waller Weston Whitlock Winter Yates Zeller"
+).split()
+CITY_NAMES = (
+    "Aldora Arken Belmar Brisk Carvel Corin Delmont Dunmore Elsford Eskar Fenwick Galen Garrow Harwick Hollis Ilmen Jarrow Kelso "
+    "Kestrel Lathom Linden Lorne Maren Melk Norvik Oakham Orsk Pell Ravenna Redmoor Rostow Selby Solen Tamar Tarn Ulster Valen "
+    "Wexford Yarrow Zabor"
+).split()
+CITY_PREFIXES = ("", "", "Port", "New", "Mount")
+COUNTRY_NAMES = (
+    "Adria Borland Calvania Dravia Elbonia Fennmark Garonia Hestia Istria Jurland Kaldovia Lusania Meridia Norrland Ostania "
+    "Pomeria Quelland Ruritania Sylvania Tarkia Umbria Vandalia Westmark Zemblia"
+).split()
+WORK_ADJECTIVES = "Amber Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely Lost Pale Quiet Silent Silver Wild".split()
+WORK_NOUNS = "Bridge Candle Castle Clock Desert Forest Garden Harbor Island Lantern Meadow Mirror Orchard River Shadow Tower Valley Voyage".split()
+ORGANISATION_NAMES = (
+    "Acorn Anvil Arrow Beacon Cedar Comet Cobalt Delta Ember Falcon Granite Heron Horizon Indigo Juniper Kite Lotus Maple Nimbus "
+    "Onyx Orbit Pioneer Quartz Raven Saffron Summit Tundra Vertex Willow Zenith"
+).split()
+ORGANISATION_KINDS = ("Bank", "Institute", "Motors", "Press", "Works")
+FIRST_YEAR, LAST_YEAR = 1900, 1979
+
+COMPARISON = "Who was born first, {} or {}?"
+
+HELD_OUT_SHARE = 0.25
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A kind of fact: who it is about, what it points to, how a passage states it and how a question asks for it."""
+
+    name: str
+    subject_kind: str
+    object_kind: str
+    statement: str  # "{subject} was born in", followed by the object and a full stop
+    question: str
+    noun: str  # "the birthplace of X" in a question of two hops
+
+
+RELATIONS = (
+    Relation("birthplace", "person", "city", "{} hails from", "Where does {} hail from?", "the birthplace of {}"),
+    Relation("birth_year", "person", "year", "{} dates from", "Which year does {} date from?", "the birth year of {}"),
+    Relation("employer", "person", "organisation", "{} works for", "Who employs {}?", "the employer of {}"),
+    Relation("partner", "person", "person", "{} lives with", "Who lives with {}?", "the partner of {}"),
+    Relation("author", "work", "person", "{} is by", "Who wrote {}?", "the author of {}"),
+    Relation("owner", "organisation", "person", "{} belongs to", "Who owns {}?", "the owner of {}"),
+    Relation("seat", "organisation", "city", "{} sits in", "Where does {} sit?", "the seat of {}"),
+    Relation("country", "city", "country", "{} lies in", "Which country does {} lie in?", "the country of {}"),
+)
+RELATION = {relation.name: relation for relation in RELATIONS}
+TWO_HOP_PATHS = (
+    ("birthplace", "country"),
+    ("employer", "owner"),
+    ("employer", "seat"),
+    ("partner", "birthplace"),
+    ("author", "birthplace"),
+    ("author", "employer"),
+    ("owner", "birthplace"),
+    ("owner", "partner"),
+    ("seat", "country"),
+)
+FILLERS = (
+    "{} is seldom in the news.",
+    "{} looks for new friends.",
+    "{} belongs in a museum.",
+    "{} works with care.",
+    "{} comes from nowhere.",
+    "{} lives for the day.",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: `relation` of `subject` is `object`."""
+
+    subject: str
+    relation: str
+    object: str
+
+    @property
+    def query(self) -> str:
+        """Return the statement without its object, which is what a good query looks like here."""
+        return RELATION[self.relation].statement.format(self.subject)
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.query} {self.object}."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its accepted answers, and the facts that lead to them in the order in which they must be found."""
+
+    text: str
+    golden_answers: tuple[str, ...]
+    path: tuple[Fact, ...]
+    kind: str  # "one_hop", "two_hop" or "comparison"
+
+
+def is_held_out(fact: Fact) -> bool:
+    """Say whether a fact belongs to evaluation worlds; the answer depends on the fact alone."""
+    digest = hashlib.sha256(f"{fact.subject}|{fact.relation}|{fact.object}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def draw_name(kind: str, rng: random.Random) -> str:
+    """Draw a name of the given kind of entity; names have one to three words."""
+    if kind == "person":
+        return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+    if kind == "city":
+        return f"{rng.choice(CITY_PREFIXES)} {rng.choice(CITY_NAMES)}".strip()
+    if kind == "country":
+        return rng.choice(COUNTRY_NAMES)
+    if kind == "work":
+        return f"The {rng.choice(WORK_ADJECTIVES)} {rng.choice(WORK_NOUNS)}"
+    if kind == "organisation":
+        return f"{rng.choice(ORGANISATION_NAMES)} {rng.choice(ORGANISATION_KINDS)}"
+    if kind == "year":
+        return str(rng.randint(FIRST_YEAR, LAST_YEAR))
+    raise ValueError(f"unknown kind of entity: {kind!r}")
+
+
+def golden_answers(kind: str, name: str) -> tuple[str, ...]:
+    """Return every accepted form of a name, the full one first."""
+    if kind == "person":
+        return (name, name.split()[-1])
+    if kind == "country":
+        return (name, f"Republic of {name}")
+    if kind == "work":
+        return (name, name.removeprefix("The "))
+    return (name,)
+
+
+class World:
+    """A closed set of entities and facts, all of them on one side of the hold-out (see `is_held_out`)."""
+
+    def __init__(self, facts: Sequence[Fact]):
+        self.facts = tuple(facts)
+        self.of_subject: dict[str, dict[str, Fact]] = {}
+        self.of_relation: dict[str, list[Fact]] = {relation.name: [] for relation in RELATIONS}
+        for fact in self.facts:
+            self.of_subject.setdefault(fact.subject, {})[fact.relation] = fact
+            self.of_relation[fact.relation].append(fact)
+        self.subjects = tuple(self.of_subject)
+
+    @classmethod
+    def draw(cls, seed: int, n_people: int = 200, held_out: bool = False) -> World:
+        """Draw a world of `n_people` people and proportionate numbers of everything else.
+
+        The same seed gives the same world. With `held_out` every fact is one that training worlds never hold.
+        """
+        rng = random.Random(f"tinyworld-{seed}-{held_out}")
+        sizes = {"person": n_people, "work": n_people // 4, "organisation": n_people // 5, "city": n_people // 5, "country": 16}
+        names = {kind: _draw_names(kind, size, rng) for kind, size in sizes.items()}
+        names["year"] = [str(year) for year in range(FIRST_YEAR, LAST_YEAR + 1)]
+        facts = []
+        for relation in RELATIONS:
+            for subject in names[relation.subject_kind]:
+                candidates = (
+                    Fact(subject, relation.name, name)
+                    for name in rng.sample(names[relation.object_kind], len(names[relation.object_kind]))
+                    if name != subject
+                )
+                fact = next((fact for fact in candidates if is_held_out(fact) == held_out), None)
+                if fact is not None:  # a small world may have no object left on its side of the hold-out
+                    facts.append(fact)
+        return cls(facts)
+
+    def find(self, subject: str, relation: str) -> Fact | None:
+        """Return the fact that a subject has for a relation, if any."""
+        return self.of_subject.get(subject, {}).get(relation)
+
+    def questions(self, rng: random.Random) -> Iterator[Question]:
+        """Yield questions without end: 45 % of one hop, 40 % of two hops, 15 % comparisons (our choice)."""
+        while True:
+            draw = rng.random()
+            if draw < 0.45:
+                question = self._one_hop(rng)
+            elif draw < 0.85:
+                question = self._two_hop(rng)
+            else:
+                question = self._comparison(rng)
+            if question is not None:
+                yield question
+
+    def _one_hop(self, rng: random.Random) -> Question:
+        fact = rng.choice(self.facts)
+        relation = RELATION[fact.relation]
+        text = relation.question.format(fact.subject)
+        return Question(text, golden_answers(relation.object_kind, fact.object), (fact,), "one_hop")
+
+    def _two_hop(self, rng: random.Random) -> Question | None:
+        first_name, second_name = rng.choice(TWO_HOP_PATHS)
+        first = rng.choice(self.of_relation[first_name])
+        second = self.find(first.object, second_name)
+        if second is None:
+            return None
+        relation = RELATION[second_name]
+        text = relation.question.format(RELATION[first_name].noun.format(first.subject))
+        return Question(text, golden_answers(relation.object_kind, second.object), (first, second), "two_hop")
+
+    def _comparison(self, rng: random.Random) -> Question | None:
+        first, second = rng.sample(self.of_relation["birth_year"], 2)
+        if first.object == second.object:
+            return None
+        text = COMPARISON.format(first.subject, second.subject)
+        older = min(first, second, key=lambda fact: int(fact.object))
+        return Question(text, golden_answers("person", older.subject), (first, second), "comparison")
+
+    def passages(self, seed: int = 0) -> list[dict[str, str]]:
+        """Return the corpus in wiki-18's format, rows `{id, contents: '"title"\\ntext'}`.
+
+        A passage states one fact about its title, or none: up to two fillers about each subject state nothing.
+        """
+        rng = random.Random(f"passages-{seed}")
+        texts = []
+        for subject, facts in self.of_subject.items():
+            texts += [(subject, fact.sentence) for fact in facts.values()]
+            texts += [(subject, filler.format(subject)) for filler in rng.sample(FILLERS, rng.randint(0, 2))]
+        rng.shuffle(texts)
+        return [{"id": str(row), "contents": f'"{title}"\n{text}'} for row, (title, text) in enumerate(texts)]
+
+
+def _draw_names(kind: str, size: int, rng: random.Random) -> list[str]:
+    names: dict[str, None] = {}
+    while len(names) < size:
+        names[draw_name(kind, rng)] = None
+    return list(names)
+
+
+# Tags and document headers are one token each; everything else splits as in GPT-2.
+TOKEN_PATTERN = (
+    r" ?</?(?:think|search|information|answer)>|Doc \d+:"
+    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build TinyWorld's tokenizer: a byte-level BPE whose vocabulary is the 256 bytes and every word of the world.
+
+    It encodes any text without loss, and a word that TinyWorld does not use byte by byte. Tags are ordinary tokens.
+    The chat template passes a message through as it is, so that `vllm serve` accepts a model that has never seen roles.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    words = (word for text in _all_texts() for word, _ in splitter.pre_tokenize_str(text))
+    tokens = dict.fromkeys([END_OF_TEXT, PADDING, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def _all_texts() -> Iterator[str]:
+    """Yield texts that together hold every word of TinyWorld, with and without the space before it where both occur."""
+    names = (*FIRST_NAMES, *LAST_NAMES, *CITY_NAMES, *CITY_PREFIXES, *COUNTRY_NAMES, *WORK_ADJECTIVES, *WORK_NOUNS)
+    yield " ".join(["", "The", *names, *ORGANISATION_NAMES, *ORGANISATION_KINDS, "Republic of"])
+    yield " ".join(["", *(str(year) for year in range(FIRST_YEAR, LAST_YEAR + 1))])
+    for relation in RELATIONS:
+        yield f" {relation.statement} {relation.noun} unknown.".format("The", "The")
+        yield relation.question.format("the")
+        yield f" {relation.question}".format("the")
+    yield " ".join(["", *FILLERS, "Look up.", COMPARISON.format("A", "B")])
+    yield policy_prompt("Who?", TINYWORLD_POLICY_PROMPT)
+    yield INVALID_ACTION_HINT
+    for noisy in (False, True):
+        yield simulator_prompt(
+            question="Who?", golden_answers=["A"], query="A", noisy=noisy, template=TINYWORLD_SIMULATOR_PROMPT
+        )
+    yield format_observation(["A"] * 6)
+    for tag in ("think", "search", "information", "answer"):
+        yield f"<{tag}> <{tag}> </{tag}>\n</{tag}>"

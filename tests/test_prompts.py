@@ -1,0 +1,108 @@
+"""The prompts are an interface to published weights: each is held here to the letter."""
+
+from __future__ import annotations
+
+import pytest
+
+from zerosearch.errors import UserError
+from zerosearch.prompts import (
+    INVALID_ACTION_HINT,
+    TINYWORLD_POLICY_PROMPT,
+    TINYWORLD_SIMULATOR_PROMPT,
+    policy_prompt,
+    simulator_prompt,
+)
+
+# One line, as the paper's code feeds it; "as your want" is theirs.
+GOLDEN_POLICY_PROMPT = "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query </search> and it will return the top searched results between <information> and </information>. You can search as many times as your want. If you find no further external knowledge needed, you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n"  # noqa: E501
+
+GOLDEN_USEFUL_PROMPT = """You are the Google search engine.
+Given a query, you need to generate five useful documents for the query.
+
+The user is trying to answer the question: "Who wrote Emma?" whose answer is Jane Austen.
+Each document should contain about 30 words, and these documents should contain useful information.
+
+Query: Emma author
+Useful Output:
+"""
+
+GOLDEN_NOISY_PROMPT = """You are the Google search engine.
+Given a query, you need to generate five noisy documents for the query.
+
+The user is trying to answer the question: "Who wrote Emma?" whose answer is Jane Austen.
+Each document should contain about 30 words, and these documents should contain noisy information.
+
+Query: Emma author
+Noisy Output:
+"""
+
+GOLDEN_HINT = "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"  # noqa: E501
+
+
+def test_policy_prompt_to_the_letter() -> None:
+    assert policy_prompt("Who wrote Emma?") == GOLDEN_POLICY_PROMPT
+
+
+@pytest.mark.parametrize("question", ["Who wrote Emma", "  Who wrote Emma?\n", "Who wrote Emma \n"])
+def test_policy_prompt_strips_the_question_and_adds_a_missing_mark(question: str) -> None:
+    assert policy_prompt(question) == GOLDEN_POLICY_PROMPT
+
+
+@pytest.mark.parametrize(("noisy", "golden"), [(False, GOLDEN_USEFUL_PROMPT), (True, GOLDEN_NOISY_PROMPT)])
+def test_simulator_prompt_to_the_letter(noisy: bool, golden: str) -> None:
+    prompt = simulator_prompt(
+        question="Who wrote Emma?", golden_answers=["Jane Austen", "Austen"], query="Emma author", noisy=noisy
+    )
+    assert prompt == golden
+
+
+def test_invalid_action_hint_to_the_letter() -> None:
+    assert INVALID_ACTION_HINT == GOLDEN_HINT
+
+
+def test_tinyworld_prompts_to_the_letter() -> None:
+    assert policy_prompt("Where is Kipi", TINYWORLD_POLICY_PROMPT) == (
+        "Think in <think>, look things up with <search>, then give a short <answer>. Question: Where is Kipi?\n"
+    )
+    prompt = simulator_prompt(
+        question="Where is Kipi?",
+        golden_answers=("Lomu",),
+        query="Kipi city",
+        noisy=True,
+        template=TINYWORLD_SIMULATOR_PROMPT,
+    )
+    assert prompt == (
+        'Write five noisy documents. Question: "Where is Kipi?" Answer: Lomu\nQuery: Kipi city\nNoisy Output:\n'
+    )
+
+
+def test_braces_in_what_is_filled_in_are_text() -> None:
+    assert policy_prompt("What is {question} in {x}?", "Q: {question}\n") == "Q: What is {question} in {x}?\n"
+    prompt = simulator_prompt(
+        question="{query}", golden_answers=["{0}"], query="{quality}", noisy=False, template="{question}|{query}"
+    )
+    assert prompt == "{query}|{quality}"
+
+
+def test_an_empty_question_is_refused() -> None:
+    with pytest.raises(UserError, match="a question is empty"):
+        policy_prompt(" \n")
+
+
+def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
+    with pytest.raises(UserError, match="'Who wrote Emma\\?' has none"):
+        simulator_prompt(question="Who wrote Emma?", golden_answers=[], query="Emma", noisy=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("Question: {problem}", r"names \{problem\}, which is none of \{question\}"),
+        ("Answer the question.", r"lacks \{question\}"),
+        ('Answer {question} as {"answer": 1}', "double a literal brace"),
+        ("{question} {", "unbalanced braces"),
+    ],
+)
+def test_a_template_with_the_wrong_fields_is_refused(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        policy_prompt("Who?", template)

@@ -1,0 +1,192 @@
+"""The tag grammar, on written-out turns; each rule at the top of protocol.py has its cases here."""
+
+from __future__ import annotations
+
+import pytest
+
+from zerosearch.protocol import (
+    STOP_STRINGS,
+    Action,
+    format_documents,
+    format_observation,
+    parse_action,
+    split_documents,
+)
+
+INVALID = Action("invalid", "")
+
+
+def test_the_stop_strings_are_the_closing_tags_of_the_two_actions() -> None:
+    assert STOP_STRINGS == ("</search>", "</answer>")
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        ("<think> who? </think>\n<search> Emma author </search>", Action("search", "Emma author")),
+        ("<think> known </think> <answer> Jane Austen </answer>", Action("answer", "Jane Austen")),
+        ("<answer>Jane\nAusten</answer>", Action("answer", "Jane\nAusten")),
+        ("no thought at all <search>x</search>", Action("search", "x")),
+        # A sampled token may carry letters past the closing tag.
+        ("<search> x </search>\n\n", Action("search", "x")),
+    ],
+)
+def test_plain_actions(turn: str, action: Action) -> None:
+    assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        # The paper's code trains on the tail after an answer; here the first closing tag ends the turn.
+        ("<answer> X </answer> then <search> q </search>", Action("answer", "X")),
+        ("<search> q </search> <answer> X </answer>", Action("search", "q")),
+        ("<answer> X <search> q </search>", Action("search", "q")),
+        ("</search> <answer> X </answer>", INVALID),
+    ],
+)
+def test_the_first_closing_tag_ends_the_turn(turn: str, action: Action) -> None:
+    assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        ("<search> first try <search> second try </search>", Action("search", "second try")),
+        ("<search> what does <answer> mean </search>", Action("search", "what does <answer> mean")),
+        ("<answer> the <search> tag </answer>", Action("answer", "the <search> tag")),
+        ("<search> <information>Doc 1: x </search>", Action("search", "<information>Doc 1: x")),
+    ],
+)
+def test_content_runs_from_the_last_matching_opening_tag_and_other_tags_in_it_are_text(
+    turn: str, action: Action
+) -> None:
+    assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "",
+        "I believe it is Jane Austen.",
+        "<think> only thought </think>",
+        "<search> never closed",
+        "Emma author </search>",
+        "<answer> X </search>",
+        "<search></search>",
+        "<answer> \n </answer>",
+        "< search > q < /search >",
+        "<SEARCH> q </SEARCH>",
+    ],
+)
+def test_a_turn_without_an_action_is_invalid(turn: str) -> None:
+    assert parse_action(turn) == INVALID
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        (
+            "<think> I may put it between <search> and </search>. </think> <search> Emma author </search>",
+            Action("search", "Emma author"),
+        ),
+        ("<think> <answer> Beijing </answer> was the example </think> <answer> X </answer>", Action("answer", "X")),
+        ("<think> <search> a draft </search> </think> and no more", INVALID),
+        ("<think> a </think> <think> <answer> b </answer> </think> <search> c </search>", Action("search", "c")),
+        ("<sea<think> x </think>rch> q </search>", INVALID),
+    ],
+)
+def test_tags_in_a_closed_thought_are_text(turn: str, action: Action) -> None:
+    assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        ("<think> I should look. <search> Emma author </search>", Action("search", "Emma author")),
+        ("<think> a </think> <think> so: <answer> X </answer>", Action("answer", "X")),
+        ("a thought the prompt opened </think> <search> q </search>", Action("search", "q")),
+    ],
+)
+def test_an_action_in_an_open_thought_acts(turn: str, action: Action) -> None:
+    # Generation stopped at its closing tag: the policy had no chance to close the thought.
+    assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "<think> I should put the query between <search> and </search>",
+        "<think> I can answer inside <answer> and </answer>",
+    ],
+)
+def test_the_instruction_quoted_in_an_open_thought_is_no_action(turn: str) -> None:
+    assert parse_action(turn) == INVALID
+
+
+def test_documents_are_numbered_one_to_a_line() -> None:
+    assert (
+        format_documents(["Emma: a novel\nof 1815", " Jane  Austen "])
+        == "Doc 1: Emma: a novel of 1815\nDoc 2: Jane Austen"
+    )
+    assert format_documents([]) == ""
+
+
+def test_observation_to_the_letter() -> None:
+    assert format_observation(["a", "b"]) == "\n\n<information>Doc 1: a\nDoc 2: b</information>\n\n"
+    assert format_observation([]) == "\n\n<information></information>\n\n"
+
+
+FIVE = ("Emma is a novel.", "Austen wrote it.", "It came in 1815.", "Murray printed it.", "It has three volumes.")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        format_documents(FIVE),
+        "\n\n" + "\n\n".join(f"Doc {number}: {text}" for number, text in enumerate(FIVE, start=1)) + "\n\n",
+        "\n".join(f"**Doc {number}:** {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"**Doc {number}**: {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"**Document {number}:**\n{text}" for number, text in enumerate(FIVE, start=1)),
+        "Sure, here are five useful documents:\n\n" + format_documents(FIVE),
+        format_documents((*FIVE, "A sixth.")),
+        format_documents(FIVE) + "\n" + format_documents(FIVE),
+        "\n".join(f"Doc: {text}" for text in FIVE),
+        "\n".join(f"doc : {text}" for text in FIVE),
+        " ".join(f"Doc {number}: {text}" for number, text in enumerate(FIVE, start=1)),
+        # The reply goes on after a "Doc 1:" it took for said.
+        format_documents(FIVE).removeprefix("Doc 1: "),
+        "\n\n".join(FIVE),
+        "\n".join(f"{number}. {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"- {text}" for text in FIVE),
+    ],
+)
+def test_five_documents_are_found_however_the_reply_is_laid_out(reply: str) -> None:
+    assert split_documents(reply, 5) == FIVE
+
+
+@pytest.mark.parametrize(
+    ("reply", "documents"),
+    [
+        ("Doc 1: whole.\nDoc 2: cut sh", ("whole.", "cut sh")),
+        ("Doc 1: whole.\nDoc 2:", ("whole.",)),
+        ("Doc 1: whole.\nDoc 2", ("whole. Doc 2",)),
+        ("Doc 1: two\nlines\n\nDoc 2: one", ("two lines", "one")),
+        ("Doc 1: \nDoc 2: b\nDoc 4: d", ("b", "d")),
+        ("Doc 1: **Emma** is a novel", ("Emma is a novel",)),
+        ("Doc 1: The Doc said so: yes", ("The Doc said so: yes",)),
+        ("1815 was the year", ("1815 was the year",)),
+        ("one line", ("one line",)),
+    ],
+)
+def test_what_stands_in_a_damaged_reply_is_kept(reply: str, documents: tuple[str, ...]) -> None:
+    assert split_documents(reply, 5) == documents
+
+
+@pytest.mark.parametrize("reply", ["", " \n\t\n", "Doc 1:", "Doc 1:\n**Doc 2:**\n"])
+def test_a_reply_without_text_gives_no_documents(reply: str) -> None:
+    assert split_documents(reply, 5) == ()
+
+
+def test_no_more_documents_than_asked_for() -> None:
+    assert split_documents(format_documents(FIVE), 3) == FIVE[:3]
