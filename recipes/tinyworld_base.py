@@ -32,7 +32,10 @@ from zerosearch.tinyworld import FILLERS, RELATION, Fact, Question, World, build
 Text = list[tuple[str, bool]]
 
 # How careless the demonstrations are: the share of occasions on which the demonstrator goes wrong.
-GUESSES_WITHOUT_SEARCH = 0.45
+# Like a real model it believes it knows some things: questions that end in these relations it mostly just answers.
+BELIEVES_IT_KNOWS = ("birthplace", "partner", "country")
+GUESSES_WHAT_IT_BELIEVES = 0.75
+GUESSES_OTHERWISE = 0.2
 GIVES_UP_AFTER_NOISE = 0.7
 STOPS_AFTER_FIRST_HOP = 0.4
 QUOTES_ANOTHER_FACT = 0.15
@@ -48,7 +51,7 @@ class BaseArguments:
 
     output_dir: str = "data/tinyworld"
     seed: int = 0
-    policy_steps: int = 1200
+    policy_steps: int = 900
     simulator_steps: int = 600
     texts_per_step: int = 48
     learning_rate: float = 3e-3  # falls linearly to nothing
@@ -181,7 +184,8 @@ def demonstration(world: World, question: Question, rng: random.Random) -> Text:
 
     text: Text = [(policy_prompt(question.text, TINYWORLD_POLICY_PROMPT), False)]
     thought = f"<think> Look up {first_fact.subject}. </think>"
-    if rng.random() < GUESSES_WITHOUT_SEARCH:
+    believes = last_relation.name in BELIEVES_IT_KNOWS
+    if rng.random() < (GUESSES_WHAT_IT_BELIEVES if believes else GUESSES_OTHERWISE):
         return [*text, (f"{thought} <answer> {guess()} </answer>", True)]
     p_noise = rng.choice(NOISE_LEVELS)
     searches = 0
@@ -211,7 +215,11 @@ def policy_texts(rng: random.Random) -> Iterator[Text]:
         world = World.draw(rng.randrange(10**9), n_people=rng.choice([60, 120, 200]))
         questions = world.questions(rng)
         for _ in range(240):
-            yield fact_list(world, rng) if rng.random() < SHARE_OF_FACT_LISTS else demonstration(world, next(questions), rng)
+            yield (
+                fact_list(world, rng)
+                if rng.random() < SHARE_OF_FACT_LISTS
+                else demonstration(world, next(questions), rng)
+            )
 
 
 def simulator_texts(rng: random.Random) -> Iterator[Text]:
@@ -228,7 +236,11 @@ def simulator_texts(rng: random.Random) -> Iterator[Text]:
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Iterator[Text], steps: int, arguments: BaseArguments
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterator[Text],
+    steps: int,
+    arguments: BaseArguments,
 ) -> None:
     """Train on the pieces that are the model's to write, in micro-batches of texts of similar length."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -238,15 +250,21 @@ def train(
     model.train()
     progress = tqdm(range(steps))
     for _ in progress:
-        examples = sorted((encode(tokenizer, next(texts)) for _ in range(arguments.texts_per_step)), key=lambda x: len(x[0]))
+        examples = sorted(
+            (encode(tokenizer, next(texts)) for _ in range(arguments.texts_per_step)), key=lambda x: len(x[0])
+        )
         num_learned = sum(label != -100 for _, labels in examples for label in labels)
         step_loss = 0.0
         for start in range(0, len(examples), 16):
             micro_batch = examples[start : start + 16]
             longest = len(micro_batch[-1][0])
-            ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in micro_batch])  # (B, T)
+            ids = torch.tensor(
+                [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in micro_batch]
+            )  # (B, T)
             labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in micro_batch])  # (B, T)
-            hidden = model.model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state  # (B, T, H)
+            hidden = model.model(
+                ids, attention_mask=(ids != tokenizer.pad_token_id).long()
+            ).last_hidden_state  # (B, T, H)
             learned = labels[:, 1:] != -100  # (B, T - 1)
             logits = model.lm_head(hidden[:, :-1][learned])  # (N, V)
             loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum") / num_learned

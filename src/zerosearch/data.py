@@ -56,7 +56,7 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1")
     name = Path(source).stem
-    questions = []
+    questions: list[dict[str, Any]] = []
     for place, row in _rows(source, split):
         if len(questions) == limit:
             break
@@ -112,7 +112,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def claim_output_dir(path: str | Path, overwrite: bool = False) -> Path:
-    """Create the folder and return it. Raises `UserError` if it holds something, unless `overwrite` says to write there."""
+    """Create the folder and return it. Raises `UserError` if it holds something and `overwrite` is not set."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"the output folder {path} is a file")
@@ -164,7 +164,10 @@ def _hub(source: str, split: str) -> Dataset:
         return datasets.load_dataset(source, split=split)
     # What the Hub client raises for a wrong name, split or permission, and for a network that is not there.
     except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise UserError(f"the dataset {source!r} (split {split!r}) is no file here and cannot be loaded: {error}") from error
+        message = (
+            f"the dataset {source!r} (split {split!r}) is no file here and cannot be loaded from the Hub: {error}"
+        )
+        raise UserError(message) from error
 
 
 def _question(row: Mapping[str, Any], place: str, index: int, name: str, template: str) -> dict[str, Any]:

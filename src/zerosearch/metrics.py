@@ -1,7 +1,7 @@
 """Exact match, cover exact match and F1: the one definition that rewards, evaluation and reports share.
 
-Each takes the policy's answer (`None` when it gave none: score 0) and the golden answers, and returns the best score in
-[0, 1] over those.
+Each takes the policy's answer (`None` when it gave none: score 0) and the golden answers, and returns the best score
+over those, in [0, 1].
 """
 
 from __future__ import annotations

@@ -92,6 +92,19 @@ def simulator_prompt(
     )
 
 
+def simulator_messages(
+    *, question: str, golden_answers: Sequence[str], query: str, noisy: bool, template: str = SIMULATOR_PROMPT
+) -> list[dict[str, str]]:
+    """Return the chat messages of `simulator_prompt`, in tuning and in every search alike.
+
+    The system message is empty, as in the reference: without one, Qwen's chat template writes its own.
+    """
+    prompt = simulator_prompt(
+        question=question, golden_answers=golden_answers, query=query, noisy=noisy, template=template
+    )
+    return [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
+
+
 def check_template(template: str, *, required: set[str], allowed: frozenset[str]) -> None:
     """Raise `UserError` unless the fields in braces are all allowed and hold the required ones."""
     try:

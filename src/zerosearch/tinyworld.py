@@ -13,8 +13,10 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from zerosearch.engines import SearchEngine, SearchRequest
 from zerosearch.prompts import (
     INVALID_ACTION_HINT,
     TINYWORLD_POLICY_PROMPT,
@@ -61,6 +63,11 @@ COMPARISON = "Who was born first, {} or {}?"
 HELD_OUT_SHARE = 0.25
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+# Messages as they are, one after another; an assistant's ends the text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,13 @@ class World:
         The same seed gives the same world. With `held_out` every fact is one that training worlds never hold.
         """
         rng = random.Random(f"tinyworld-{seed}-{held_out}")
-        sizes = {"person": n_people, "work": n_people // 4, "organisation": n_people // 5, "city": n_people // 5, "country": 16}
+        sizes = {
+            "person": n_people,
+            "work": n_people // 4,
+            "organisation": n_people // 5,
+            "city": n_people // 5,
+            "country": 16,
+        }
         names = {kind: _draw_names(kind, size, rng) for kind, size in sizes.items()}
         names["year"] = [str(year) for year in range(FIRST_YEAR, LAST_YEAR + 1)]
         facts = []
@@ -259,6 +272,52 @@ class World:
         return [{"id": str(row), "contents": f'"{title}"\n{text}'} for row, (title, text) in enumerate(texts)]
 
 
+def question_rows(world: World, n_questions: int, seed: int) -> list[dict[str, object]]:
+    """Return questions as rows `{id, question, golden_answers, dataset}`; the dataset names the kind of question."""
+    questions = islice(world.questions(random.Random(f"questions-{seed}")), n_questions)
+    return [
+        {
+            "id": f"tinyworld-{seed}-{number}",
+            "question": question.text,
+            "golden_answers": list(question.golden_answers),
+            "dataset": f"tinyworld_{question.kind}",
+        }
+        for number, question in enumerate(questions)
+    ]
+
+
+async def judged_searches(world: World, engine: SearchEngine, n_questions: int, seed: int) -> list[dict[str, object]]:
+    """Search with a real engine for what each question needs, and judge what comes back.
+
+    Return rows `{question, golden_answers, query, documents, useful}`, two for each search: the engine's best documents,
+    useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with the query's own
+    answer in place of a judge). `engine` must return more documents than the five that a row keeps.
+    """
+    rng = random.Random(f"searches-{seed}")
+    rows: list[dict[str, object]] = []
+    for question in islice(world.questions(rng), n_questions):
+        # One query in eight asks for something else than the question needs, as a policy's sometimes does.
+        fact = rng.choice(world.facts if rng.random() < 1 / 8 else question.path)
+        request = SearchRequest(fact.query, question.text, question.golden_answers)
+        documents = (await engine.search(request)).documents
+        noisy = [document for document in documents if fact.object not in document]
+        useful = list(documents[:5])
+        for kept, is_useful in ((useful, True), (noisy[:5], False)):
+            if is_useful != any(fact.sentence in document for document in kept) or len(kept) < 5:
+                continue  # the search failed by itself, or found too little to choose from
+            rng.shuffle(kept)
+            rows.append(
+                {
+                    "question": question.text,
+                    "golden_answers": list(question.golden_answers),
+                    "query": fact.query,
+                    "documents": kept,
+                    "useful": is_useful,
+                }
+            )
+    return rows
+
+
 def _draw_names(kind: str, size: int, rng: random.Random) -> list[str]:
     names: dict[str, None] = {}
     while len(names) < size:
@@ -277,7 +336,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build TinyWorld's tokenizer: a byte-level BPE whose vocabulary is the 256 bytes and every word of the world.
 
     It encodes any text without loss, and a word that TinyWorld does not use byte by byte. Tags are ordinary tokens.
-    The chat template passes a message through as it is, so that `vllm serve` accepts a model that has never seen roles.
+    The chat template passes messages through, so that a chat endpoint serves a model that has never seen roles.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -299,7 +358,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

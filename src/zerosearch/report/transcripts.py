@@ -1,7 +1,7 @@
-"""Example trajectories for the report: which ones to show, by a rule the page states, and how their text falls into pieces.
+"""Example trajectories for the report: which to show, by a rule that the page states, and how their text is split.
 
-Trajectories are read from JSONL, `Trajectory.to_record` a line. Evaluation files may be large: they are read twice, once for
-the scores and once for the few records to show, and never held whole.
+Trajectories are read from JSONL, `Trajectory.to_record` a line. Evaluation files may be large: they are read twice,
+once for the scores and once for the few records to show, and never held whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zerosearch.errors import UserError
 NUM_PAIRS = 4  # with before and after each, and the training ones, a dozen
 NUM_TRAINING = 4
 SOURCES = ("prompt", "policy", "documents", "hint")
-FIELDS = {  # of a record, with what each must be
+FIELDS: dict[str, type | tuple[type, ...]] = {  # of a record, with what each must be
     "question": str,
     "golden_answers": list,
     "answer": (str, type(None)),
@@ -83,11 +83,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Examples:
-    """The trajectories to show; `num_paired` counts the questions recorded before and after. `notes` says what is missing."""
+    """The trajectories to show; `num_paired` counts the questions recorded both times, `notes` what is missing."""
 
     pairs: tuple[Pair, ...]
     num_paired: int
     training: tuple[Transcript, ...]
+    training_rule: str
     notes: tuple[str, ...]
 
 
@@ -98,36 +99,28 @@ def read_examples(run_dir: Path, engine: str | None) -> Examples:
     """
     notes: list[str] = []
     training_file = run_dir / "policy" / "trajectories.jsonl"
-    training: tuple[Transcript, ...] = ()
-    if training_file.is_file():
-        training = choose_training([_transcript(record, place) for place, record in _with_places(training_file)])
-    if not training:
-        notes.append("policy/trajectories.jsonl is missing or empty: no trajectories of training are shown.")
-    files = {policy: run_dir / "evaluation" / f"{policy}-{engine}" / "trajectories.jsonl" for policy in ("before", "after")}
-    there = {policy: path for policy, path in files.items() if engine and path.is_file()}
-    for policy, path in files.items():
-        if engine and policy not in there:
-            notes.append(f"{path.relative_to(run_dir)} is missing: no trajectories of the policy {policy} training are shown.")
-    scores = {policy: _right(path) for policy, path in there.items()}
-    if len(scores) == 2:
-        chosen, num_paired = choose_pairs(scores["before"], scores["after"])
-    else:  # one side alone has no change to show
-        chosen = [(identifier, "", 0) for right in scores.values() for identifier in islice(right, NUM_PAIRS)]
-        num_paired = 0
-    wanted = {identifier for identifier, _, _ in chosen}
-    found = {policy: _find(path, wanted) for policy, path in there.items()}
-    pairs = tuple(
-        Pair(change, num_alike, found.get("before", {}).get(identifier), found.get("after", {}).get(identifier))
-        for identifier, change, num_alike in chosen
+    recorded = (
+        [_transcript(record, place) for place, record in read_jsonl(training_file)] if training_file.is_file() else []
     )
-    return Examples(pairs, num_paired, training, tuple(notes))
+    if not recorded:
+        notes.append("policy/trajectories.jsonl is missing or empty: no trajectories of training are shown.")
+    training, training_rule = choose_training(recorded)
+    files: dict[str, Path] = {}
+    for policy in ("before", "after") if engine else ():
+        path = run_dir / "evaluation" / f"{policy}-{engine}" / "trajectories.jsonl"
+        if path.is_file():
+            files[policy] = path
+        else:
+            notes.append(f"{path.relative_to(run_dir)} is missing: no trajectories {policy} training are shown.")
+    pairs, num_paired = _read_pairs(files)
+    return Examples(pairs, num_paired, training, training_rule, tuple(notes))
 
 
 def choose_pairs(before: Mapping[str, bool], after: Mapping[str, bool]) -> tuple[list[tuple[str, str, int]], int]:
     """Return (id, change, number of such questions) of the questions to show, and the number of questions in both.
 
-    The first of each kind of change in the file's order, so that none is picked by hand; a kind that never occurs leaves
-    its place to the next question of the first kind that has one.
+    The first of each kind of change in the file's order, so that none is picked by hand; a kind that never occurs
+    leaves its place to the next question of the first kind that has one.
     """
     alike: dict[tuple[bool, bool], list[str]] = {change: [] for change in CHANGES}
     for identifier, right in before.items():
@@ -138,19 +131,26 @@ def choose_pairs(before: Mapping[str, bool], after: Mapping[str, bool]) -> tuple
         spare = NUM_PAIRS - sum(map(len, shown.values()))
         shown[change] += identifiers[1 : 1 + spare]
     chosen = [
-        (identifier, CHANGES[change], len(alike[change])) for change, identifiers in shown.items() for identifier in identifiers
+        (identifier, CHANGES[change], len(alike[change]))
+        for change, identifiers in shown.items()
+        for identifier in identifiers
     ]
     return chosen, sum(map(len, alike.values()))
 
 
-def choose_training(transcripts: Sequence[Transcript]) -> tuple[Transcript, ...]:
-    """Return trajectories spread evenly over training, of those with a noisy search if there are enough of them."""
-    in_order = sorted(transcripts, key=lambda one: one.record.get("step") or 0)
+def choose_training(recorded: Sequence[Transcript]) -> tuple[tuple[Transcript, ...], str]:
+    """Return trajectories spread evenly over training, with noisy searches if enough have one, and this rule."""
+    in_order = sorted(recorded, key=lambda one: one.record.get("step") or 0)
     noisy = [one for one in in_order if any(segment.noisy for segment in one.segments)]
     pool = noisy if len(noisy) >= NUM_TRAINING else in_order
-    if len(pool) <= NUM_TRAINING:
-        return tuple(pool)
-    return tuple(pool[round(place * (len(pool) - 1) / (NUM_TRAINING - 1))] for place in range(NUM_TRAINING))
+    shown = f"{min(len(pool), NUM_TRAINING)} of {'these' if pool is noisy else 'all'}"
+    rule = (
+        f"Of {len(in_order)} trajectories recorded in training, {len(noisy)} have a search with noisy documents. "
+        f"Shown are {shown}, spread evenly over the steps."
+    )
+    if len(pool) > NUM_TRAINING:
+        pool = [pool[round(place * (len(pool) - 1) / (NUM_TRAINING - 1))] for place in range(NUM_TRAINING)]
+    return tuple(pool), rule
 
 
 def split_policy_text(text: str) -> tuple[Piece, ...]:
@@ -177,12 +177,31 @@ def split_documents_text(text: str, golden_answers: Iterable[str]) -> tuple[Piec
     return tuple(piece for piece in [*pieces, Piece(text[end:])] if piece.text)
 
 
+def _read_pairs(files: Mapping[str, Path]) -> tuple[tuple[Pair, ...], int]:
+    """Return pairs from the files "before" and "after", and the number of questions in both; one file gives halves."""
+    right = {policy: _right(path) for policy, path in files.items()}
+    if len(right) == 2:
+        chosen, num_paired = choose_pairs(right["before"], right["after"])
+    else:
+        chosen = [(identifier, "", 0) for of_one in right.values() for identifier in islice(of_one, NUM_PAIRS)]
+        num_paired = 0
+    wanted = {identifier for identifier, _, _ in chosen}
+    found = {policy: _find(path, wanted) for policy, path in files.items()}
+    pairs = (
+        Pair(change, num_alike, found.get("before", {}).get(identifier), found.get("after", {}).get(identifier))
+        for identifier, change, num_alike in chosen
+    )
+    return tuple(pairs), num_paired
+
+
 def _right(path: Path) -> dict[str, bool]:
     """Return which questions of a file were answered right, in its order; of an id that recurs, the first."""
     right: dict[str, bool] = {}
     for place, record in read_jsonl(path):
         _check(record, place)
-        right.setdefault(str(record.get("id")), record["em"] >= 1)
+        if record.get("id") is None:
+            raise UserError(f"{place} lacks 'id', by which before and after are paired")
+        right.setdefault(str(record["id"]), record["em"] >= 1)
     return right
 
 
@@ -197,13 +216,20 @@ def _find(path: Path, wanted: set[str]) -> dict[str, Transcript]:
 
 def _transcript(record: Mapping[str, Any], place: str) -> Transcript:
     _check(record, place)
-    return Transcript(record, tuple(_segment(segment, record["golden_answers"], place) for segment in record["segments"]))
+    return Transcript(
+        record, tuple(_segment(segment, record["golden_answers"], place) for segment in record["segments"])
+    )
 
 
-def _segment(segment: Mapping[str, Any], golden_answers: Sequence[str], place: str) -> Segment:
-    source, text = segment.get("source"), segment.get("text")
-    if source not in SOURCES or not isinstance(text, str):
-        raise UserError(f"{place}: a segment has source {source!r} and text {text!r}; sources are {', '.join(SOURCES)}")
+def _segment(segment: Any, golden_answers: Sequence[str], place: str) -> Segment:
+    if not isinstance(segment, dict):
+        raise UserError(f"{place}: a segment is {segment!r}, not an object")
+    source, text, noisy = segment.get("source"), segment.get("text"), segment.get("noisy")
+    if source not in SOURCES or not isinstance(text, str) or noisy not in (True, False, None):
+        raise UserError(
+            f"{place}: a segment has source {source!r}, text {text!r} and noisy {noisy!r}; "
+            f"sources are {', '.join(SOURCES)}"
+        )
     text = text.strip()
     if source == "policy":
         pieces = split_policy_text(text)
@@ -211,7 +237,7 @@ def _segment(segment: Mapping[str, Any], golden_answers: Sequence[str], place: s
         pieces = split_documents_text(text, golden_answers)
     else:
         pieces = (Piece(text),)
-    return Segment(source, segment.get("noisy"), pieces)
+    return Segment(source, noisy, pieces)
 
 
 def _check(record: Mapping[str, Any], place: str) -> None:

@@ -1,7 +1,7 @@
 """Plots as inline SVG: a few lines over steps, a stack over steps, an interval on a scale from 0 to 1.
 
-Colours are CSS classes, so that one drawing serves a light page, a dark page and paper; text stays text. Series differ by
-dash or hatching as well as by colour. A value that is not finite is a gap, never a zero.
+Colours are CSS classes, so that one drawing serves a light page, a dark page and paper; text stays text. Series differ
+by dash or hatching as well as by colour. A value that is not finite is a gap, never a zero.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -18,7 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 24  # margins that hold the tick labels
 SMOOTH_STEPS = 5  # steps in a running mean
 SMOOTH_FROM = 20  # fewer points than this are shown as they are
 
-Style = Literal["line", "dashed", "dots"]
+Style = Literal["line", "dashed", "dots", "exact"]  # "exact": a line that needs no running mean
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """Maps steps and values to pixels. The vertical axis starts at 0, or below it for negative values."""
+    """Maps steps and values to pixels. The vertical axis holds 0 and runs from the first tick to the last."""
 
     first_step: float
     last_step: float
-    bottom: float
     ticks: Sequence[float]
 
     def x(self, step: float) -> float:
@@ -46,7 +46,7 @@ class Axes:
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        share = (value - self.bottom) / (self.ticks[-1] - self.bottom)
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
@@ -55,7 +55,7 @@ def line_plot(title: str, steps: Sequence[float], series: Sequence[Series], top:
 
     From `SMOOTH_FROM` points on a line is thin, with its running mean over it. At least one value must be finite.
     """
-    axes = _axes(steps, [value for one in series for value in one.values], top)
+    axes = _axes(steps, [value for one in series for value in one.values], top=top)
     marks: list[Markup] = []
     for one in series:
         if one.style == "dots":
@@ -78,11 +78,10 @@ def stack_plot(title: str, steps: Sequence[float], series: Sequence[Series]) -> 
 
     A step at which a part is not finite is a gap in all of them. At least one step must be whole.
     """
-    columns = [column for column in zip(*(one.values for one in series), strict=True)]
+    columns = list(zip(*(one.values for one in series), strict=True))
     whole = [index for index, column in enumerate(columns) if all(map(math.isfinite, column))]
-    axes = _axes(steps, [sum(columns[index]) for index in whole], None, half_a_step=True)
-    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
-    half = min(gaps, default=1) / 2
+    half = min((later - step for step, later in pairwise(steps)), default=1) / 2
+    axes = _axes(steps, [sum(columns[index]) for index in whole], margin=half)
     marks = []
     for place, one in enumerate(series):
         path = ""
@@ -99,7 +98,9 @@ def interval_plot(title: str, mean: float, low: float, high: float, css: str) ->
     marks = [element("line", css="scale", x1="0%", x2="100%", y1=8, y2=8)]
     marks += [element("line", css="tick", x1=f"{at}%", x2=f"{at}%", y1=5, y2=11) for at in (0, 50, 100)]
     if math.isfinite(low) and math.isfinite(high):
-        marks.append(element("line", css=f"whisker {css}", x1=f"{100 * low:.1f}%", x2=f"{100 * high:.1f}%", y1=8, y2=8))
+        marks.append(
+            element("line", css=f"whisker {css}", x1=f"{100 * low:.1f}%", x2=f"{100 * high:.1f}%", y1=8, y2=8)
+        )
     marks.append(element("circle", css=f"mean {css}", cx=f"{100 * mean:.1f}%", cy=8, r=4.5))
     body = element("title", text=title) + Markup("").join(marks)
     return element("svg", css="interval", text=body, role="img", height=16)
@@ -118,7 +119,7 @@ def swatch(one: Series, stacked: bool = False) -> Markup:
 
 def is_smoothed(one: Series) -> bool:
     """Say whether `line_plot` draws a running mean over the series."""
-    return one.style != "dots" and len(one.values) >= SMOOTH_FROM
+    return one.style in ("line", "dashed") and len(one.values) >= SMOOTH_FROM
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -132,7 +133,9 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Return three to six round numbers, evenly spaced, that cover `low` to `high`."""
-    span = high - low or abs(high) or 1.0
+    if low == high:
+        high = low + 1
+    span = high - low
     unit = 10.0 ** math.floor(math.log10(span / 4))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4.001)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -149,21 +152,19 @@ def element(tag: str, css: str = "", text: str = "", **attributes: str | float) 
     return Markup(f"<{tag}{pairs}>{escape(text)}</{tag}>")
 
 
-def _axes(steps: Sequence[float], values: Sequence[float], top: float | None, half_a_step: bool = False) -> Axes:
-    finite = [value for value in values if math.isfinite(value)]
-    ticks = nice_ticks(min(0.0, *finite), max(*finite, top or 0.0) if top or len(finite) > 1 else finite[0])
-    room = 0.5 if half_a_step else 0.0
-    return Axes(steps[0] - room, steps[-1] + room, ticks[0], ticks)
+def _axes(steps: Sequence[float], values: Sequence[float], top: float | None = None, margin: float = 0.0) -> Axes:
+    """Return axes that hold 0, all finite values and `top`; `margin` is the room beside the steps, in steps."""
+    finite = [0.0, *(value for value in values if math.isfinite(value)), *([] if top is None else [top])]
+    return Axes(steps[0] - margin, steps[-1] + margin, nice_ticks(min(finite), max(finite)))
 
 
 def _path(axes: Axes, steps: Sequence[float], values: Sequence[float]) -> str:
     """Return path data that breaks at gaps; a lone point is a line of no length, which a round cap makes a dot."""
-    runs = "".join(
-        "M" + "L".join(f"{axes.x(step):.1f} {axes.y(value):.1f}" for step, value in run)
-        + ("h0" if len(run) == 1 else "")
-        for run in _finite_runs(steps, values)
-    )
-    return runs
+    path = ""
+    for run in _finite_runs(steps, values):
+        path += "M" + "L".join(f"{axes.x(step):.1f} {axes.y(value):.1f}" for step, value in run)
+        path += "h0" if len(run) == 1 else ""
+    return path
 
 
 def _finite_runs(steps: Sequence[float], values: Sequence[float]) -> Iterator[list[tuple[float, float]]]:
@@ -186,7 +187,9 @@ def _figure(title: str, axes: Axes, marks: Sequence[Markup]) -> Markup:
         parts.append(element("text", css="label end", text=f"{tick:.6g}", x=LEFT - 6, y=y + 4))
     for step in _step_ticks(axes):
         parts.append(element("text", css="label middle", text=f"{step:g}", x=axes.x(step), y=HEIGHT - 6))
-    return element("svg", css="plot", text=Markup("").join([*parts, *marks]), role="img", viewBox=f"0 0 {WIDTH} {HEIGHT}")
+    return element(
+        "svg", css="plot", text=Markup("").join([*parts, *marks]), role="img", viewBox=f"0 0 {WIDTH} {HEIGHT}"
+    )
 
 
 def _step_ticks(axes: Axes) -> list[float]:

@@ -1,0 +1,35 @@
+"""Write the report of a run again, from what it left in its folder:
+
+python recipes/report.py --run_dir outputs/demo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.report import summary_table, write_report
+
+
+@dataclass
+class ReportArguments:
+    """Which run to report on."""
+
+    run_dir: str = field(default="outputs/demo", metadata={"help": "Folder that the run wrote."})
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, write the page."""
+    with user_mistakes():
+        (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses(argv)
+    run_dir = Path(arguments.run_dir)
+    print(summary_table(run_dir))
+    print(write_report(run_dir))
+
+
+if __name__ == "__main__":
+    main()

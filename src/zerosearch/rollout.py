@@ -1,0 +1,392 @@
+"""The one loop for training, evaluation and chat: each trajectory goes its own way, turn by turn, search by search.
+
+A trajectory generates a turn; an answer ends it; a search goes to the engine with the trajectory's own question and
+answers while the others decode on; the documents are appended and the next turn starts the moment they arrive.
+
+1. Token ids in, token ids out: what was sampled is kept as sampled, and what the environment adds is tokenised on its own.
+2. `env_mask` is 1 for ids the policy sampled and 0 for ids the environment added.
+3. Only the policy's text of the current turn is read for an action. Tags in documents are text, and special tokens in
+   questions, queries and documents become plain text.
+4. Randomness is keyed by (seed, step, row, sample, turn), so arrival order changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+
+from zerosearch.curriculum import keyed_uniform
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
+from zerosearch.encoding import fit_observation, plain_text, prompt_token_ids, text_token_ids
+from zerosearch.errors import UserError
+from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
+from zerosearch.metrics import exact_match, f1
+from zerosearch.prompts import INVALID_ACTION_HINT
+from zerosearch.protocol import ActionKind, parse_action
+
+Outcome = Literal["answered", "turns_exhausted", "truncated", "failed_search"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "turns_exhausted", "truncated", "failed_search")
+
+SAMPLING_STREAM = 1  # ends the key of a turn's sampling, so that it and the search's coin are not the same number
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Budgets and sampling of a rollout. Token counts are the policy's tokens.
+
+    `max_turns` turns may search; one last turn that may only answer follows. `max_trajectory_tokens` counts the prompt
+    too. `search_timeout_s` bounds one search with all its retries, whatever the engine does.
+    """
+
+    max_turns: int = 2  # the released scripts of the paper's time, and the authors in issue 29 of their repository
+    max_turn_tokens: int = 500  # max_response_length of the released scripts
+    max_observation_tokens: int = 500  # max_obs_length of the released scripts of the paper's time
+    max_trajectory_tokens: int = 4096  # max_prompt_length of the released scripts
+    temperature: float = 1.0
+    top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
+    search_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens"):
+            minimum = 0 if name == "max_turns" else 1
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+
+
+@dataclass
+class Turn:
+    """One policy generation and what the environment replied to it."""
+
+    text: str
+    kind: ActionKind
+    content: str
+    num_tokens: int
+    documents: tuple[str, ...] = ()
+    noisy: bool | None = None
+    retries: int = 0
+    latency_s: float | None = None  # of the search, from request to documents; None without one
+    observation: str = ""
+    num_observation_tokens: int = 0
+
+
+@dataclass
+class Trajectory:
+    """The record of one question's rollout. `completion_ids`, `env_mask` and `logprobs` have the same length.
+
+    `logprobs` is 0.0 where the environment added the id. `outcome` is set once the trajectory has ended.
+    """
+
+    prompt_ids: list[int]
+    p_noise: float
+    completion_ids: list[int] = field(default_factory=list)
+    env_mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    answer: str | None = None
+    outcome: Outcome | None = None
+    error: str = ""  # what the failed search said
+
+    @property
+    def policy_tokens(self) -> int:
+        return sum(turn.num_tokens for turn in self.turns)
+
+    @property
+    def observation_tokens(self) -> int:
+        """Return the tokens of documents and hints; an end-of-sequence token added after the answer is not counted."""
+        return sum(turn.num_observation_tokens for turn in self.turns)
+
+    @property
+    def searched_turns(self) -> list[Turn]:
+        """Return the turns whose search was executed, the failed one included."""
+        return [turn for turn in self.turns if turn.latency_s is not None]
+
+    @property
+    def searches(self) -> int:
+        return len(self.searched_turns)
+
+    def append_sampled(self, sampled: SampledTurn) -> None:
+        """Append what the policy sampled."""
+        self.completion_ids += sampled.token_ids
+        self.logprobs += sampled.logprobs
+        self.env_mask += [1] * len(sampled.token_ids)
+
+    def append_environment(self, token_ids: Sequence[int]) -> None:
+        """Append what the environment says."""
+        self.completion_ids += token_ids
+        self.logprobs += [0.0] * len(token_ids)
+        self.env_mask += [0] * len(token_ids)
+
+    def to_record(self, row: Mapping[str, Any], prompt: str, step: int | None = None) -> dict[str, Any]:
+        """Return what `trajectories.jsonl` holds: the row, what came of it, and its text by who wrote it."""
+        segments: list[dict[str, Any]] = [{"source": "prompt", "text": prompt, "noisy": None}]
+        for turn in self.turns:
+            segments.append({"source": "policy", "text": turn.text, "noisy": None})
+            if turn.observation:
+                source = "documents" if turn.kind == "search" else "hint"
+                segments.append({"source": source, "text": turn.observation, "noisy": turn.noisy})
+        return {
+            "id": row.get("id"),
+            "dataset": row.get("dataset"),
+            "question": row["question"],
+            "golden_answers": list(row["golden_answers"]),
+            "step": step,
+            "answer": self.answer,
+            "outcome": self.outcome,
+            "searches": self.searches,
+            "turns": len(self.turns),
+            "policy_tokens": self.policy_tokens,
+            "observation_tokens": self.observation_tokens,
+            "p_noise": self.p_noise,
+            "f1": f1(self.answer, row["golden_answers"]),
+            "em": exact_match(self.answer, row["golden_answers"]),
+            "segments": segments,
+        }
+
+
+@dataclass
+class RolloutClock:
+    """Where a rollout's wall time went, in seconds; rollouts that share a clock add up."""
+
+    rollout_s: float = 0.0
+    generating_s: float = 0.0  # inside the generator
+    waiting_s: float = 0.0  # nothing to generate: every live trajectory waits for documents
+
+    @property
+    def idle_s(self) -> float:
+        """Return the time in which the engine stood still for our own bookkeeping."""
+        return self.rollout_s - self.generating_s - self.waiting_s
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
+
+def run_rollouts(
+    rows: Sequence[Mapping[str, Any]],
+    generator: Generator,
+    engine: SearchEngine,
+    settings: RolloutSettings,
+    *,
+    p_noise: float = 0.0,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    clock: RolloutClock | None = None,
+    progress: bool = False,
+) -> list[Trajectory]:
+    """Roll out one trajectory per row `{prompt, question, golden_answers}` and return them in the rows' order.
+
+    `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
+    probability that a search is asked for noisy documents. `clock` collects where the time went.
+    A search that fails for good (`SearchError`) ends its own trajectory; whatever else an engine raises is raised here.
+    """
+    keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
+    clock = clock or RolloutClock()
+    with clock.timing("rollout_s"), generator.session(Sampling(settings.temperature, settings.top_p)):
+        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock)
+        try:
+            rollout.run(progress)
+        finally:
+            rollout.searches.cancel()
+        return rollout.trajectories
+
+
+class _Rollout:
+    """The state of one call of `run_rollouts`; a trajectory is known by its index."""
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        keys: Sequence[tuple[int, ...]],
+        generator: Generator,
+        engine: SearchEngine,
+        settings: RolloutSettings,
+        p_noise: float,
+        clock: RolloutClock,
+    ) -> None:
+        assert len(keys) == len(rows), "one key a row"
+        self.rows, self.keys = rows, keys
+        self.generator, self.settings, self.p_noise, self.clock = generator, settings, p_noise, clock
+        self.tokenizer = generator.tokenizer
+        self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
+        self.searches = Searches(engine, settings.search_timeout_s)
+        self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
+        self.num_generating = 0
+        self.num_searching = 0
+
+    def run(self, progress: bool) -> None:
+        """Advance every trajectory to its end."""
+        with tqdm(total=len(self.rows), desc="trajectories", disable=not progress) as bar:
+            for index in range(len(self.rows)):
+                self._start_turn(index)
+            while self.num_generating or self.num_searching:
+                for index, outcome in self._arrivals():
+                    self.num_searching -= 1
+                    self._observe(index, outcome)
+                if self.num_generating:
+                    with self.clock.timing("generating_s"):
+                        finished = self.generator.step()
+                    for sampled in finished:
+                        self.num_generating -= 1
+                        self._act(sampled)
+                bar.update(len(self.rows) - self.num_generating - self.num_searching - bar.n)
+
+    def _arrivals(self) -> list[tuple[int, SearchResult | BaseException]]:
+        """Return the searches that are done; wait for one only when there is nothing to generate."""
+        if self.num_generating:
+            return self.searches.done()
+        with self.clock.timing("waiting_s"):
+            return self.searches.wait()
+
+    def _start_turn(self, index: int) -> None:
+        trajectory = self.trajectories[index]
+        used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+        room = min(self.settings.max_turn_tokens, self.context_limit - used)
+        if room < 1:
+            self._end(index, "truncated")
+            return
+        key = (*self.keys[index], len(trajectory.turns), SAMPLING_STREAM)
+        context_ids = trajectory.prompt_ids + trajectory.completion_ids
+        self.generator.submit(TurnRequest(index, context_ids, room, seed=int(keyed_uniform(*key) * 2**53)))
+        self.num_generating += 1
+
+    def _act(self, sampled: SampledTurn) -> None:
+        """Read the action of a finished turn and do what it says."""
+        index = sampled.trajectory
+        trajectory = self.trajectories[index]
+        text = self.tokenizer.decode(sampled.token_ids)
+        action = parse_action(text)
+        trajectory.append_sampled(sampled)
+        trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids)))
+        may_search = len(trajectory.turns) <= self.settings.max_turns
+        cut_by_context = sampled.finish == "length" and len(sampled.token_ids) < self.settings.max_turn_tokens
+        if action.kind == "answer":
+            trajectory.answer = action.content
+            self._end(index, "answered")
+        elif cut_by_context:
+            self._end(index, "truncated")
+        elif not may_search:
+            self._end(index, "turns_exhausted")
+        elif action.kind == "search":
+            self._search(index, action.content)
+        else:
+            self._append_observation(index, INVALID_ACTION_HINT, self._encode(INVALID_ACTION_HINT))
+
+    def _search(self, index: int, query: str) -> None:
+        row = self.rows[index]
+        request = SearchRequest(
+            query=plain_text(query, self.tokenizer),
+            question=row["question"],
+            golden_answers=tuple(row["golden_answers"]),
+            p_noise=self.p_noise,
+            key=(*self.keys[index], len(self.trajectories[index].turns) - 1),
+        )
+        self.searches.start(index, request)
+        self.num_searching += 1
+
+    def _observe(self, index: int, outcome: SearchResult | BaseException) -> None:
+        """Append the documents of a search and go on, or end the trajectory whose search failed."""
+        turn = self.trajectories[index].turns[-1]
+        turn.latency_s = self.searches.latencies_s[index]
+        if isinstance(outcome, SearchError):
+            self.trajectories[index].error = str(outcome)
+            self._end(index, "failed_search")
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
+            text, token_ids = fit_observation(outcome.documents, self.settings.max_observation_tokens, self._encode)
+            self._append_observation(index, text, token_ids)
+
+    def _append_observation(self, index: int, text: str, token_ids: Sequence[int]) -> None:
+        trajectory = self.trajectories[index]
+        used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+        if used + len(token_ids) >= self.context_limit:  # no token of the next turn would fit behind it
+            self._end(index, "truncated")
+            return
+        turn = trajectory.turns[-1]
+        turn.observation, turn.num_observation_tokens = text, len(token_ids)
+        trajectory.append_environment(token_ids)
+        self._start_turn(index)
+
+    def _end(self, index: int, outcome: Outcome) -> None:
+        trajectory = self.trajectories[index]
+        trajectory.outcome = outcome
+        # TRL tells a finished trajectory from a cut one by its last id; and it needs at least one id.
+        finished = outcome == "answered" and trajectory.completion_ids[-1] != self.tokenizer.eos_token_id
+        if finished or not trajectory.completion_ids:
+            trajectory.append_environment([self.tokenizer.eos_token_id])
+        self.generator.release(index)
+
+    def _encode(self, text: str) -> list[int]:
+        return text_token_ids(self.tokenizer, text)
+
+
+class Searches:
+    """Searches in flight, on one asyncio loop that lives in a thread of its own."""
+
+    def __init__(self, engine: SearchEngine, timeout_s: float) -> None:
+        self.engine, self.timeout_s = engine, timeout_s
+        self.finished: SimpleQueue[tuple[int, SearchResult | BaseException]] = SimpleQueue()
+        self.latencies_s: dict[int, float] = {}
+        self.tasks: list[Any] = []
+        self.limit = asyncio.Semaphore(engine.max_concurrency)
+
+    def start(self, index: int, request: SearchRequest) -> None:
+        """Start a search for a trajectory; returns at once."""
+        self.tasks.append(asyncio.run_coroutine_threadsafe(self._search(index, request), search_loop()))
+
+    def done(self) -> list[tuple[int, SearchResult | BaseException]]:
+        """Return the searches that finished since the last call."""
+        finished = []
+        while True:
+            try:
+                finished.append(self.finished.get_nowait())
+            except Empty:
+                return finished
+
+    def wait(self) -> list[tuple[int, SearchResult | BaseException]]:
+        """Wait until a search finishes. Some search is in flight, and each has a time limit."""
+        return [self.finished.get(timeout=self.timeout_s + 60), *self.done()]
+
+    def cancel(self) -> None:
+        """Stop what is still in flight, when the rollout is left by an error."""
+        for task in self.tasks:
+            task.cancel()
+
+    async def _search(self, index: int, request: SearchRequest) -> None:
+        outcome: SearchResult | BaseException
+        async with self.limit:
+            start = time.perf_counter()
+            try:
+                outcome = await asyncio.wait_for(self.engine.search(request), self.timeout_s)
+            except TimeoutError:
+                outcome = SearchError(f"the engine {self.engine.name} gave no reply within {self.timeout_s:g} s")
+            except Exception as error:
+                outcome = error
+            self.latencies_s[index] = time.perf_counter() - start
+        self.finished.put((index, outcome))
+
+
+@cache
+def search_loop() -> asyncio.AbstractEventLoop:
+    """Return the asyncio loop of all searches in this process: engines keep their connections from rollout to rollout."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="searches", daemon=True).start()
+    return loop
+
+
+def close_engine(engine: SearchEngine) -> None:
+    """Release an engine's connections, on the loop that made them."""
+    asyncio.run_coroutine_threadsafe(engine.aclose(), search_loop()).result(timeout=30)

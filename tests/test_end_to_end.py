@@ -1,0 +1,89 @@
+"""The main job as a user runs it: a simulator served by vLLM, training with a colocated vLLM, evaluation with BM25."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zerosearch.serving import SimulatorServer, simulator_server
+
+ROOT = Path(__file__).parent.parent
+POLICY, SIMULATOR = ROOT / "data/tinyworld/policy", ROOT / "data/tinyworld/simulator"
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tinyworld(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tinyworld")
+    run("data/make_tinyworld.py", "--output_dir", directory, "--n_test", 40, "--n_train", 64, "--n_searches", 640)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def simulator(tinyworld: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatorServer]:
+    """A simulator tuned for a few steps by the recipe, with LoRA, and served by a vLLM of its own."""
+    directory = tmp_path_factory.mktemp("simulator")
+    config = ("--config", "recipes/configs/sft-tinyworld.yaml", "--searches", tinyworld / "searches.jsonl")
+    lora = (
+        "--use_peft",
+        "true",
+        "--lora_target_modules",
+        "all-linear",
+        "--max_steps",
+        20,
+        "--overwrite_output_dir",
+        "true",
+    )
+    run("recipes/sft_simulator.py", *config, "--output_dir", directory, *lora)
+    with simulator_server(str(directory), 6177, max_model_len=1024, dtype="float32", num_threads=1) as server:
+        yield server
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
+def test_training_with_vllm_for_policy_and_simulator(
+    algorithm: str, tinyworld: Path, simulator: SimulatorServer, tmp_path: Path
+) -> None:
+    output = tmp_path / "policy"
+    run(
+        *("-m", "accelerate.commands.launch", "recipes/grpo.py", "--config", "recipes/configs/tinyworld.yaml"),
+        *("--dataset", tinyworld / "train.jsonl", "--simulator_url", simulator.base_url, "--output_dir", output),
+        *("--use_vllm", "true", "--max_steps", 2, "--per_device_train_batch_size", 20, "--algorithm", algorithm),
+    )
+    state = json.loads((output / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "reward" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]
+    assert all(entry["search/searches"] > 0 and entry["search/failed_search"] == 0 for entry in steps)
+    assert [entry["search/p_noise"] for entry in steps] == pytest.approx(
+        [1 / 6, 0.5]
+    )  # Eq. 1 from 0 to 0.5 in two steps
+    queries = json.loads((output / "engine_queries.json").read_text())
+    assert set(queries) == {"simulated"} and queries["simulated"] >= 20
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").open()]
+    assert any(segment["source"] == "documents" for record in records for segment in record["segments"])
+
+
+def test_evaluation_with_a_real_engine(tinyworld: Path, tmp_path: Path) -> None:
+    output = tmp_path / "evaluation"
+    run(
+        *("recipes/evaluate.py", "--model", POLICY, "--dataset", tinyworld / "test.jsonl", "--prompt", "tinyworld"),
+        *("--engine", "bm25", "--corpus", tinyworld / "corpus.jsonl", "--generator", "transformers"),
+        *("--output_dir", output),
+    )
+    results = json.loads((output / "results.json").read_text())
+    assert results["n"] == 40 and results["engine"] == "bm25"
+    assert 0.0 <= results["em"]["low"] <= results["em"]["mean"] <= results["em"]["high"] <= 1.0
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").open()]
+    assert sum(record["em"] for record in records) / 40 == pytest.approx(results["em"]["mean"])
+    assert sum(record["searches"] for record in records) / 40 == pytest.approx(results["searches"])
