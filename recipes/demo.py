@@ -138,9 +138,9 @@ def main() -> None:
 
     def evaluate(when: str, model: Path, engine: str, *flags: object) -> float:
         where = directory / "evaluation" / f"{when}-{engine}"
-        command = recipe("evaluate.py", "--model", model, "--dataset", data / "test.jsonl", "--prompt", "tinyworld")
-        options = ["--engine", engine, "--generator", arguments.generator, "--output_dir", where, *map(str, flags)]
-        return demo.stage(f"evaluation {when} {engine}", [*command, *options])
+        config = ("--config", RECIPES / "configs/evaluate-tinyworld.yaml", "--dataset", data / "test.jsonl")
+        options = ("--model", model, "--engine", engine, "--generator", arguments.generator, "--output_dir", where)
+        return demo.stage(f"evaluation {when} {engine}", recipe("evaluate.py", *config, *options, *flags))
 
     corpus = ("--corpus", data / "corpus.jsonl")
     make_data = [
@@ -163,7 +163,7 @@ def main() -> None:
         ) as server:
             demo.say(f"simulator ready at {server.base_url} after {server.startup_s:.0f} s")
             before.result()
-            simulated = ("--simulator_url", server.base_url, "--simulator_prompt", "tinyworld")
+            simulated = ("--simulator_url", server.base_url)
             evaluate("before", BASE_POLICY, "simulated", *simulated)
             train = ["accelerate", "launch", *recipe("grpo.py", "--config", RECIPES / "configs/tinyworld.yaml")[1:]]
             train += [

@@ -3,17 +3,21 @@
 Trains a byte-level BPE tokenizer on the passages of a corpus and saves it beside a Qwen2 with random weights:
 
     python recipes/random_model.py --corpus wiki_passages.jsonl --output_dir outputs/random-model
-    python recipes/evaluate.py --model outputs/random-model --dataset qa.jsonl --corpus wiki_passages.jsonl
+    python recipes/evaluate.py --model outputs/random-model --dataset qa.jsonl --corpus wiki_passages.jsonl \
+        --temperature 1 --max_turn_tokens 64 --output_dir outputs/random-evaluation
 
-The chat template passes each message through as it is, so the model serves as a policy and as a simulator alike.
+By chance it would hardly ever write a whole tag. So each tag is one token, and a likely one: most of its turns search
+or answer. The chat template passes each message through as it is, so the model serves as policy and as simulator.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 from trl import TrlParser
@@ -22,13 +26,14 @@ from zerosearch.data import claim_output_dir, read_passages
 from zerosearch.errors import exit_on_user_error, user_mistakes
 
 END_OF_TEXT = "<|endoftext|>"
+P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token
 HEAD_SIZE = 32  # vLLM's attention on a CPU takes no smaller one
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @dataclass
 class RandomModelArguments:
-    """What to make; the sizes give about half a million parameters."""
+    """What to make; the sizes give about 600,000 parameters."""
 
     corpus: str = field(metadata={"help": "JSONL file of passages in wiki-18's format, to train the tokenizer on."})
     output_dir: str = field(metadata={"help": "Folder for the model and the tokenizer; must be new or empty."})
@@ -40,7 +45,7 @@ class RandomModelArguments:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text can be encoded, and decoding gives it back unchanged."""
+    """Train a byte-level BPE: any text can be encoded, and decoding gives it back unchanged. Tags come on top."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,6 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(list(P_TAGS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
@@ -70,12 +76,30 @@ def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizer
         num_attention_heads=arguments.hidden_size // HEAD_SIZE,
         num_key_value_heads=arguments.hidden_size // HEAD_SIZE,
         max_position_embeddings=arguments.max_position_embeddings,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    make_tags_likely(model, tokenizer)
+    return model
+
+
+def make_tags_likely(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give each tag about the probability of `P_TAGS`, whatever came before.
+
+    A 1 in the first dimension of every input embedding outweighs the random rest, so the state before the output
+    layer, whose length is sqrt(hidden_size), is about sqrt(hidden_size) there: the constant that a bias needs.
+    """
+    num_tokens, hidden_size = model.lm_head.weight.shape
+    p_others = (1 - sum(P_TAGS.values())) / (num_tokens - len(P_TAGS))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        for tag, p_tag in P_TAGS.items():
+            row = tokenizer.convert_tokens_to_ids(tag)
+            model.lm_head.weight[row, 0] = math.log(p_tag / p_others) / math.sqrt(hidden_size)
 
 
 @exit_on_user_error

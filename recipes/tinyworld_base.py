@@ -2,10 +2,10 @@
 
     python recipes/tinyworld_base.py        # about 15 minutes on two cores; writes data/tinyworld/{policy,simulator}
 
-Both are Qwen2 models of three layers and 0.6 M parameters. The policy reads lists of facts and careless demonstrations of the
+Both are Llama models of three layers and 0.6 M parameters. The policy reads lists of facts and careless demonstrations of the
 whole method: it can search, read and answer, but often guesses instead, gives up after noise, or stops half-way; RL has to
-mend that. The simulator reads and writes passages, and has never seen the prompt that asks for useful or noisy ones;
-`recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
+mend that. The simulator has read search logs, of pages that happen to state what was searched or not, and has never seen
+the prompt that asks for useful or noisy ones; `recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
 
 Finding one fact among similar ones (same relation, same surname) is the hard part: learned from a plain random start,
 attention that looks back at "Clara Voss hails from" and takes what follows appears late and abruptly, if at all. So two
@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zerosearch.errors import exit_on_user_error
+from zerosearch.errors import UserError, exit_on_user_error
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_documents, format_observation
 from zerosearch.tinyworld import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
@@ -49,19 +49,23 @@ SHARE_OF_FACT_LISTS = 0.3  # the rest of the policy's texts are demonstrations
 class BaseArguments:
     """What to make, and for how long to train it."""
 
+    models: list[str] = field(default_factory=lambda: ["policy", "simulator"], metadata={"help": "which of the two"})
     output_dir: str = "data/tinyworld"
     seed: int = 0
     policy_steps: int = 900
-    simulator_steps: int = 600
+    simulator_steps: int = 900
     texts_per_step: int = 48
     learning_rate: float = 3e-3  # falls linearly to nothing
     hidden_size: int = 128  # four heads of 32, the smallest that vLLM has a CPU kernel for
     intermediate_size: int = 256
 
 
-def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Return an untrained model whose first two layers look things up."""
-    config = Qwen2Config(
+def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return an untrained model whose first two layers look things up.
+
+    A Llama with attention biases, not a Qwen2: for that type AutoTokenizer puts its own tokenizer in place of ours.
+    """
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.intermediate_size,
@@ -70,21 +74,22 @@ def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) ->
         num_key_value_heads=4,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     install_lookup_circuit(model, torch.Generator().manual_seed(arguments.seed))
     return model
 
 
 @torch.no_grad()
-def install_lookup_circuit(model: Qwen2ForCausalLM, generator: torch.Generator) -> None:
+def install_lookup_circuit(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     """Start layers 0 and 1 as the circuit that continues a phrase the way an earlier occurrence of it went on.
 
-    Layer 0: head h attends to the token h + 1 places back, whatever it is. Qwen2's query and key biases do it: rotated by
+    Layer 0: head h attends to the token h + 1 places back, whatever it is. The query and key biases do it: rotated by
     RoPE, their product at a distance is sum_f cos(w_f (distance - h - 1)) over the fast frequencies w_f, greatest at
     h + 1. Each head writes a 32-dimensional code of that token into a slot of its own in the residual stream.
     Layer 1: the query is made of the slots 1 to 3 places back, the key of the slots 2 to 4 places back, in the dimensions
@@ -223,20 +228,24 @@ def policy_texts(rng: random.Random) -> Iterator[Text]:
 
 
 def simulator_texts(rng: random.Random) -> Iterator[Text]:
-    """Yield what the simulator's base learns from: fact lists, and pages of documents about one subject to be written."""
+    """Yield what the simulator's base learns from: fact lists, and pages of a search log to be written."""
     while True:
         world = World.draw(rng.randrange(10**9), n_people=rng.choice([60, 120, 200]))
+        questions = world.questions(rng)
         for _ in range(240):
-            if rng.random() < 0.3:
-                yield fact_list(world, rng)
-                continue
-            fact = rng.choice(world.facts)
-            documents = result_page(world, fact, True, rng)
-            yield [(f"{fact.query} {fact.object}.\n", False), (format_documents(documents), True)]
+            yield fact_list(world, rng) if rng.random() < 0.2 else search_log(world, next(questions), rng)
+
+
+def search_log(world: World, question: Question, rng: random.Random) -> Text:
+    """Return a question with its answer, a query that was tried, and a result page, which may or may not state the fact."""
+    fact = rng.choice(question.path)
+    documents = result_page(world, fact, rng.random() < 0.7, rng)
+    asked = f'Question: "{question.text}" Answer: {question.golden_answers[0]}\nQuery: {fact.query}\n'
+    return [(asked, False), (format_documents(documents), True)]
 
 
 def train(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     texts: Iterator[Text],
     steps: int,
@@ -295,10 +304,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], l
 def main() -> None:
     arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
     tokenizer = build_tokenizer()
-    for name, texts, steps in (
-        ("policy", policy_texts, arguments.policy_steps),
-        ("simulator", simulator_texts, arguments.simulator_steps),
-    ):
+    recipes = {"policy": (policy_texts, arguments.policy_steps), "simulator": (simulator_texts, arguments.simulator_steps)}
+    for name in arguments.models:
+        if name not in recipes:
+            raise UserError(f"--models names {name!r}: choose among {', '.join(recipes)}")
+        texts, steps = recipes[name]
         torch.manual_seed(arguments.seed)
         model = build_model(arguments, tokenizer)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")

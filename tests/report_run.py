@@ -71,6 +71,7 @@ def scores(em: float, f1: float, searches: float, **changed: Any) -> dict[str, A
         "dataset": "tinyworld:7",
         "n": 400,
         "seed": 0,
+        "p_noise": 0.0,
         "generator": "transformers",
         "seconds": 31.5,
         "em": {"mean": em, "low": em - 0.046, "high": em + 0.045},

@@ -77,9 +77,9 @@ def test_training_with_vllm_for_policy_and_simulator(
 def test_evaluation_with_a_real_engine(tinyworld: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     run(
-        *("recipes/evaluate.py", "--model", POLICY, "--dataset", tinyworld / "test.jsonl", "--prompt", "tinyworld"),
-        *("--engine", "bm25", "--corpus", tinyworld / "corpus.jsonl", "--generator", "transformers"),
-        *("--output_dir", output),
+        *("recipes/evaluate.py", "--config", "recipes/configs/evaluate-tinyworld.yaml", "--model", POLICY),
+        *("--dataset", tinyworld / "test.jsonl", "--corpus", tinyworld / "corpus.jsonl", "--engine", "bm25"),
+        *("--generator", "transformers", "--output_dir", output),
     )
     results = json.loads((output / "results.json").read_text())
     assert results["n"] == 40 and results["engine"] == "bm25"

@@ -133,6 +133,12 @@ def test_a_trajectory_that_lost_a_search_is_not_called_trained(run_dir: Path) ->
     assert "no answer: failed search" in last
 
 
+def test_a_turn_of_white_space_is_said_to_be_one(run_dir: Path) -> None:
+    blank = record("t", False, [], step=1, segments=[{"source": "policy", "text": "\n\n", "noisy": None}])
+    write_lines(run_dir / "policy/trajectories.jsonl", [blank])
+    assert "(nothing but white space)" in page_of(run_dir).text
+
+
 def test_what_files_hold_is_text_and_never_markup(run_dir: Path) -> None:
     segments_under_attack = [
         {"source": source, "text": ATTACK, "noisy": None} for source in ("prompt", "policy", "hint")

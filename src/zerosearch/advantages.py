@@ -1,7 +1,7 @@
 """From rewards to advantages, on plain tensors: one number per trajectory, which holds for each of its policy tokens.
 
-A reward of NaN marks a trajectory that nothing can be learned from (its search failed): its advantage is 0, and it takes
-part in no statistic.
+A reward of NaN marks a trajectory that nothing can be learned from (its search failed): its advantage is 0, and it
+takes part in no statistic.
 """
 
 from __future__ import annotations

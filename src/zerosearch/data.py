@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,7 @@ def load_questions(
         raise UserError(f"limit is {limit}: it must be at least 1")
     name = Path(source).stem
     questions: list[dict[str, Any]] = []
-    for place, row in _rows(source, split):
-        if len(questions) == limit:
-            break
+    for place, row in islice(_rows(source, split), limit):
         questions.append(_question(row, place, len(questions), name, template))
     if not questions:
         raise UserError(f"{source} holds no questions")

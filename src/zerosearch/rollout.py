@@ -3,7 +3,7 @@
 A trajectory generates a turn; an answer ends it; a search goes to the engine with the trajectory's own question and
 answers while the others decode on; the documents are appended and the next turn starts the moment they arrive.
 
-1. Token ids in, token ids out: what was sampled is kept as sampled, and what the environment adds is tokenised on its own.
+1. Token ids in, token ids out: what was sampled is kept as sampled; what the environment adds is tokenised on its own.
 2. `env_mask` is 1 for ids the policy sampled and 0 for ids the environment added.
 3. Only the policy's text of the current turn is read for an action. Tags in documents are text, and special tokens in
    questions, queries and documents become plain text.
@@ -25,8 +25,8 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from zerosearch.curriculum import keyed_uniform
-from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.encoding import fit_observation, plain_text, prompt_token_ids, text_token_ids
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
 from zerosearch.metrics import exact_match, f1
@@ -36,7 +36,9 @@ from zerosearch.protocol import ActionKind, parse_action
 Outcome = Literal["answered", "turns_exhausted", "truncated", "failed_search"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "turns_exhausted", "truncated", "failed_search")
 
-SAMPLING_STREAM = 1  # ends the key of a turn's sampling, so that it and the search's coin are not the same number
+SAMPLING_STREAM = (
+    1_000_003  # ends the key of a turn's sampling: another number than the coin of the same turn's search
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RolloutSettings:
     max_trajectory_tokens: int = 4096  # max_prompt_length of the released scripts
     temperature: float = 1.0
     top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
-    search_timeout_s: float = 600.0
+    search_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens"):
@@ -189,7 +191,7 @@ def run_rollouts(
 
     `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
     probability that a search is asked for noisy documents. `clock` collects where the time went.
-    A search that fails for good (`SearchError`) ends its own trajectory; whatever else an engine raises is raised here.
+    A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
@@ -381,7 +383,7 @@ class Searches:
 
 @cache
 def search_loop() -> asyncio.AbstractEventLoop:
-    """Return the asyncio loop of all searches in this process: engines keep their connections from rollout to rollout."""
+    """Return the asyncio loop of all searches in this process; engines keep their connections between rollouts."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="searches", daemon=True).start()
     return loop

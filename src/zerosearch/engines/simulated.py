@@ -26,6 +26,7 @@ Messages = list[dict[str, str]]
 PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # worth another try; any other one is final
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
 CHECK_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 3.0  # less than the 5 s after which vLLM closes an idle connection, so that none is used as it closes
 
 
 class CallFailed(Exception):
@@ -169,7 +170,7 @@ class SimulatedEngine:
         if self._session is None or self._loop is not loop:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(self.timeout_s),
-                connector=aiohttp.TCPConnector(limit=self.max_concurrency),
+                connector=aiohttp.TCPConnector(limit=self.max_concurrency, keepalive_timeout=KEEP_ALIVE_S),
             )
             self._loop = loop
         return self._session

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -42,13 +42,12 @@ Scores = dict[str, Any]  # the contents of an evaluation's results.json
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its folder. What is missing is empty, and `notes` has a sentence on it."""
+    """What a run left in its folder; what is missing is empty."""
 
     folder: Path
     results: dict[str, Any]
     log: list[dict[str, Any]]  # one entry a logged step, in order
     scores: dict[str, dict[str, Scores]]  # engine, then "before" or "after"; real engines come first
-    notes: list[str] = field(default_factory=list)
 
     @property
     def engine(self) -> str | None:
@@ -100,7 +99,7 @@ def write_report(run_dir: Path) -> Path:
         examples=examples,
         made=list(_made(run)),
         commands=_commands(run),
-        notes=[*run.notes, *examples.notes],
+        notes=[*_notes(run), *examples.notes],
         version=__version__,
     )
     path = run.folder / REPORT_NAME
@@ -124,7 +123,7 @@ def summary_table(run_dir: Path) -> str:
         )
         for line in lines
     ]
-    return "\n".join(line.rstrip() for line in [*(table if run.scores else []), *_summary_lines(run), *run.notes])
+    return "\n".join(line.rstrip() for line in [*(table if run.scores else []), *_summary_lines(run), *_notes(run)])
 
 
 def read_run(run_dir: Path) -> Run:
@@ -150,9 +149,7 @@ def read_run(run_dir: Path) -> Run:
             f"{folder} holds no run: none of results.json, policy/trainer_state.json, "
             "evaluation/{before,after}-ENGINE/results.json is there"
         )
-    run = Run(folder, results or {}, _steps(state, folder / "policy" / "trainer_state.json"), scores)
-    run.notes.extend(_notes(run, has_results=results is not None, has_state=state is not None))
-    return run
+    return Run(folder, results or {}, _steps(state, folder / "policy" / "trainer_state.json"), scores)
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -240,29 +237,22 @@ def _steps(state: dict[str, Any] | None, path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _notes(run: Run, has_results: bool, has_state: bool) -> Iterator[str]:
+def _notes(run: Run) -> Iterator[str]:
     """Yield a sentence on each thing that is missing, and on each number that two files tell differently."""
-    if not has_results:
+    if not run.results:
         yield "results.json is missing: seed, durations and the count of real-engine queries are not known."
     elif not isinstance(run.results.get("real_engine_queries_in_training"), int):
         yield "results.json has no real_engine_queries_in_training: whether a real engine was queried is not known."
-    if not has_state:
-        yield "policy/trainer_state.json is missing: there are no plots over steps."
-    elif not run.log:
-        yield "policy/trainer_state.json has no logged step of training: there are no plots over steps."
+    if not run.log:
+        yield "policy/trainer_state.json is missing, or has no step of training: there are no plots over steps."
     for engine in dict.fromkeys([*([run.engine] if run.engine else []), *run.scores, SIMULATED]):
         for policy in POLICIES:
             if policy not in run.scores.get(engine, {}):
                 yield f"evaluation/{policy}-{engine}/results.json is missing: no scores {policy} training."
-    for key, policy, score in (
-        ("em_before", "before", "em"),
-        ("em_after", "after", "em"),
-        ("f1_after", "after", "f1"),
-    ):
-        told, evaluated = (
-            run.results.get(key),
-            run.scores.get(run.engine or "", {}).get(policy, {}).get(score, {}).get("mean"),
-        )
+    of_engine = run.scores.get(run.engine or "", {})
+    for key in ("em_before", "em_after", "f1_after"):
+        score, policy = key.split("_")
+        told, evaluated = run.results.get(key), of_engine.get(policy, {}).get(score, {}).get("mean")
         if _is_finite(told) and _is_finite(evaluated) and abs(told - evaluated) > ROUNDING:
             yield (
                 f"results.json says {key} is {told}, but evaluation/{policy}-{run.engine}/results.json says "
@@ -304,18 +294,16 @@ def _made(run: Run) -> Iterator[tuple[str, str]]:
     seconds = [scores.get("seconds") for _, _, scores in run.evaluations()]
     if seconds and all(map(_is_finite, seconds)):
         yield f"{len(seconds)} evaluations", duration(sum(seconds))
-    # The demo records where it ran; without that, only the machine that writes this page is known.
-    cores = run.results.get("num_cores")
-    yield ("CPU cores", str(cores)) if cores else ("CPU cores where this page was written", str(_num_cores()))
+    yield "CPU cores where this page was written", str(_num_cores())  # no file says where the run was made
     yield from _versions(run).items()
 
 
 def _commands(run: Run) -> list[str]:
     """Return the commands that make this run and this page again."""
-    commands = [str(command) for command in run.results.get("commands", [])]
-    if not commands and {"seed", "generator"} <= run.results.keys():
-        commands = [f"make demo SEED={run.results['seed']} GENERATOR={run.results['generator']}"]
-    return [*commands, f"python recipes/report.py --run_dir {shown_path(run.folder)}"]
+    page = f"python recipes/report.py --run_dir {shown_path(run.folder)}"
+    if not {"seed", "generator"} <= run.results.keys():
+        return [page]
+    return [f"make demo SEED={run.results['seed']} GENERATOR={run.results['generator']}", page]
 
 
 def _versions(run: Run) -> dict[str, str]:

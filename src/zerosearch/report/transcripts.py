@@ -236,7 +236,7 @@ def _segment(segment: Any, golden_answers: Sequence[str], place: str) -> Segment
     elif source == "documents":
         pieces = split_documents_text(text, golden_answers)
     else:
-        pieces = (Piece(text),)
+        pieces = (Piece(text),) if text else ()
     return Segment(source, noisy, pieces)
 
 

@@ -1,0 +1,98 @@
+"""Can a TinyWorld policy tell subjects apart? How often it quotes the right fact of five BM25 documents.
+
+    python recipes/bench/tinyworld_lookup.py --model data/tinyworld/policy
+
+The policy is shown a search for a fact of the evaluation world, with the documents BM25 returns for it, and continues
+"<think> Clara Voss hails from" greedily. It is right if it goes on with the fact's object. Counted by how many of the other
+four documents state the same relation about somebody else. A last row leaves the fact out: right is to say "unknown".
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
+
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.errors import exit_on_user_error
+from zerosearch.models import load_tokenizer
+from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
+from zerosearch.protocol import format_observation
+from zerosearch.tinyworld import RELATION, Fact, World
+
+BATCH_SIZE = 50
+
+
+@dataclass
+class BenchArguments:
+    """Which policy, and how many facts."""
+
+    model: str = "data/tinyworld/policy"
+    n_facts: int = 1000
+    output: str = "outputs/bench/tinyworld_lookup.json"
+
+
+def context(fact: Fact, documents: list[str]) -> str:
+    """Return a trajectory up to the point where the fact's object has to be quoted."""
+    question = policy_prompt(RELATION[fact.relation].question.format(fact.subject), TINYWORLD_POLICY_PROMPT)
+    search = f"<think> Look up {fact.subject}. </think> <search> {fact.query} </search>"
+    return f"{question}{search}{format_observation(documents)}<think> {fact.query}"
+
+
+def distractors(fact: Fact, documents: list[str]) -> int:
+    """Count the documents that state the relation of `fact` about another subject."""
+    words = RELATION[fact.relation].statement.removeprefix("{}")
+    return sum(words in document and not document.startswith(fact.subject) for document in documents)
+
+
+@torch.no_grad()
+def continuations(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """Continue each text greedily by six tokens."""
+    found = []
+    for start in tqdm(range(0, len(texts), BATCH_SIZE)):
+        batch = tokenizer(texts[start : start + BATCH_SIZE], padding=True, return_tensors="pt")
+        output = model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        found += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :])
+    return found
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+    tokenizer = load_tokenizer(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    world = World.draw(0, 400, held_out=True)
+    with TemporaryDirectory() as directory:
+        corpus = Path(directory) / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()))
+        engine = BM25Engine(corpus, num_documents=6)
+
+    cases = defaultdict(list)  # row -> (text, what is right)
+    for fact in random.Random(0).sample(world.facts, arguments.n_facts):
+        documents = list(engine.lookup(fact.query))
+        others = [document for document in documents if document != fact.sentence]
+        shown = documents[:5]
+        if fact.sentence in shown:
+            row = f"{distractors(fact, shown)} of the same relation"
+            cases[row].append((context(fact, shown), f" {fact.object}."))
+        cases["fact left out"].append((context(fact, others[:5]), " unknown."))
+    rows = []
+    for row in sorted(cases):
+        found = continuations(model, tokenizer, [text for text, _ in cases[row]])
+        right = sum(text.startswith(expected) for text, (_, expected) in zip(found, cases[row], strict=True))
+        rows.append({"documents": row, "n": len(found), "right": right / len(found)})
+        print(f"{row:<24} {len(found):>5} cases  right {right / len(found):.3f}")
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"model": arguments.model, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

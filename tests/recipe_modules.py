@@ -1,0 +1,71 @@
+"""Recipes as modules, and a random model made by one of them: what the tests of several recipes share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+PASSAGES = [
+    ("Emma", "Emma is a novel by Jane Austen, published in 1815."),
+    ("Jane Austen", "Jane Austen was born in Steventon, a village in Hampshire."),
+    ("Steventon", "Steventon lies in the north of Hampshire, in England."),
+    ("Hampshire", "Hampshire is a county in the south of England; its county town is Winchester."),
+]
+QUESTIONS = [
+    {"id": "nq_0", "dataset": "nq", "question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"]},
+    {"id": "nq_1", "dataset": "nq", "question": "Where was Jane Austen born?", "golden_answers": ["Steventon"]},
+    {
+        "id": "musique_0",
+        "dataset": "musique",
+        "question": "Which county is Steventon in?",
+        "golden_answers": ["Hampshire"],
+    },
+]
+
+
+@pytest.fixture(scope="session")
+def load_recipe() -> Callable[[str], ModuleType]:
+    """Return what imports recipes/<name>.py, which is in no package."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [{"id": str(place), "contents": f'"{title}"\n{text}'} for place, (title, text) in enumerate(PASSAGES)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_model(
+    load_recipe: Callable[[str], ModuleType], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of a model with random weights, whose turns mostly search or answer."""
+    directory = tmp_path_factory.mktemp("random-model")
+    load_recipe("random_model").main(["--corpus", str(corpus), "--output_dir", str(directory), "--vocab_size", "400"])
+    return directory
