@@ -48,6 +48,11 @@ class RecipeArguments:
     num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4)."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
 
+    def __post_init__(self) -> None:
+        for name, choices in (("engine", ("simulated", "bm25")), ("prompt", tuple(PROMPTS))):
+            if getattr(self, name) not in choices:  # a config file is not checked by the parser
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+
 
 def make_engine(arguments: RecipeArguments) -> SearchEngine:
     """Return the engine that the policy learns from."""
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model(config.output_dir)
     trainer.save_state()
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=Path(arguments.dataset).name)
+        trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
     close_engine(engine)
 
 

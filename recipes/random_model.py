@@ -1,6 +1,6 @@
 """Make a small model that knows nothing, to try the whole pipeline on real data without downloading weights.
 
-Trains a byte-level BPE tokenizer on the passages of a corpus and saves it beside a Qwen2 with random weights:
+Trains a byte-level BPE tokenizer on the passages of a corpus and saves it beside a Llama with random weights:
 
     python recipes/random_model.py --corpus wiki_passages.jsonl --output_dir outputs/random-model
     python recipes/evaluate.py --model outputs/random-model --dataset qa.jsonl --corpus wiki_passages.jsonl \
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import TrlParser
 
 from zerosearch.data import claim_output_dir, read_passages
@@ -65,10 +65,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Return a small Qwen2 with random weights for the tokenizer's vocabulary."""
+def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a small Llama with random weights for the tokenizer's vocabulary.
+
+    Not a Qwen2: with a model of that type, transformers 5.17 loads Qwen2's own tokenizer in place of the saved one.
+    """
     set_seed(arguments.seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
         intermediate_size=2 * arguments.hidden_size,
@@ -81,12 +84,12 @@ def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizer
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     make_tags_likely(model, tokenizer)
     return model
 
 
-def make_tags_likely(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def make_tags_likely(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Give each tag about the probability of `P_TAGS`, whatever came before.
 
     A 1 in the first dimension of every input embedding outweighs the random rest, so the state before the output

@@ -8,16 +8,13 @@ does not know go to vLLM as they are: `--tensor-parallel-size 2 --data-parallel-
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import NoReturn
 
 from trl import TrlParser
 
 from zerosearch.errors import exit_on_user_error, user_mistakes
-from zerosearch.serving import ServerDied, simulator_server
+from zerosearch.serving import ServerDied, exit_on_signals, simulator_server
 
 
 @dataclass
@@ -34,19 +31,13 @@ class ServeArguments:
     )
 
 
-def stop(signal_number: int, _frame: FrameType | None) -> NoReturn:
-    """End as a program ended by this signal does, by way of every `finally`."""
-    raise SystemExit(128 + signal_number)
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Serve until a signal comes (exit 128 + its number) or the server dies (exit 1, with its last lines)."""
     with user_mistakes():
         parser = TrlParser(ServeArguments)
         arguments, vllm_arguments = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    exit_on_signals()
     print(f"starting {arguments.model} ...", flush=True)
     try:
         with simulator_server(**vars(arguments), vllm_arguments=vllm_arguments) as server:

@@ -4,8 +4,8 @@
 
 Both are Llama models of three layers and 0.6 M parameters. The policy reads lists of facts and careless demonstrations of the
 whole method: it can search, read and answer, but often guesses instead, gives up after noise, or stops half-way; RL has to
-mend that. The simulator has read search logs, of pages that happen to state what was searched or not, and has never seen
-the prompt that asks for useful or noisy ones; `recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
+mend that. The simulator has read search logs with a reader's verdict, useful or noisy, and has never seen the prompt that
+asks for one or the other; `recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
 
 Finding one fact among similar ones (same relation, same surname) is the hard part: learned from a plain random start,
 attention that looks back at "Clara Voss hails from" and takes what follows appears late and abruptly, if at all. So two
@@ -233,14 +233,16 @@ def simulator_texts(rng: random.Random) -> Iterator[Text]:
         world = World.draw(rng.randrange(10**9), n_people=rng.choice([60, 120, 200]))
         questions = world.questions(rng)
         for _ in range(240):
-            yield fact_list(world, rng) if rng.random() < 0.2 else search_log(world, next(questions), rng)
+            yield fact_list(world, rng) if rng.random() < 0.1 else search_log(world, next(questions), rng)
 
 
 def search_log(world: World, question: Question, rng: random.Random) -> Text:
-    """Return a question with its answer, a query that was tried, and a result page, which may or may not state the fact."""
+    """Return a question, a query that was tried with the answer looked for, a reader's verdict, and the page it got."""
     fact = rng.choice(question.path)
-    documents = result_page(world, fact, rng.random() < 0.7, rng)
-    asked = f'Question: "{question.text}" Answer: {question.golden_answers[0]}\nQuery: {fact.query}\n'
+    useful = rng.random() < 0.5
+    documents = result_page(world, fact, useful, rng)
+    verdict = "Useful" if useful else "Noisy"
+    asked = f'Question: "{question.text}"\nQuery: {fact.query} {question.golden_answers[0]}\n{verdict} Output:\n'
     return [(asked, False), (format_documents(documents), True)]
 
 

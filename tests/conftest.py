@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import random
 from pathlib import Path
 
 # Before anything imports the Hub's client: no test asks the network for anything.
@@ -13,18 +13,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT = (
-    "<think>\nWho wrote Emma?\n</think>\n<search> Emma author </search>\n\n<information>Doc 1: Emma is a novel by Jane "
-    "Austen.\nDoc 2: It rains.</information>\n\n<think> It is Jane Austen.</think>\n<answer> Jane Austen </answer>\n"
+    "<think>\nWho wrote Emma?\n</think>\n<search> Emma author </search>\n\n<information>Doc 1: Emma is a novel by "
+    "Jane Austen.\nDoc 2: It rains.</information>\n\n<think> It is she.</think>\n<answer> Jane Austen </answer>\n"
 )
+WORDS = "Emma Jane Austen rain novel born who where".split()
+CONTEXTS = ["Who wrote {}?", "x", "{}.</information>\n\n", "Let me try again.\n"]
+TURNS = ["<search> {} {} </search>\n"] * 5 + ["<answer> {} </answer>."] * 2 + [" {} {} {}<|endoftext|>", "{} " * 15]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Likely tokens of the random policy: opening tags, and closing tags with something behind them in the same token.
-P_TAGS = {"<search>": 0.1, "</search>\n": 0.05, "<answer>": 0.06, "</answer>.": 0.02}
 
 
 @pytest.fixture(scope="session")
@@ -52,40 +53,40 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_policy_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 of 150,000 random parameters, most of whose turns search or answer, saved with its tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny-policy")
-    tiny_tokenizer.save_pretrained(directory)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    tokenizer.add_tokens(list(P_TAGS))
-    tokenizer.save_pretrained(directory)
+    """A Llama of 130,000 parameters that can search, answer and fail, all three badly; saved with its tokenizer."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
+    # No Qwen2: for that type, AutoTokenizer builds Qwen2's tokenizer whatever the saved one is (transformers 5.17).
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,  # of 32, the smallest head that vLLM takes on a CPU
         num_key_value_heads=1,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    make_tags_likely(model, tokenizer)
+    model = LlamaForCausalLM(config)
+    teach_turns(model, tiny_tokenizer, steps=100)
+    directory = tmp_path_factory.mktemp("tiny-policy")
     model.save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
     return directory
 
 
-def make_tags_likely(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Use the first dimension of the hidden state, where every embedding has a large entry, as the head's bias."""
-    p_others = (1 - sum(P_TAGS.values())) / (len(tokenizer) - len(P_TAGS))
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 20.0
-        model.lm_head.weight[:, 0] = 0.0
-        for tag, p_tag in P_TAGS.items():
-            row = tokenizer.convert_tokens_to_ids(tag)
-            model.lm_head.weight[row] *= 0.1
-            model.lm_head.weight[row, 0] = math.log(p_tag / p_others) / math.sqrt(model.config.hidden_size)
+def teach_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Train on turns of random words, in pieces tokenised one by one as in a rollout; far from enough to be good."""
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        rows = []
+        for _ in range(12):
+            pieces = [rng.choice(choices).format(*rng.choices(WORDS, k=16)) for choices in [CONTEXTS, TURNS] * 4]
+            rows.append([token_id for piece in pieces for token_id in tokenizer(piece)["input_ids"]])
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -62,7 +62,7 @@ def test_words_count_as_they_stand(tmp_path: Path) -> None:
 
 def test_equal_scores_keep_the_order_of_the_corpus(tmp_path: Path) -> None:
     engine = BM25Engine(
-        corpus_of(tmp_path, *(f'"T{number}"\nsame words here' for number in range(20))), num_documents=3
+        corpus_of(tmp_path, *(f'"T{number}"\nsame words here' for number in range(300))), num_documents=3
     )
     assert engine.lookup("same words") == ("T0: same words here", "T1: same words here", "T2: same words here")
 

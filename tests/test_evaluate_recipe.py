@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from zerosearch.data import load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.evaluation import load_generator

@@ -101,9 +101,9 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     generator = load_generator(str(random_model), "transformers", 2048)
     about = {"model": "m", "dataset": "d", "generator": "transformers"}
     rows = rows_of(questions, copies=8)
-    results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, tmp_path, seed=3, about=about)
+    results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, tmp_path, p_noise=0.25, seed=3, about=about)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.0} == results
+    assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.25} == results
     assert results["settings"]["max_turns"] == 3 and results["seconds"] > 0
     assert {"python", "torch", "transformers"} <= set(results["versions"])
 

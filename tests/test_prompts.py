@@ -72,7 +72,7 @@ def test_tinyworld_prompts_to_the_letter() -> None:
         template=TINYWORLD_SIMULATOR_PROMPT,
     )
     assert prompt == (
-        'Write five noisy documents. Question: "Where is Kipi?" Answer: Lomu\nQuery: Kipi city\nNoisy Output:\n'
+        'Write five noisy documents. Question: "Where is Kipi?" Answer: Lomu\nQuery: Kipi city Lomu\nNoisy Output:\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""A simulator brought up, asked and taken down: with a real vLLM where it counts, else with processes that misbehave."""
+"""A simulator brought up, asked and taken down: by a real vLLM where it counts, else by processes that misbehave."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_served_simulator_answers_many_searches_and_repeats_itself_by_key(serv
     engine.check()
     # Long enough that their prompts do not fit into one batch: with "chunked prefill" the seeds would end the server.
     requests = [
-        SearchRequest("wrote Emma " * 60, "Who wrote Emma?", ("Jane Austen",), p_noise=0.5, key=(0, 1, row, 0, 0))
+        SearchRequest(f"Emma {row} " * 90, "Who wrote Emma?", ("Jane Austen",), p_noise=0.5, key=(0, 1, row, 0, 0))
         for row in range(48)
     ]
     replies = search(engine, *requests)
@@ -154,7 +154,7 @@ def test_nothing_is_left_when_the_block_ends(random_model: Path, free_port: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_the_recipe_says_when_it_is_ready_and_ends_with_a_signal(
     ending: signal.Signals, random_model: Path, free_port: int
 ) -> None:

@@ -264,9 +264,10 @@ def test_check_names_the_command_that_starts_a_simulator(url: str) -> None:
     assert str(caught.value).endswith("start one with: python recipes/serve_simulator.py --model SIMULATOR --port 9")
 
 
-def test_check_refuses_an_address_that_is_none() -> None:
-    with pytest.raises(UserError, match="no simulator answers at localhost:6001"):
-        SimulatedEngine("localhost:6001").check()
+@pytest.mark.parametrize("url", ["localhost:6001", "http://localhost:port/v1", "not an address"])
+def test_check_refuses_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(UserError, match=f"no simulator answers at {url} .*--port 6001"):
+        SimulatedEngine(url).check()
 
 
 def test_without_a_name_the_first_model_is_asked(server: Server) -> None:

@@ -30,6 +30,9 @@ class SearchConfig(GRPOConfig):
     beta: float = field(
         default=0.001, metadata={"help": "Weight of the KL to the reference model (released code; k3 estimate)."}
     )
+    # 64 questions x 5 trajectories a step (Table 8), on one device: 20 x 16 = 320.
+    per_device_train_batch_size: int = field(default=20, metadata={"help": "Trajectories a micro-batch and device."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Micro-batches a step."})
     num_generations: int | None = field(
         default=5, metadata={"help": "Trajectories a prompt (Table 8: 64 x 5 a step)."}
     )

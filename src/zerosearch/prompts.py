@@ -47,9 +47,10 @@ INVALID_ACTION_HINT = (
 TINYWORLD_POLICY_PROMPT = (
     "Think in <think>, look things up with <search>, then give a short <answer>. Question: {question}\n"
 )
+# The answer stands after the query, too: copying what follows a phrase is what such a small model does best.
 TINYWORLD_SIMULATOR_PROMPT = """\
 Write five {quality} documents. Question: "{question}" Answer: {golden_answer}
-Query: {query}
+Query: {query} {golden_answer}
 {Quality} Output:
 """
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from zerosearch.errors import UserError
 
@@ -100,6 +102,20 @@ def simulator_server(
         _end_group(process)
         if not died:  # the log of a server that died is evidence
             log_path.unlink(missing_ok=True)
+
+
+def exit_on_signals() -> None:
+    """Turn SIGINT, SIGTERM and SIGHUP into `SystemExit` (128 + number), so that every `finally` runs: no server stays.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def vllm_is_for_cpu() -> bool:

@@ -81,7 +81,10 @@ class SimulatedEngine:
 
     def start_command(self) -> str:
         """Return the command that starts a simulator where this engine looks for one."""
-        port = urlsplit(self.base_url).port or 6001
+        try:
+            port = urlsplit(self.base_url).port or 6001
+        except ValueError:  # the address names a port that is none
+            port = 6001
         return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}"
 
     async def search(self, request: SearchRequest) -> SearchResult:

@@ -1,0 +1,401 @@
+"""Masks, advantages and keys as they reach TRL's loss; the log; and that TRL is still the TRL this was built on."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import trl
+from trl import GRPOTrainer
+
+from zerosearch.curriculum import NoiseSchedule
+from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.errors import UserError
+from zerosearch.rewards import f1_reward
+from zerosearch.rollout import RolloutClock, Trajectory, Turn
+from zerosearch.rollout_metrics import TrajectoryFacts, rollout_metrics
+from zerosearch.trainer import SearchConfig, SearchTrainer, row_number, sort_micro_batches
+
+ROWS = [
+    {
+        "id": str(n),
+        "dataset": "rain",
+        "prompt": [{"role": "user", "content": f"Who wrote {n}?"}],
+        "question": f"Who wrote {n}?",
+        "golden_answers": "Emma Jane Austen rain novel born who where".split(),  # all that the tiny policy can say
+    }
+    for n in range(12)
+]
+
+
+class RainEngine:
+    """Answers every query; fails for those that `fails` picks."""
+
+    name, max_concurrency = "rain", 16
+
+    def __init__(self, fails: Callable[[SearchRequest], bool] = lambda request: False) -> None:
+        self.fails = fails
+        self.requests: list[SearchRequest] = []
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        self.requests.append(request)
+        if self.fails(request):
+            raise SearchError("the engine rain at http://rain is gone; restart it")
+        return SearchResult(("It rains.", "Emma rain."), noisy=request.p_noise > 0.5, retries=1)
+
+    async def aclose(self) -> None:
+        pass
+
+
+@pytest.fixture
+def make_trainer(tiny_policy_dir: Path, tmp_path: Path) -> Callable[..., SearchTrainer]:
+    def make(engine: RainEngine | None = None, **settings: Any) -> SearchTrainer:
+        config = SearchConfig(
+            **{
+                "output_dir": str(tmp_path / "policy"),
+                "num_generations": 4,
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "max_steps": 2,
+                "max_turns": 2,
+                "max_turn_tokens": 24,
+                "max_observation_tokens": 64,
+                "max_trajectory_tokens": 400,
+                "learning_rate": 1e-3,
+                "gradient_checkpointing": False,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                **settings,
+            }
+        )
+        return SearchTrainer(
+            model=str(tiny_policy_dir),
+            reward_funcs=f1_reward,
+            args=config,
+            engine=engine or RainEngine(),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+        )
+
+    return make
+
+
+def one_batch(trainer: SearchTrainer, num_rows: int = 8) -> dict[str, Any]:
+    """Roll out and score the first rows, `num_generations` times each, as a training step does."""
+    trainer.model.train()
+    trainer.state.max_steps = 2
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    group = trainer.args.num_generations
+    rows = [dict(ROWS[place // group]) for place in range(num_rows)]
+    trainer._first_rows = rows
+    return trainer._generate_and_score_completions(rows)
+
+
+def loss_gradient(trainer: SearchTrainer, batch: dict[str, Any], logps: torch.Tensor) -> torch.Tensor:
+    """Return the gradient (B, T) of TRL's loss with respect to given policy log-probabilities (B, T)."""
+    logps = logps.clone().requires_grad_()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logps, torch.zeros_like(logps), None)
+    trainer._compute_loss(trainer.model, batch).backward()
+    return logps.grad
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
+def test_the_loss_has_no_gradient_at_what_the_environment_wrote(
+    algorithm: str, make_trainer: Callable[..., SearchTrainer]
+) -> None:
+    trainer = make_trainer(algorithm=algorithm, beta=0.1)
+    batch = one_batch(trainer)
+    batch["advantages"] = torch.ones(8)
+    own = batch["tool_mask"].bool() & batch["completion_mask"].bool()
+    assert (batch["completion_mask"].bool() & ~own).sum() > 0, "there are observations in the batch"
+    gradient = loss_gradient(trainer, batch, torch.full(own.shape, -1.0))
+    assert (gradient[own] != 0).all()
+    assert (gradient[~own] == 0).all()
+
+
+def test_without_masking_observations_are_learned_too(make_trainer: Callable[..., SearchTrainer]) -> None:
+    trainer = make_trainer(mask_observations=False, beta=0.1)
+    batch = one_batch(trainer)
+    batch["advantages"] = torch.ones(8)
+    filled = batch["completion_mask"].bool()
+    gradient = loss_gradient(trainer, batch, torch.full(filled.shape, -1.0))
+    assert (gradient[filled] != 0).all()
+    assert (gradient[~filled] == 0).all()
+
+
+def test_the_kl_term_pulls_towards_the_reference(make_trainer: Callable[..., SearchTrainer]) -> None:
+    trainer = make_trainer(beta=0.1)
+    batch = one_batch(trainer)
+    batch["advantages"] = torch.zeros(8)
+    own = batch["tool_mask"].bool() & batch["completion_mask"].bool()
+    reference = batch["ref_per_token_logps"]
+    below = loss_gradient(trainer, batch, reference - 0.5)
+    above = loss_gradient(trainer, batch, reference + 0.5)
+    at = loss_gradient(trainer, batch, reference)
+    # Descent goes against the gradient: up where the policy is below the reference, down where it is above.
+    assert (below[own] < 0).all() and (above[own] > 0).all() and (at[own] == 0).all()
+    # k3: the derivative of beta (e^d - d - 1), d = reference - policy, over the number of tokens; Section 6f's sign.
+    torch.testing.assert_close(
+        below[own] * own.sum(), torch.full((int(own.sum()),), 0.1 * (1 - 1.6487)), rtol=1e-3, atol=0
+    )
+
+
+def test_reinforce_weights_each_policy_token_by_the_raw_return(make_trainer: Callable[..., SearchTrainer]) -> None:
+    trainer = make_trainer(algorithm="reinforce", beta=0.0, max_turns=4, per_device_train_batch_size=32)
+    batch = one_batch(trainer, num_rows=32)
+    answers = [row["answer"] for row in trainer._first_rows]
+    expected = [f1_reward([answer], [ROWS[0]["golden_answers"]], ["answered"])[0] for answer in answers]
+    assert batch["advantages"].tolist() == pytest.approx(expected)
+    assert sum(expected) > 0, "some trajectory of the tiny policy is rewarded"
+    own = batch["tool_mask"].bool() & batch["completion_mask"].bool()
+    gradient = loss_gradient(trainer, batch, torch.full(own.shape, -1.0))
+    torch.testing.assert_close(gradient, -(batch["advantages"][:, None] * own) / own.sum())
+    assert list(trainer._logs["advantages"]) == pytest.approx(expected), "TRL's table shows them, too"
+
+
+def test_grpo_is_what_trl_computes(
+    make_trainer: Callable[..., SearchTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(algorithm="grpo", max_turns=4, per_device_train_batch_size=32)
+    theirs = {}
+    stock = GRPOTrainer._generate_and_score_completions
+
+    def spy(self: GRPOTrainer, inputs: Any) -> Any:
+        batch = stock(self, inputs)
+        theirs["advantages"] = batch["advantages"].clone()
+        return batch
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
+    batch = one_batch(trainer, num_rows=32)
+    assert batch["advantages"].abs().sum() > 0
+    torch.testing.assert_close(batch["advantages"], theirs["advantages"])
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
+def test_a_failed_search_is_counted_and_teaches_nothing(
+    algorithm: str, make_trainer: Callable[..., SearchTrainer]
+) -> None:
+    engine = RainEngine(fails=lambda request: request.key[3] == 1)  # the second trajectory of each group
+    trainer = make_trainer(engine, algorithm=algorithm, max_failed_search_share=1.0)
+    batch = one_batch(trainer)
+    outcomes = [row["outcome"] for row in trainer._first_rows]
+    failed = torch.tensor([outcome == "failed_search" for outcome in outcomes])
+    assert 0 < failed.sum() <= 2
+    assert (batch["tool_mask"][failed] * batch["completion_mask"][failed]).sum() == 0
+    assert (batch["advantages"][failed] == 0).all()
+    assert trainer._metrics["train"]["search/failed_search"] == [failed.sum().item() / 8]
+    rewards = torch.tensor(
+        [f1_reward([r["answer"]], [r["golden_answers"]], [r["outcome"]])[0] or 0.0 for r in trainer._first_rows]
+    )
+    assert trainer._metrics["train"]["reward"] == [pytest.approx(rewards[~failed].mean().item())]
+
+
+def test_too_many_failed_searches_stop_the_run_and_name_the_engine(make_trainer: Callable[..., SearchTrainer]) -> None:
+    engine = RainEngine(fails=lambda request: request.key[1] == 2)  # from step 2 on
+    trainer = make_trainer(engine, max_steps=4)
+    with pytest.raises(
+        SearchError, match=r"of step 2 lost a search.*\(10%\) allows: the engine rain at http://rain is gone"
+    ):
+        trainer.train()
+    assert (Path(trainer.args.output_dir) / "checkpoint-1" / "trainer_state.json").exists()
+
+
+def test_training_logs_and_writes_what_the_report_reads(make_trainer: Callable[..., SearchTrainer]) -> None:
+    engine = RainEngine()
+    trainer = make_trainer(engine, gradient_accumulation_steps=2, logged_trajectories=3, noise_end=0.4)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    first, second, _ = trainer.state.log_history
+    searching = "searches turns policy_tokens observation_tokens invalid_actions answered turns_exhausted truncated"
+    searching += " failed_search p_noise noisy_share retries latency_median_s latency_p95_s"
+    times = "rollout_s generating_s waiting_s idle_s step_s"
+    names = [f"search/{name}" for name in searching.split()] + [f"time/{name}" for name in times.split()]
+    for name in [*names, "reward", "kl", "loss", "entropy", "rewards/f1_reward/mean"]:
+        assert isinstance(first[name], float | int), name
+    schedule = NoiseSchedule(0.0, 0.4)
+    assert [first["search/p_noise"], second["search/p_noise"]] == [schedule.p_noise(step, 2) for step in (1, 2)]
+    assert first["search/answered"] + first["search/turns_exhausted"] + first["search/truncated"] == pytest.approx(1)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    assert first["time/rollout_s"] < first["time/step_s"]
+    output = Path(trainer.args.output_dir)
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 1, 1, 2, 2, 2]
+    assert len({record["id"] for record in records[:3]}) > 1, "spread over the questions of the step"
+    assert "<|im_start|>user\nWho wrote" in records[0]["segments"][0]["text"]
+    sent = 2 * len(engine.requests)  # each reply says that it took one retry
+    assert json.loads((output / "engine_queries.json").read_text()) == {"rain": sent}
+    assert {request.key[:2] for request in engine.requests} == {(42, 1), (42, 2)}
+
+
+def test_keys_do_not_depend_on_the_number_of_ranks(make_trainer: Callable[..., SearchTrainer]) -> None:
+    trainer = make_trainer()
+    trainer.model.train()
+    rows = [ROWS[place // 4] for place in range(8)]
+    whole = trainer._keys(rows)
+    assert whole == [(42, 1, row_number(rows[place]), place % 4) for place in range(8)]
+
+    def on_rank(rank: int, share: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+        trainer.accelerator = SimpleNamespace(process_index=rank)
+        return trainer._keys(share)
+
+    assert [key for rank in range(4) for key in on_rank(rank, rows[2 * rank : 2 * rank + 2])] == whole
+    assert len({row_number(row) for row in ROWS}) == len(ROWS)
+
+
+def test_trimming_changes_no_log_probability(make_trainer: Callable[..., SearchTrainer]) -> None:
+    trainer = make_trainer()
+    batch = one_batch(trainer)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    assert len(set(mask.sum(1).tolist())) > 3, "rows of several lengths"
+    arguments = (trainer.model, ids, mask, batch["completion_ids"].shape[1])
+    filled = batch["completion_mask"].bool()
+    with torch.no_grad():
+        theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True)
+        for batch_size in (None, 3, 8):
+            ours = trainer._get_per_token_logps_and_entropies(*arguments, batch_size=batch_size, compute_entropy=True)
+            for our, their in zip(ours[:2], theirs[:2], strict=True):
+                assert our.shape == their.shape
+                torch.testing.assert_close(our[filled], their[filled], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_of_like_length_have_the_same_sum_of_gradients(
+    make_trainer: Callable[..., SearchTrainer],
+) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    batch = one_batch(trainer)
+    batch["advantages"] = torch.arange(8.0)  # so that it matters which row gets which
+    halves = [
+        {name: value[rows] if value.ndim else value for name, value in batch.items()}
+        for rows in (slice(0, 4), slice(4, 8))
+    ]
+    by_length = sort_micro_batches(halves)
+    lengths = [(half["prompt_mask"].sum(1) + half["completion_mask"].sum(1)).tolist() for half in by_length]
+    assert max(lengths[0]) <= min(lengths[1])
+
+    def gradients(micro_batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+        trainer.model.zero_grad()
+        for micro_batch in micro_batches:
+            trainer._compute_loss(trainer.model, micro_batch).backward()
+        return [parameter.grad.clone() for parameter in trainer.model.parameters()]
+
+    for one, other in zip(gradients(halves), gradients(by_length), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_end": 1.5}, "noise end is 1.5: a probability lies in"),
+        ({"noise_start": -0.1}, "noise start is -0.1: a probability lies in"),
+        ({"noise_base": 0.5}, "noise base is 0.5: it must be at least 1"),
+        ({"algorithm": "ppo"}, "algorithm is 'ppo': it must be reinforce or grpo"),
+        ({"max_turn_tokens": 0}, "max_turn_tokens is 0: it must be at least 1"),
+        ({"max_failed_search_share": 2.0}, "max_failed_search_share is 2.0: a share lies in"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        SearchConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    config = SearchConfig(output_dir=str(tmp_path))
+    assert config.generation_batch_size == 64 * 5
+    assert (config.algorithm, config.beta, config.learning_rate, config.num_generations) == (
+        "reinforce",
+        0.001,
+        1e-6,
+        5,
+    )
+    assert (config.epsilon, config.max_grad_norm, config.num_iterations) == (0.2, 1.0, 1)
+    assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
+    assert (config.mask_observations, config.noise_base) == (True, 4.0)
+    assert config.vllm_importance_sampling_mode == "token_truncate"
+    assert (config.max_completion_length, config.vllm_max_model_length) == (4096, 4096)
+
+
+def test_rollout_metrics_by_hand() -> None:
+    turns = [
+        Turn("", "search", "q", 3, noisy=True, retries=2, latency_s=0.1),
+        Turn("", "invalid", "", 2),
+        Turn("", "search", "q", 3, noisy=False, latency_s=0.3),
+        Turn("", "answer", "x", 4),
+    ]
+    turns[0].num_observation_tokens = 10
+    one = Trajectory([1], 0.5, turns=turns, outcome="answered")
+    other = Trajectory([1], 0.5, turns=[Turn("", "search", "q", 6, latency_s=0.2)], outcome="failed_search")
+    facts = [TrajectoryFacts.of(one), TrajectoryFacts.of(other)]
+    metrics = rollout_metrics(facts, [RolloutClock(4.0, 2.0, 1.0), RolloutClock(2.0, 2.0, 0.0)])
+    assert metrics == pytest.approx(
+        {
+            "search/searches": 1.5,
+            "search/turns": 2.5,
+            "search/policy_tokens": 9.0,
+            "search/observation_tokens": 5.0,
+            "search/invalid_actions": 0.5,
+            "search/retries": 1.0,
+            "search/answered": 0.5,
+            "search/turns_exhausted": 0.0,
+            "search/truncated": 0.0,
+            "search/failed_search": 0.5,
+            "search/noisy_share": 0.5,
+            "search/latency_median_s": 0.2,
+            "search/latency_p95_s": 0.2,
+            "time/rollout_s": 3.0,
+            "time/generating_s": 2.0,
+            "time/waiting_s": 0.5,
+            "time/idle_s": 0.5,
+        }
+    )
+
+
+# What SearchTrainer overrides or reads of TRL beyond its public interface. When a pin moves and one of these fails,
+# read the method again in the new TRL before changing the test.
+
+
+def test_trl_is_the_version_this_was_built_on() -> None:
+    assert trl.__version__.startswith("1.16."), "read the overrides of trainer.py against the new TRL, then move this"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("log", ["self", "logs", "start_time"]),
+    ],
+)
+def test_overridden_methods_have_the_parameters_they_had(method: str, parameters: list[str]) -> None:
+    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters
+
+
+def test_log_probabilities_are_asked_for_as_they_were() -> None:
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+
+
+def test_trl_uses_rollout_func_and_its_mask_as_it_did() -> None:
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "output = self.rollout_func(prompts, self)" in source
+    assert 'tool_mask = extra_fields.pop("env_mask", None)' in source
+    assert source.index("self.vllm_generation.sync_weights()") < source.index("self.rollout_func(prompts, self)")
+
+
+def test_trl_creates_its_vllm_engine_as_it_did() -> None:
+    pytest.importorskip("vllm")
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    source = inspect.getsource(VLLMGeneration)
+    assert "self.llm = LLM(" in source and "max_model_len=self.max_model_length" in source
+    assert "self._llm_weights_sleeping = True" in source and 'self.llm.wake_up(tags=["kv_cache"])' in source
