@@ -34,7 +34,7 @@ install: $(STAMP) ## set up .venv (DEVICE=gpu|cpu|novllm, TORCH_INDEX=..., PYTHO
 	@echo "$(VENV) is ready. To set it up anew, say for another DEVICE, remove it first."
 
 demo: $(STAMP) ## the whole method on a laptop, ending in outputs/demo/report.html (SEED=..., GENERATOR=vllm|transformers)
-	$(BIN)/python recipes/demo.py $(if $(SEED),--seed $(SEED)) $(if $(GENERATOR),--generator $(GENERATOR))
+	$(BIN)/python recipes/demo.py --overwrite_output_dir true $(if $(SEED),--seed $(SEED)) $(if $(GENERATOR),--generator $(GENERATOR))
 
 test: $(STAMP) ## run every test (quick ones alone: .venv/bin/pytest -m "not slow")
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', Path("src/zerosearch/__init__.py").
 
 REQUIRES = [
     "accelerate",
+    "aiohttp",
     "bm25s",
     "datasets",
     "httpx",

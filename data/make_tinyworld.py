@@ -5,7 +5,7 @@
 - corpus.jsonl: the passages of the evaluation world, in wiki-18's format, for a BM25 engine
 - test.jsonl: questions about the evaluation world; the same for every seed
 - train.jsonl: questions about training worlds, which share no fact with the evaluation world
-- searches.jsonl: judged searches of a training world by BM25, from which the simulator is tuned
+- searches.jsonl: judged searches of training worlds by BM25, from which the simulator is tuned
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from zerosearch.engines.bm25 import BM25Engine
@@ -23,6 +25,7 @@ from zerosearch.errors import exit_on_user_error
 from zerosearch.tinyworld import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
+N_SEARCHED_WORLDS = 40
 
 
 @dataclass
@@ -33,13 +36,28 @@ class TinyWorldArguments:
     seed: int = 0
     n_train: int = 2000
     n_test: int = 300
-    n_searches: int = 3000
+    n_searches: int = 6000
     n_people: int = 400
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(f"{path}: {sum(1 for _ in path.open(encoding='utf-8')):,} rows")
+
+
+def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]:
+    """Search many small training worlds with BM25: from a single one the simulator would learn its facts by heart."""
+    searches: list[dict[str, object]] = []
+    for number in tqdm(range(N_SEARCHED_WORLDS), desc="searching"):
+        seed = 1000 * (arguments.seed + 1) + number
+        world = World.draw(seed, n_people=100)
+        with TemporaryDirectory() as directory:
+            corpus = Path(directory) / "corpus.jsonl"
+            corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()), encoding="utf-8")
+            engine = BM25Engine(corpus, num_documents=12)
+        n_questions = arguments.n_searches // (2 * N_SEARCHED_WORLDS)
+        searches += asyncio.run(judged_searches(world, engine, n_questions, seed))
+    return searches
 
 
 @exit_on_user_error
@@ -54,10 +72,7 @@ def main() -> None:
 
     training_world = World.draw(arguments.seed, arguments.n_people)
     write_jsonl(directory / "train.jsonl", question_rows(training_world, arguments.n_train, arguments.seed))
-    write_jsonl(directory / "train_corpus.jsonl", training_world.passages())
-    engine = BM25Engine(directory / "train_corpus.jsonl", num_documents=12)
-    searches = asyncio.run(judged_searches(training_world, engine, arguments.n_searches // 2, arguments.seed))
-    write_jsonl(directory / "searches.jsonl", searches)
+    write_jsonl(directory / "searches.jsonl", search_many_worlds(arguments))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     make demo                       # or: python recipes/demo.py --seed 1 --generator vllm
 
 Each stage is another recipe, run as a user would run it, with its output in outputs/demo/logs:
-data -> simulator (tuned, then served) -> evaluation before -> training on the simulator alone -> evaluation after, with the
-real BM25 engine, which the policy has never met -> report.html.
+data -> simulator (tuned, then served) -> evaluation before -> training on the simulator alone -> evaluation after,
+with the real BM25 engine, which the policy has never met -> report.html.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from transformers import HfArgumentParser
 from zerosearch.data import claim_output_dir
 from zerosearch.errors import UserError, exit_on_user_error
 from zerosearch.report import summary_table, write_report
-from zerosearch.serving import simulator_server
+from zerosearch.serving import ServerDied, exit_on_signals, simulator_server
 
-RECIPES = Path(__file__).parent
-ROOT = RECIPES.parent
+RECIPES = Path(__file__).resolve().parent
+ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"
 BASE_POLICY = ROOT / "data/tinyworld/policy"
 MADE_BY_THE_DEMO = ("data", "logs", "simulator", "policy", "evaluation", "results.json", "report.html")
 
@@ -46,22 +47,36 @@ class DemoArguments:
 
 
 class Demo:
-    """Runs stages one after another and shows, in one line each, how far they are."""
+    """Runs the recipes one after another, each as a user would, and says in a line what each has come to."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, seed: int, generator: str):
         self.directory = directory
+        self.seed = seed
+        self.generator = generator
+        self.data, self.simulator, self.policy = (directory / name for name in ("data", "simulator", "policy"))
         self.logs = directory / "logs"
         self.logs.mkdir()
         self.started = time.monotonic()
 
-    def stage(self, title: str, command: Sequence[str], status: Callable[[str], str | None] | None = None) -> float:
-        """Run a recipe and return its seconds. Ends the demo with the recipe's last lines if it fails."""
-        log_path = self.logs / f"{title.split(':')[0].replace(' ', '-')}.log"
+    def say(self, text: str) -> None:
+        """Print a line with the time since the start."""
+        print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
+
+    def stage(self, title: str, *command: object, status: Callable[[str], str | None] | None = None) -> float:
+        """Run a Python script and return its seconds; its output goes to a log, what `status` makes of it is shown.
+
+        Raises `UserError` if it fails, after printing its last lines.
+        """
+        log_path = self.logs / f"{title.replace(' ', '-')}.log"
         started = time.monotonic()
         with (
             log_path.open("w", encoding="utf-8") as log,
             subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, *map(str, command)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             ) as process,
         ):
             assert process.stdout is not None
@@ -71,28 +86,72 @@ class Demo:
                 progress = status(line) if status else None
                 if progress:
                     self.say(f"  {progress}")
-        seconds = time.monotonic() - started
         if process.returncode:
             last_lines = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-15:])
             print(f"{last_lines}\n", file=sys.stderr)
-            raise UserError(
-                f"the stage {title!r} failed with exit status {process.returncode}; all of it is in {log_path}"
-            )
+            raise UserError(f"{title} failed with exit status {process.returncode}; its whole output is in {log_path}")
+        seconds = time.monotonic() - started
         self.say(f"{title} ({seconds:.0f} s)")
         return seconds
 
-    def say(self, text: str) -> None:
-        """Print a line with the time since the start."""
-        print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
+    def make_data(self) -> None:
+        """Draw the worlds, the questions and the searches that the simulator learns from."""
+        self.stage("data", "data/make_tinyworld.py", "--output_dir", self.data, "--seed", self.seed)
+
+    def tune_simulator(self) -> None:
+        """Tune the simulator's base on judged searches of a training world."""
+        flags = ("--searches", self.data / "searches.jsonl", "--output_dir", self.simulator, "--seed", self.seed)
+        self.stage("simulator tuning", "recipes/sft_simulator.py", "--config", CONFIGS / "sft-tinyworld.yaml", *flags)
+
+    def train(self, simulator_url: str) -> float:
+        """Train the policy against the simulator alone and return the seconds it took."""
+        flags = ("--dataset", self.data / "train.jsonl", "--output_dir", self.policy, "--seed", self.seed)
+        generator = ("--simulator_url", simulator_url, "--use_vllm", self.generator == "vllm")
+        recipe = ("recipes/grpo.py", "--config", CONFIGS / "tinyworld.yaml", *flags, *generator)
+        launch = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml")
+        return self.stage("training", *launch, *recipe, status=training_status())
+
+    def evaluate(self, when: str, model: Path, engine: str, simulator_url: str = "") -> None:
+        """Score a policy on the evaluation world with one engine."""
+        config = ("--config", CONFIGS / "evaluate-tinyworld.yaml", "--dataset", self.data / "test.jsonl")
+        flags = ("--model", model, "--generator", self.generator, "--engine", engine)
+        source = (
+            ("--simulator_url", simulator_url) if engine == "simulated" else ("--corpus", self.data / "corpus.jsonl")
+        )
+        where = self.directory / "evaluation" / f"{when}-{engine}"
+        title = f"evaluation {when} training with {engine}"
+        self.stage(title, "recipes/evaluate.py", *config, *flags, *source, "--output_dir", where)
+
+    def run(self, port: int) -> float:
+        """Run everything up to the report and return the seconds that training took."""
+        self.make_data()
+        self.tune_simulator()
+        with ThreadPoolExecutor(1) as meanwhile:
+            before = meanwhile.submit(self.evaluate, "before", BASE_POLICY, "bm25")
+            with simulator_server(
+                str(self.simulator), port, max_model_len=1024, dtype="float32", num_threads=1
+            ) as server:
+                self.say(f"simulator ready at {server.base_url} ({server.startup_s:.0f} s)")
+                before.result()
+                self.evaluate("before", BASE_POLICY, "simulated", server.base_url)
+                train_seconds = self.train(server.base_url)
+                self.evaluate("after", self.policy, "simulated", server.base_url)
+        self.evaluate("after", self.policy, "bm25")
+        return train_seconds
 
 
-def training_status(line: str) -> str | None:
-    """Turn a line of the trainer's log into a line of ours, every fifth step."""
-    values = dict(re.findall(r"'([\w/]+)': '?(-?[\d.]+(?:e-?\d+)?)'?", line))
-    step = re.search(r"'step': '?(\d+)", line)
-    if "reward" not in values or step is None or int(step[1]) % 5:
-        return None
-    return f"step {step[1]:>3}: reward {float(values['reward']):.2f}, {float(values['search/searches']):.1f} searches a question, noise {float(values['search/p_noise']):.2f}"
+def training_status() -> Callable[[str], str | None]:
+    """Return what turns every fifth step in the trainer's log into a line of ours."""
+    steps = count(1)
+
+    def status(line: str) -> str | None:
+        values = {name: float(value) for name, value in re.findall(r"'([\w/]+)': '?(-?[\d.]+(?:e-?\d+)?)", line)}
+        if "reward" not in values or (step := next(steps)) % 5:
+            return None
+        searches, noise = values["search/searches"], values["search/p_noise"]
+        return f"step {step:>3}: reward {values['reward']:.2f}, {searches:.1f} searches a question, noise {noise:.2f}"
+
+    return status
 
 
 def results(directory: Path, arguments: DemoArguments, train_seconds: float, total_seconds: float) -> dict[str, Any]:
@@ -120,64 +179,29 @@ def results(directory: Path, arguments: DemoArguments, train_seconds: float, tot
     }
 
 
-@exit_on_user_error
-def main() -> None:
-    arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
-    directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
-    for name in MADE_BY_THE_DEMO:  # and nothing else that somebody may have put there
+def clear(directory: Path) -> None:
+    """Remove what an earlier demo left, and nothing else that somebody may have put there."""
+    for name in MADE_BY_THE_DEMO:
         path = directory / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    demo = Demo(directory)
-    data, simulator, policy = directory / "data", directory / "simulator", directory / "policy"
 
-    def recipe(name: str, *flags: object) -> list[str]:
-        return [sys.executable, str(RECIPES / name), *map(str, flags)]
 
-    def evaluate(when: str, model: Path, engine: str, *flags: object) -> float:
-        where = directory / "evaluation" / f"{when}-{engine}"
-        config = ("--config", RECIPES / "configs/evaluate-tinyworld.yaml", "--dataset", data / "test.jsonl")
-        options = ("--model", model, "--engine", engine, "--generator", arguments.generator, "--output_dir", where)
-        return demo.stage(f"evaluation {when} {engine}", recipe("evaluate.py", *config, *options, *flags))
-
-    corpus = ("--corpus", data / "corpus.jsonl")
-    make_data = [
-        sys.executable,
-        str(ROOT / "data/make_tinyworld.py"),
-        "--output_dir",
-        str(data),
-        "--seed",
-        str(arguments.seed),
-    ]
-    demo.stage("data", make_data)
-    sft_flags = ("--searches", data / "searches.jsonl", "--output_dir", simulator, "--seed", arguments.seed)
-    demo.stage(
-        "simulator tuning", recipe("sft_simulator.py", "--config", RECIPES / "configs/sft-tinyworld.yaml", *sft_flags)
-    )
-    with ThreadPoolExecutor(1) as meanwhile:
-        before = meanwhile.submit(evaluate, "before", BASE_POLICY, "bm25", *corpus)
-        with simulator_server(
-            str(simulator), arguments.port, max_model_len=1024, dtype="float32", num_threads=1
-        ) as server:
-            demo.say(f"simulator ready at {server.base_url} after {server.startup_s:.0f} s")
-            before.result()
-            simulated = ("--simulator_url", server.base_url)
-            evaluate("before", BASE_POLICY, "simulated", *simulated)
-            train = ["accelerate", "launch", *recipe("grpo.py", "--config", RECIPES / "configs/tinyworld.yaml")[1:]]
-            train += [
-                "--dataset",
-                str(data / "train.jsonl"),
-                "--output_dir",
-                str(policy),
-                "--seed",
-                str(arguments.seed),
-            ]
-            train += ["--simulator_url", server.base_url, "--use_vllm", str(arguments.generator == "vllm")]
-            train_seconds = demo.stage("training", [sys.executable, "-m", *train], training_status)
-            evaluate("after", policy, "simulated", *simulated)
-    evaluate("after", policy, "bm25", *corpus)
+@exit_on_user_error
+def main() -> None:
+    """Run the demo, write results.json and report.html, print a table."""
+    arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
+    exit_on_signals()  # so that no server outlives the demo
+    directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
+    clear(directory)
+    demo = Demo(directory, arguments.seed, arguments.generator)
+    try:
+        train_seconds = demo.run(arguments.port)
+    except ServerDied as error:
+        print(error, file=sys.stderr)
+        raise UserError("the simulator's server died; see above") from error
     outcome = results(directory, arguments, train_seconds, time.monotonic() - demo.started)
     (directory / "results.json").write_text(json.dumps(outcome, indent=2) + "\n")
     report = write_report(directory)

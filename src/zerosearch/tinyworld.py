@@ -225,16 +225,12 @@ class World:
         """Yield questions without end: 45 % of one hop, 40 % of two hops, 15 % comparisons (our choice)."""
         while True:
             draw = rng.random()
-            if draw < 0.45:
-                question = self._one_hop(rng)
-            elif draw < 0.85:
-                question = self._two_hop(rng)
-            else:
-                question = self._comparison(rng)
+            ask = self._one_hop if draw < 0.45 else self._two_hop if draw < 0.85 else self._comparison
+            question = ask(rng)
             if question is not None:
                 yield question
 
-    def _one_hop(self, rng: random.Random) -> Question:
+    def _one_hop(self, rng: random.Random) -> Question | None:
         fact = rng.choice(self.facts)
         relation = RELATION[fact.relation]
         text = relation.question.format(fact.subject)
