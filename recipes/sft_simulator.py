@@ -3,8 +3,8 @@
     python recipes/sft_simulator.py --config recipes/configs/sft-tinyworld.yaml
     accelerate launch recipes/sft_simulator.py --config recipes/configs/sft-qwen2.5-3b.yaml --use_peft   # LoRA
 
-Loss on the documents only. `--use_peft` trains a LoRA adapter and saves it merged, so that the same folder is served either
-way. `--push_to_hub` works as in every TRL trainer. Serve the result with `recipes/serve_simulator.py`.
+Loss on the documents only. `--use_peft` trains a LoRA adapter and saves it merged, so that the same folder is served
+either way. `--push_to_hub` works as in every TRL trainer. Serve the result with `recipes/serve_simulator.py`.
 """
 
 from __future__ import annotations

@@ -2,20 +2,21 @@
 
     python recipes/tinyworld_base.py        # about 15 minutes on two cores; writes data/tinyworld/{policy,simulator}
 
-Both are Llama models of three layers and 0.6 M parameters. The policy reads lists of facts and careless demonstrations of the
-whole method: it can search, read and answer, but often guesses instead, gives up after noise, or stops half-way; RL has to
-mend that. The simulator has read search logs with a reader's verdict, useful or noisy, and has never seen the prompt that
-asks for one or the other; `recipes/sft_simulator.py` tunes it. Neither has seen a fact of an evaluation world or a result of the BM25 engine.
+Both are Llama models of three layers and 0.6 M parameters. The policy reads lists of facts and careless
+demonstrations of the whole method: it can search, read and answer, but often guesses instead, gives up after noise,
+or stops half-way; RL has to mend that. The simulator has read search logs with a reader's verdict, useful or noisy,
+and has never seen the prompt that asks for one or the other; `recipes/sft_simulator.py` tunes it. Neither has seen a
+fact of an evaluation world or a result of the BM25 engine.
 
 Finding one fact among similar ones (same relation, same surname) is the hard part: learned from a plain random start,
-attention that looks back at "Clara Voss hails from" and takes what follows appears late and abruptly, if at all. So two
-layers start as that circuit (`install_lookup_circuit`), and training refines it within a minute.
+attention that looks back at "Clara Voss hails from" and takes what follows appears late and abruptly, if at all. So
+two layers start as that circuit (`install_lookup_circuit`), and training refines it within a minute.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -43,6 +44,7 @@ QUOTES_ANOTHER_FACT = 0.15
 MOST_SEARCHES = 4
 NOISE_LEVELS = (0.0, 0.3, 0.6)
 
+WARMUP_STEPS = 50
 SHARE_OF_FACT_LISTS = 0.3  # the rest of the policy's texts are demonstrations
 
 
@@ -92,8 +94,8 @@ def install_lookup_circuit(model: LlamaForCausalLM, generator: torch.Generator) 
 
     Layer 0: head h attends to the token h + 1 places back, whatever it is. The query and key biases do it: rotated by
     RoPE, their product at a distance is sum_f cos(w_f (distance - h - 1)) over the fast frequencies w_f, greatest at
-    h + 1. Each head writes a 32-dimensional code of that token into a slot of its own in the residual stream.
-    Layer 1: the query is made of the slots 1 to 3 places back, the key of the slots 2 to 4 places back, in the dimensions
+    h + 1. Each head writes a 32-dimensional code of that token into a slot of its own in the residual stream. Layer
+    1: the query is made of the slots 1 to 3 places back, the key of the slots 2 to 4 places back, in the dimensions
     that RoPE hardly turns. They agree where the three tokens before are the same: just after an earlier occurrence of
     the phrase. What stands there is copied.
     """
@@ -140,8 +142,8 @@ def install_lookup_circuit(model: LlamaForCausalLM, generator: torch.Generator) 
 def result_page(world: World, fact: Fact, useful: bool, rng: random.Random) -> list[str]:
     """Imagine five documents that a search for `fact` might return: they state it if `useful`, never otherwise.
 
-    The others are the subject's further facts, facts of the same relation about somebody else, often of the same name, and
-    sentences that state nothing. The order is random, so that a document's place says nothing.
+    The others are the subject's further facts, facts of the same relation about somebody else, often of the same
+    name, and sentences that state nothing. The order is random, so that a document's place says nothing.
     """
     words = set(fact.subject.split()) - {"The"}
     own = [other.sentence for other in world.of_subject[fact.subject].values() if other != fact]
@@ -243,7 +245,7 @@ def simulator_texts(rng: random.Random) -> Iterator[Text]:
 
 
 def search_log(world: World, question: Question, rng: random.Random) -> Text:
-    """Return a question, a query that was tried with the answer looked for, a reader's verdict, and the page it got."""
+    """Return a question, a query with the answer looked for, a reader's verdict, and the page the query got."""
     fact = rng.choice(question.path)
     useful = rng.random() < 0.5
     documents = result_page(world, fact, useful, rng)
@@ -261,9 +263,9 @@ def train(
 ) -> None:
     """Train on the pieces that are the model's to write, in micro-batches of texts of similar length."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = 50
-    schedule: Callable[[int], float] = lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS))
+    )
     model.train()
     progress = tqdm(range(steps))
     for _ in progress:
@@ -295,7 +297,7 @@ def train(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], list[int]]:
-    """Return token ids and labels, -100 where there is nothing to learn; a text that the model ends itself gets an EOS."""
+    """Return token ids and labels, -100 where nothing is learnt; a text that the model ends itself gets an EOS."""
     ids: list[int] = []
     labels: list[int] = []
     for piece, learned in text:
@@ -312,7 +314,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], l
 def main() -> None:
     arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
     tokenizer = build_tokenizer()
-    recipes = {"policy": (policy_texts, arguments.policy_steps), "simulator": (simulator_texts, arguments.simulator_steps)}
+    recipes = {
+        "policy": (policy_texts, arguments.policy_steps),
+        "simulator": (simulator_texts, arguments.simulator_steps),
+    }
     for name in arguments.models:
         if name not in recipes:
             raise UserError(f"--models names {name!r}: choose among {', '.join(recipes)}")

@@ -3,8 +3,9 @@
     python recipes/bench/tinyworld_lookup.py --model data/tinyworld/policy
 
 The policy is shown a search for a fact of the evaluation world, with the documents BM25 returns for it, and continues
-"<think> Clara Voss hails from" greedily. It is right if it goes on with the fact's object. Counted by how many of the other
-four documents state the same relation about somebody else. A last row leaves the fact out: right is to say "unknown".
+"<think> Clara Voss hails from" greedily. It is right if it goes on with the fact's object. Counted by how many of the
+other four documents state the same relation about somebody else. A last row leaves the fact out: right is to say
+"unknown".
 """
 
 from __future__ import annotations

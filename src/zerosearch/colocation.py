@@ -79,5 +79,9 @@ def engine_options(dtype: str, max_model_len: int) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": dtype, "enable_prefix_caching": True, "max_model_len": max_model_len}
     if not torch.accelerator.is_available():
         # Without chunks a prompt must fit into one batch.
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+        options |= {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, max_model_len),
+        }
     return options

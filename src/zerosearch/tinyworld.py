@@ -1,10 +1,12 @@
 """TinyWorld: an embedded synthetic world in which only search can answer.
 
-People, cities, countries, works and organisations; facts between them drawn at random from a seed, so that nothing can be
-memorised; short passages that state the facts among others that state none; questions of one hop, two hops and a comparison.
-It stands in for Wikipedia and the QA benchmarks wherever the whole method has to run within minutes and without a network.
+People, cities, countries, works and organisations; facts between them drawn at random from a seed, so that nothing
+can be memorised; short passages that state the facts among others that state none; questions of one hop, two hops and
+a comparison. It stands in for Wikipedia and the QA benchmarks wherever the whole method has to run within minutes and
+without a network.
 
-Training worlds never hold a fact of an evaluation world: a hash of the fact decides which side it belongs to (`is_held_out`).
+Training worlds never hold a fact of an evaluation world: a hash of the fact decides which side it belongs to
+(`is_held_out`).
 """
 
 from __future__ import annotations
@@ -30,30 +32,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FIRST_NAMES = (
-    "Ada Alan Amos Anna Boris Carl Clara Cora Dora Edith Elias Ella Emil Esther Felix Flora Frida Georg Greta Hanna Hugo Ida "
-    "Iris Ivan Jana Jonas Julia Karin Klaus Lena Leo Lydia Magnus Marta Mira Nadia Niels Nora Olga Oscar Paula Petra Rolf Rosa "
-    "Sven Tilda Vera Viktor"
+    "Ada Alan Amos Anna Boris Carl Clara Cora Dora Edith Elias Ella Emil Esther Felix Flora Frida Georg Greta Hanna "
+    "Hugo Ida Iris Ivan Jana Jonas Julia Karin Klaus Lena Leo Lydia Magnus Marta Mira Nadia Niels Nora Olga Oscar "
+    "Paula Petra Rolf Rosa Sven Tilda Vera Viktor"
 ).split()
 LAST_NAMES = (
-    "Abbott Barlow Becker Brandt Calder Castell Colby Dahl Draper Ekman Falk Finch Garland Graves Halloway Hartman Holt Ingram "
-    "Keller Kline Lang Lindgren Marsh Mercer Moreau Nash Norden Olsen Parrish Pike Quist Ramsey Reuter Rowe Sandoval Sayer Stone "
-    "Thorne Underhill Vance Varga Voss Waller Weston Whitlock Winter Yates Zeller"
+    "Abbott Barlow Becker Brandt Calder Castell Colby Dahl Draper Ekman Falk Finch Garland Graves Halloway Hartman "
+    "Holt Ingram Keller Kline Lang Lindgren Marsh Mercer Moreau Nash Norden Olsen Parrish Pike Quist Ramsey Reuter "
+    "Rowe Sandoval Sayer Stone Thorne Underhill Vance Varga Voss Waller Weston Whitlock Winter Yates Zeller"
 ).split()
 CITY_NAMES = (
-    "Aldora Arken Belmar Brisk Carvel Corin Delmont Dunmore Elsford Eskar Fenwick Galen Garrow Harwick Hollis Ilmen Jarrow Kelso "
-    "Kestrel Lathom Linden Lorne Maren Melk Norvik Oakham Orsk Pell Ravenna Redmoor Rostow Selby Solen Tamar Tarn Ulster Valen "
-    "Wexford Yarrow Zabor"
+    "Aldora Arken Belmar Brisk Carvel Corin Delmont Dunmore Elsford Eskar Fenwick Galen Garrow Harwick Hollis Ilmen "
+    "Jarrow Kelso Kestrel Lathom Linden Lorne Maren Melk Norvik Oakham Orsk Pell Ravenna Redmoor Rostow Selby Solen "
+    "Tamar Tarn Ulster Valen Wexford Yarrow Zabor"
 ).split()
 CITY_PREFIXES = ("", "", "Port", "New", "Mount")
 COUNTRY_NAMES = (
-    "Adria Borland Calvania Dravia Elbonia Fennmark Garonia Hestia Istria Jurland Kaldovia Lusania Meridia Norrland Ostania "
-    "Pomeria Quelland Ruritania Sylvania Tarkia Umbria Vandalia Westmark Zemblia"
+    "Adria Borland Calvania Dravia Elbonia Fennmark Garonia Hestia Istria Jurland Kaldovia Lusania Meridia Norrland "
+    "Ostania Pomeria Quelland Ruritania Sylvania Tarkia Umbria Vandalia Westmark Zemblia"
 ).split()
-WORK_ADJECTIVES = "Amber Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely Lost Pale Quiet Silent Silver Wild".split()
-WORK_NOUNS = "Bridge Candle Castle Clock Desert Forest Garden Harbor Island Lantern Meadow Mirror Orchard River Shadow Tower Valley Voyage".split()
+WORK_ADJECTIVES = (
+    "Amber Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely Lost Pale Quiet Silent "
+    "Silver Wild"
+).split()
+WORK_NOUNS = (
+    "Bridge Candle Castle Clock Desert Forest Garden Harbor Island Lantern Meadow Mirror Orchard River Shadow Tower "
+    "Valley Voyage"
+).split()
 ORGANISATION_NAMES = (
-    "Acorn Anvil Arrow Beacon Cedar Comet Cobalt Delta Ember Falcon Granite Heron Horizon Indigo Juniper Kite Lotus Maple Nimbus "
-    "Onyx Orbit Pioneer Quartz Raven Saffron Summit Tundra Vertex Willow Zenith"
+    "Acorn Anvil Arrow Beacon Cedar Comet Cobalt Delta Ember Falcon Granite Heron Horizon Indigo Juniper Kite Lotus "
+    "Maple Nimbus Onyx Orbit Pioneer Quartz Raven Saffron Summit Tundra Vertex Willow Zenith"
 ).split()
 ORGANISATION_KINDS = ("Bank", "Institute", "Motors", "Press", "Works")
 FIRST_YEAR, LAST_YEAR = 1900, 1979
@@ -285,9 +293,9 @@ def question_rows(world: World, n_questions: int, seed: int) -> list[dict[str, o
 async def judged_searches(world: World, engine: SearchEngine, n_questions: int, seed: int) -> list[dict[str, object]]:
     """Search with a real engine for what each question needs, and judge what comes back.
 
-    Return rows `{question, golden_answers, query, documents, useful}`, two for each search: the engine's best documents,
-    useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with the query's own
-    answer in place of a judge). `engine` must return more documents than the five that a row keeps.
+    Return rows `{question, golden_answers, query, documents, useful}`, two for each search: the engine's best
+    documents, useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with the
+    query's own answer in place of a judge). `engine` must return more documents than the five that a row keeps.
     """
     rng = random.Random(f"searches-{seed}")
     rows: list[dict[str, object]] = []
@@ -359,7 +367,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _all_texts() -> Iterator[str]:
-    """Yield texts that together hold every word of TinyWorld, with and without the space before it where both occur."""
+    """Yield texts that hold every word of TinyWorld, with and without the space before it where both occur."""
     names = (*FIRST_NAMES, *LAST_NAMES, *CITY_NAMES, *CITY_PREFIXES, *COUNTRY_NAMES, *WORK_ADJECTIVES, *WORK_NOUNS)
     yield " ".join(["", "The", *names, *ORGANISATION_NAMES, *ORGANISATION_KINDS, "Republic of"])
     yield " ".join(["", *(str(year) for year in range(FIRST_YEAR, LAST_YEAR + 1))])
