@@ -25,7 +25,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c '$(FITS)' 2>/dev/null; then echo $$python; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo real test lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,17 @@ install: $(STAMP) ## set up .venv (DEVICE=gpu|cpu|novllm, TORCH_INDEX=..., PYTHO
 
 demo: $(STAMP) ## the whole method on a laptop, ending in outputs/demo/report.html (SEED=..., GENERATOR=vllm|transformers)
 	$(BIN)/python recipes/demo.py --overwrite_output_dir true $(if $(SEED),--seed $(SEED)) $(if $(GENERATOR),--generator $(GENERATOR))
+
+real: $(STAMP) ## real questions and passages, a random model: QUESTIONS=qa.jsonl PASSAGES=passages.jsonl
+	@test -n "$(QUESTIONS)" -a -n "$(PASSAGES)" || { \
+		echo "error: name two files: make real QUESTIONS=qa.jsonl PASSAGES=passages.jsonl" >&2; exit 2; }
+	rm -rf outputs/real
+	$(BIN)/python recipes/random_model.py --corpus $(PASSAGES) --output_dir outputs/real/model
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/grpo.py \
+		--config recipes/configs/hotpotqa-smoke.yaml --model_name_or_path outputs/real/model \
+		--dataset $(QUESTIONS) --corpus $(PASSAGES) --output_dir outputs/real/policy
+	$(BIN)/python recipes/evaluate.py --model outputs/real/policy --dataset $(QUESTIONS) --engine bm25 \
+		--corpus $(PASSAGES) --generator transformers --temperature 1 --max_turn_tokens 64 --output_dir outputs/real/evaluation
 
 test: $(STAMP) ## run every test (quick ones alone: .venv/bin/pytest -m "not slow")
 	$(BIN)/python -m pytest

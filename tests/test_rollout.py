@@ -153,9 +153,25 @@ def test_what_was_sampled_is_kept_when_the_tag_ends_inside_a_token(tiny_tokenize
     assert trajectory.completion_ids[: len(ids)] == ids
     observation = text_token_ids(tiny_tokenizer, "\n\n<information>Doc 1: It rains.</information>\n\n")
     assert trajectory.completion_ids[len(ids) : len(ids) + len(observation)] == observation
-    # Decoded and encoded again, as the reference does, other ids would come out: the test can tell the difference.
+    # Decoded and encoded again as a whole, as the reference does, other ids would come out.
     whole = trajectory.completion_ids[:-1]
     assert text_token_ids(tiny_tokenizer, tiny_tokenizer.decode(whole)) != whole
+
+
+def test_what_was_sampled_is_kept_when_the_tokenizer_would_cut_it_otherwise(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    class LetterByLetter(ScriptedGenerator):
+        def write(self, request: TurnRequest) -> SampledTurn:
+            text = self.policy(request.trajectory, 0)
+            ids = [token_id for letter in text for token_id in text_token_ids(self.tokenizer, letter)]
+            return SampledTurn(request.trajectory, ids, [-0.5] * len(ids), "stop")
+
+    answer = "<answer> Jane Austen </answer>"
+    generator = LetterByLetter(tiny_tokenizer, lambda trajectory, turn: answer)
+    (trajectory,) = run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings())
+    assert trajectory.answer == "Jane Austen"
+    assert sum(trajectory.env_mask) == len(answer) > len(text_token_ids(tiny_tokenizer, answer))
 
 
 def wandering_policy(seed: int) -> Policy:
@@ -194,6 +210,8 @@ def test_every_search_carries_its_own_question_and_answers(tiny_tokenizer: PreTr
         assert trajectory.answer in (None, f"answer {number}")
         for earlier, later in zip(generator.requests[number], generator.requests[number][1:], strict=False):
             assert list(later.context_ids[: len(earlier.context_ids)]) == list(earlier.context_ids), "ids only grow"
+    seeds = [request.seed for requests in generator.requests.values() for request in requests]
+    assert len(set(seeds)) == len(seeds), "each turn samples with a seed of its own, the samples of one question too"
     assert {trajectory.outcome for trajectory in trajectories} == {"answered", "turns_exhausted"}
     assert sorted(generator.released) == list(range(320))
 
@@ -214,8 +232,6 @@ def test_arrival_order_changes_nothing(tiny_tokenizer: PreTrainedTokenizerFast) 
     assert first == second
     coins = [turn.noisy for trajectory in first[0] for turn in trajectory.searched_turns]
     assert 0.3 < sum(coins) / len(coins) < 0.7
-    seeds = [seed for trajectory_seeds in first[1] for seed in trajectory_seeds]
-    assert len(set(seeds)) == len(seeds), "each turn of each trajectory samples with a seed of its own"
 
 
 def test_tags_and_special_tokens_in_documents_are_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -327,6 +343,10 @@ def test_an_observation_loses_text_from_its_longest_documents_first(tiny_tokeniz
     assert "x" * 300 in whole
     with pytest.raises(UserError, match="max_observation_tokens is 10: tags and numbers alone need"):
         fit_observation(documents, 10, encode)
+    turns = ["<search> q </search>", "<answer> x </answer>"]
+    trajectory = roll_out(tiny_tokenizer, turns, ScriptedEngine(lambda request: documents), max_observation_tokens=120)
+    assert trajectory.turns[0].observation == text
+    assert trajectory.turns[0].num_observation_tokens == len(ids)
 
 
 def test_a_failed_search_ends_its_own_trajectory_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
