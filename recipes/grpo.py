@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from zerosearch.data import claim_output_dir, load_questions
@@ -80,9 +81,21 @@ def make_engine(arguments: RecipeArguments) -> SearchEngine:
     return engine
 
 
+def checkpoint_to_resume(config: SearchConfig) -> str | None:
+    """Return the checkpoint to go on from: the folder named, or for "true" the last one in the output folder."""
+    asked = config.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    checkpoint = last if asked.lower() == "true" else asked
+    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
+        raise UserError(f"there is no checkpoint to resume from: {checkpoint or config.output_dir}")
+    return checkpoint
+
+
 def claim_output(config: SearchConfig, overwrite: bool) -> None:
     """Claim the output folder, for a run that starts afresh; only one rank does, before any of them writes."""
-    if config.resume_from_checkpoint or config.process_index != 0:
+    if config.process_index != 0:
         return
     output_dir = claim_output_dir(config.output_dir, overwrite)
     for name in ("trajectories.jsonl", "engine_queries.json"):  # the trainer adds to them
@@ -106,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
         parser = TrlParser((RecipeArguments, SearchConfig, ModelConfig), usage=usage)
         arguments, config, model_config = parser.parse_args_and_config(argv)
-    claim_output(config, arguments.overwrite_output_dir)
+    checkpoint = checkpoint_to_resume(config)
+    if checkpoint is None:
+        claim_output(config, arguments.overwrite_output_dir)
     model = model_config.model_name_or_path
     tokenizer = load_tokenizer(model, model_config.model_revision, config.trust_remote_code)
     template, _ = PROMPTS[arguments.prompt]
@@ -124,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_config),
     )
     try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except SearchError as error:  # the engine is gone: its message says what to do, a traceback would not
         raise UserError(str(error)) from error
     trainer.save_model(config.output_dir)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +55,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def settings(tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run that works."""
-    questions = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)]
+    questions = [
+        {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}", *WORDS]} for n in range(12)
+    ]
     passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
     return SETTINGS | {
         "model_name_or_path": str(tiny_policy_dir),
@@ -114,6 +118,11 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "noise": (lambda s: s.update(noise_end=1.5), "noise end is 1.5: a probability lies in [0, 1]"),
     "batch and group": (lambda s: s.update(per_device_train_batch_size=7), "must be divisible by num_generations (4)"),
     "output folder in use": (fill_output_dir, "is not empty; name another, or pass --overwrite_output_dir"),
+    "nothing to resume": (
+        lambda s: s.update(resume_from_checkpoint="true"),
+        "there is no checkpoint to resume from: /",
+    ),
+    "no such checkpoint": (lambda s: s.update(resume_from_checkpoint="/no/such"), "to resume from: /no/such"),
     "unknown engine": (lambda s: s.update(engine="altavista"), "engine is 'altavista': it must be one of"),
     "unknown prompt": (lambda s: s.update(prompt="mine"), "prompt is 'mine': it must be one of paper, tinyworld"),
     "unknown algorithm": (lambda s: s.update(algorithm="ppo"), "algorithm is 'ppo': it must be reinforce or grpo"),
@@ -161,23 +170,77 @@ def test_a_run_by_plain_python(settings: dict[str, Any], load_recipe: LoadRecipe
     assert POLICY_PROMPT.format(question=question) in record["segments"][0]["text"]
     queries = json.loads((output / "engine_queries.json").read_text())
     assert list(queries) == ["bm25"] and queries["bm25"] > 0
-    load_recipe("grpo").main(["--config", str(tmp_path / "config.yaml"), "--overwrite_output_dir", "--max_steps", "1"])
+    config = str(tmp_path / "config.yaml")
+    load_recipe("grpo").main(
+        ["--config", config, "--overwrite_output_dir", "--save_strategy", "steps", "--max_steps", "1"]
+    )
     assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1}
+    load_recipe("grpo").main(["--config", config, "--resume_from_checkpoint", "true", "--max_steps", "2"])
+    assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1, 2}
+
+
+class SimulatorStub(BaseHTTPRequestHandler):
+    """An OpenAI-style chat endpoint that plays the engine; every fifth call fails first."""
+
+    prompts: list[str]
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "stub"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.prompts.append(body["messages"][-1]["content"])
+        if len(self.prompts) % 5 == 0:
+            self.reply(503, {})
+            return
+        text = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
+        self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on a free port; yield the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
-def test_a_run_with_a_colocated_vllm_and_accelerate(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_a_colocated_vllm_and_a_simulator(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml"))
-    settings |= {"use_vllm": True, "algorithm": algorithm, "max_steps": 3}
-    done = run(settings, tmp_path, launcher=launcher)
+    SimulatorStub.prompts = []
+    with serving(SimulatorStub) as address:
+        settings |= {"engine": "simulated", "simulator_url": f"{address}/v1", "noise_start": 0.5}
+        settings |= {"use_vllm": True, "algorithm": algorithm, "max_steps": 3}
+        done = run(settings, tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     first, _, third, _ = log_of(settings)
     assert third["kl"] > 1e-4, "the policy has moved"
     # vLLM samples by the weights that the trainer has, before and after they moved: the sync reaches all of them.
-    assert first["sampling/sampling_logp_difference/max"] < 1e-4
-    assert third["sampling/sampling_logp_difference/max"] < 1e-4
+    assert first["sampling/sampling_logp_difference/max"] < 1e-3
+    assert third["sampling/sampling_logp_difference/max"] < 1e-3
+    assert first["search/failed_search"] == 0 and sum(entry.get("search/retries", 0) for entry in log_of(settings)) > 0
+    assert first["search/p_noise"] == 0.5 and 0 < first["search/noisy_share"] < 1
+    queries = json.loads((Path(settings["output_dir"]) / "engine_queries.json").read_text())
+    assert queries == {"simulated": len(SimulatorStub.prompts)}
+    for prompt in SimulatorStub.prompts:
+        number = re.search(r'question: "Who wrote (\d+)\?" whose answer is gold (\d+)\.', prompt)
+        assert number is not None and number[1] == number[2], "each search has its own question and answer"
 
 
 class HubStub(BaseHTTPRequestHandler):
@@ -206,24 +269,16 @@ class HubStub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """Run a stub of the Hub; yield what is committed to it, by file name."""
-    HubStub.committed = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubStub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    for name, value in {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
-        monkeypatch.setenv(name, value)
-    yield HubStub.committed
-    server.shutdown()
-
-
 @pytest.mark.slow
-def test_push_to_hub(settings: dict[str, Any], hub: dict[str, bytes], tmp_path: Path) -> None:
+def test_push_to_hub(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    HubStub.committed = {}
     settings |= {"push_to_hub": True, "hub_model_id": "someone/policy", "max_steps": 1}
-    done = run(settings, tmp_path)
+    with serving(HubStub) as address:
+        for name, value in {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
+            monkeypatch.setenv(name, value)
+        done = run(settings, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {"model.safetensors", "tokenizer.json", "README.md", "trajectories.jsonl"} <= hub.keys()
-    assert hub["model.safetensors"] == (Path(settings["output_dir"]) / "model.safetensors").read_bytes()
-    assert b"zerosearch" in hub["README.md"]
+    assert {"model.safetensors", "tokenizer.json", "README.md", "trajectories.jsonl"} <= HubStub.committed.keys()
+    weights = Path(settings["output_dir"]) / "model.safetensors"
+    assert HubStub.committed["model.safetensors"] == weights.read_bytes()
+    assert b"zerosearch" in HubStub.committed["README.md"]

@@ -236,6 +236,24 @@ def test_training_logs_and_writes_what_the_report_reads(make_trainer: Callable[.
     assert {request.key[:2] for request in engine.requests} == {(42, 1), (42, 2)}
 
 
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
+    make_trainer: Callable[..., SearchTrainer], tmp_path: Path
+) -> None:
+    def weights_after(output: str, **settings: Any) -> tuple[list[torch.Tensor], list[Any]]:
+        settings = {"output_dir": str(tmp_path / output), "max_steps": 3, "save_strategy": "steps", **settings}
+        trainer = make_trainer(**settings)
+        trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+        log = [(entry["step"], entry["loss"], entry["kl"]) for entry in trainer.state.log_history if "loss" in entry]
+        return list(trainer.model.parameters()), log
+
+    # Within an epoch, of which the twelve questions make six steps.
+    straight, straight_log = weights_after("straight", save_steps=1)
+    checkpoint = str(tmp_path / "straight" / "checkpoint-1")
+    resumed, resumed_log = weights_after("resumed", resume_from_checkpoint=checkpoint)
+    assert resumed_log == straight_log
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
 def test_keys_do_not_depend_on_the_number_of_ranks(make_trainer: Callable[..., SearchTrainer]) -> None:
     trainer = make_trainer()
     trainer.model.train()
@@ -301,6 +319,8 @@ def test_micro_batches_of_like_length_have_the_same_sum_of_gradients(
         ({"algorithm": "ppo"}, "algorithm is 'ppo': it must be reinforce or grpo"),
         ({"max_turn_tokens": 0}, "max_turn_tokens is 0: it must be at least 1"),
         ({"max_failed_search_share": 2.0}, "max_failed_search_share is 2.0: a share lies in"),
+        ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation false is not there yet"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode is 'server': only colocate is there yet|not installed"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -43,6 +44,8 @@ class SearchConfig(GRPOConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW (released code)."})
     # TRL would weight the KL by the importance ratio. The released code does not (and subtracts where it should add).
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Weight the KL by the importance ratio."})
+    # With dropout (LoRA's is 0.05 in TRL's ModelConfig) the trainer's log-probabilities are not those of the sampler.
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout (our choice)."})
     # TRL's default sums log-ratios over a trajectory and drops it at 3: 1,000 tokens at a mean drift of 0.0011 nats.
     vllm_importance_sampling_mode: str = field(
         default="token_truncate", metadata={"help": "Correction for vLLM's log-probabilities: token by token."}
@@ -91,12 +94,25 @@ class SearchConfig(GRPOConfig):
         if self.vllm_max_model_length is None:
             self.vllm_max_model_length = self.max_trajectory_tokens
         super().__post_init__()
+        if self.use_vllm:
+            self._check_vllm()
+        elif not self.ds3_gather_for_generation:
+            # Each forward pass would be a collective, and ranks make as many as their own trajectories need.
+            raise UserError("ds3_gather_for_generation false is not there yet; leave it true, or use vLLM")
         if self.algorithm not in ("reinforce", "grpo"):
             raise UserError(f"algorithm is {self.algorithm!r}: it must be reinforce or grpo")
         if not 0.0 <= self.max_failed_search_share <= 1.0:
             raise UserError(f"max_failed_search_share is {self.max_failed_search_share}: a share lies in [0, 1]")
         self.noise_schedule()  # each raises UserError for values that cannot work
         self.rollout_settings()
+
+    def _check_vllm(self) -> None:
+        if find_spec("vllm") is None:
+            raise UserError("vLLM is not installed; install it (see the README), or pass --use_vllm false")
+        if self.vllm_mode != "colocate":
+            raise UserError(f"vllm_mode is {self.vllm_mode!r}: only colocate is there yet")
+        if self.vllm_tensor_parallel_size != 1:
+            raise UserError(f"vllm_tensor_parallel_size is {self.vllm_tensor_parallel_size}: only 1 is there yet")
 
     def noise_schedule(self) -> NoiseSchedule:
         """Return the curriculum of Eq. 1."""

@@ -230,7 +230,7 @@ class TransformersGenerator:
         ).logits[:, -1]
         if slots is None:
             logits = logits[torch.tensor([turn.slot for turn in turns], device=device)]
-        uniform = torch.tensor([turn.random.random() for turn in turns], dtype=torch.float64, device=device)
+        uniform = torch.tensor([turn.random.random() for turn in turns], dtype=torch.float64)
         token_ids, logprobs = draw(logits, uniform, self.sampling)
         for turn, token_id, logprob in zip(turns, token_ids.tolist(), logprobs.tolist(), strict=True):
             turn.token_ids.append(token_id)
@@ -261,6 +261,8 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     Takes logits (B, V) and numbers in [0, 1) (B,); returns ids (B,) and the log-probabilities (B,) of the distribution
     that was sampled from (at temperature 0: of the model's own).
     """
+    if logits.device.type == "mps":  # which knows no float64
+        logits = logits.cpu()
     if sampling.temperature == 0.0:
         logprobs = logits.float().log_softmax(-1)
         token_ids = logprobs.argmax(-1)
@@ -269,8 +271,9 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
         if sampling.top_p < 1.0:
             logprobs = keep_top_p(logprobs, sampling.top_p)
         cumulative = logprobs.exp().double().cumsum(-1)  # in float32, 150,000 additions would lose the tail
-        threshold = (uniform * cumulative[:, -1]).unsqueeze(-1)
-        token_ids = (cumulative <= threshold).sum(-1)  # the first id whose cumulative probability exceeds it
+        threshold = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(-1)
+        # The first id whose cumulative probability exceeds the threshold; rounding must not lead past the last one.
+        token_ids = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
     return token_ids, logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""Prompts and observations as token ids, with every special token that a text spells out taken as plain text."""
+"""Between text and token ids, to the letter; special tokens that a text spells out are taken as plain text."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def decoded_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Return the text of ids to the letter: special tokens spelled out, no space before a full stop tidied away."""
+    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
     """Tokenise a prompt: messages by the chat template where the tokenizer has one, else their plain text.
 
@@ -26,9 +31,8 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[
     messages = [{**message, "content": plain_text(message["content"], tokenizer)} for message in messages]
     if tokenizer.chat_template is None or isinstance(prompt, str):
         return tokenizer("".join(message["content"] for message in messages))["input_ids"]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return encoded["input_ids"]
 
 
 def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

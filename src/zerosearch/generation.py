@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from zerosearch.encoding import decoded_text
 from zerosearch.errors import UserError
 from zerosearch.protocol import STOP_STRINGS
 
@@ -99,11 +100,11 @@ class TurnEnd:
         """Say whether the last of these ids completes a stop string."""
         last = token_ids[-1]
         if last not in self.may_close:
-            text = self.tokenizer.decode([last])
+            text = decoded_text(self.tokenizer, [last])
             self.may_close[last] = any(character in text for character in self.last_characters)
         if not self.may_close[last]:
             return False
-        tail = self.tokenizer.decode(token_ids[-self.tail_tokens :])
+        tail = decoded_text(self.tokenizer, token_ids[-self.tail_tokens :])
         return any(text in tail for text in self.stop_strings)
 
 
@@ -123,10 +124,6 @@ class VLLMGenerator:
     @classmethod
     def of_trainer(cls, colocated: VLLMGeneration, tokenizer: PreTrainedTokenizerBase) -> VLLMGenerator:
         """Return a generator on the engine that TRL's trainer has made in this process."""
-        if colocated.mode != "colocate":
-            raise UserError(f"vllm_mode {colocated.mode!r} is not there yet; use colocate")
-        if colocated.tensor_parallel_size > 1:
-            raise UserError("vllm_tensor_parallel_size above 1 is not there yet; use 1")
         return cls(colocated.llm, tokenizer, colocated)
 
     @contextmanager
@@ -187,8 +184,7 @@ class VLLMGenerator:
         token_ids = list(completion.token_ids)
         logprobs = [entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)]
         finish: FinishReason = "length"
-        if (
-            completion.finish_reason == "stop"
-        ):  # stop_reason is the stop string, or None or an id at an end of sequence
+        if completion.finish_reason == "stop":
+            # At an end of sequence, the reason is no string but None or an id.
             finish = "stop" if isinstance(completion.stop_reason, str) else "eos"
         return SampledTurn(request.trajectory, token_ids, logprobs, finish)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from zerosearch.curriculum import keyed_uniform
-from zerosearch.encoding import fit_observation, plain_text, prompt_token_ids, text_token_ids
+from zerosearch.encoding import decoded_text, fit_observation, plain_text, prompt_token_ids, text_token_ids
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
@@ -36,9 +36,8 @@ from zerosearch.protocol import ActionKind, parse_action
 Outcome = Literal["answered", "turns_exhausted", "truncated", "failed_search"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "turns_exhausted", "truncated", "failed_search")
 
-SAMPLING_STREAM = (
-    1_000_003  # ends the key of a turn's sampling: another number than the coin of the same turn's search
-)
+# Ends the key of a turn's sampling, so that it is another number than the coin of the same turn's search.
+SAMPLING_STREAM = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class _Rollout:
                         self._act(sampled)
                 bar.update(len(self.rows) - self.num_generating - self.num_searching - bar.n)
 
-    def _arrivals(self) -> list[tuple[int, SearchResult | BaseException]]:
+    def _arrivals(self) -> list[tuple[int, SearchResult | Exception]]:
         """Return the searches that are done; wait for one only when there is nothing to generate."""
         if self.num_generating:
             return self.searches.done()
@@ -267,7 +266,7 @@ class _Rollout:
         """Read the action of a finished turn and do what it says."""
         index = sampled.trajectory
         trajectory = self.trajectories[index]
-        text = self.tokenizer.decode(sampled.token_ids)
+        text = decoded_text(self.tokenizer, sampled.token_ids)
         action = parse_action(text)
         trajectory.append_sampled(sampled)
         trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids)))
@@ -297,14 +296,14 @@ class _Rollout:
         self.searches.start(index, request)
         self.num_searching += 1
 
-    def _observe(self, index: int, outcome: SearchResult | BaseException) -> None:
+    def _observe(self, index: int, outcome: SearchResult | Exception) -> None:
         """Append the documents of a search and go on, or end the trajectory whose search failed."""
         turn = self.trajectories[index].turns[-1]
         turn.latency_s = self.searches.latencies_s[index]
         if isinstance(outcome, SearchError):
             self.trajectories[index].error = str(outcome)
             self._end(index, "failed_search")
-        elif isinstance(outcome, BaseException):
+        elif isinstance(outcome, Exception):
             raise outcome
         else:
             turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
@@ -340,7 +339,7 @@ class Searches:
 
     def __init__(self, engine: SearchEngine, timeout_s: float) -> None:
         self.engine, self.timeout_s = engine, timeout_s
-        self.finished: SimpleQueue[tuple[int, SearchResult | BaseException]] = SimpleQueue()
+        self.finished: SimpleQueue[tuple[int, SearchResult | Exception]] = SimpleQueue()
         self.latencies_s: dict[int, float] = {}
         self.tasks: list[Any] = []
         self.limit = asyncio.Semaphore(engine.max_concurrency)
@@ -349,7 +348,7 @@ class Searches:
         """Start a search for a trajectory; returns at once."""
         self.tasks.append(asyncio.run_coroutine_threadsafe(self._search(index, request), search_loop()))
 
-    def done(self) -> list[tuple[int, SearchResult | BaseException]]:
+    def done(self) -> list[tuple[int, SearchResult | Exception]]:
         """Return the searches that finished since the last call."""
         finished = []
         while True:
@@ -358,7 +357,7 @@ class Searches:
             except Empty:
                 return finished
 
-    def wait(self) -> list[tuple[int, SearchResult | BaseException]]:
+    def wait(self) -> list[tuple[int, SearchResult | Exception]]:
         """Wait until a search finishes. Some search is in flight, and each has a time limit."""
         return [self.finished.get(timeout=self.timeout_s + 60), *self.done()]
 
@@ -368,7 +367,7 @@ class Searches:
             task.cancel()
 
     async def _search(self, index: int, request: SearchRequest) -> None:
-        outcome: SearchResult | BaseException
+        outcome: SearchResult | Exception
         async with self.limit:
             start = time.perf_counter()
             try:

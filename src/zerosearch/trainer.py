@@ -30,6 +30,7 @@ from zerosearch.advantages import group_normalized, raw_return
 from zerosearch.colocation import colocated_engine_options
 from zerosearch.config import SearchConfig
 from zerosearch.decoding import TransformersGenerator
+from zerosearch.encoding import decoded_text
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.generation import Generator, VLLMGenerator
 from zerosearch.rollout import RolloutClock, Trajectory, run_rollouts
@@ -227,7 +228,7 @@ class SearchTrainer(GRPOTrainer):
         step = self.state.global_step + 1
         with (Path(self.args.output_dir) / "trajectories.jsonl").open("a", encoding="utf-8") as file:
             for place in range(0, len(rows), len(rows) // wanted)[:wanted]:
-                prompt = self._tokenizer.decode(trajectories[place].prompt_ids)
+                prompt = decoded_text(self._tokenizer, trajectories[place].prompt_ids)
                 record = trajectories[place].to_record(rows[place], prompt, step)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
