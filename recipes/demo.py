@@ -10,6 +10,7 @@ with the real BM25 engine, which the policy has never met -> report.html.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -194,6 +195,7 @@ def main() -> None:
     """Run the demo, write results.json and report.html, print a table."""
     arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
     exit_on_signals()  # so that no server outlives the demo
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
     clear(directory)
     demo = Demo(directory, arguments.seed, arguments.generator)

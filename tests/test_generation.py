@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from zerosearch.decoding import TransformersGenerator, draw
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import Generator, SampledTurn, Sampling, TurnEnd, TurnRequest
+from zerosearch.generation import Generator, SampledTurn, Sampling, TurnEnd, TurnRequest, VLLMGenerator
 from zerosearch.rollout import RolloutSettings, Trajectory, Turn, run_rollouts
 
 PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
@@ -213,6 +214,42 @@ def test_a_model_that_does_not_attend_to_everything_is_refused(tiny_tokenizer: P
     generator = TransformersGenerator(lambda: nullcontext(model), tiny_tokenizer, [0], 64)
     with pytest.raises(UserError, match="full attention in every layer"), generator.session(Sampling()):
         pass
+
+
+class SleepyEngine:
+    """TRL's owner of a colocated vLLM, its LLM and its engine in one, that writes down what it is told."""
+
+    def __init__(self, weights_sleeping: bool) -> None:
+        self.enable_sleep_mode = True
+        self._llm_weights_sleeping = weights_sleeping
+        self.llm = self.llm_engine = self
+        self.model_config = SimpleNamespace(max_model_len=100)
+        self.told: list[str] = []
+
+    def sync_weights(self) -> None:
+        self.told.append("sync weights")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake up {tags}")
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    def abort_request(self, numbers: list[str]) -> None:
+        assert numbers == []
+
+
+@pytest.mark.parametrize("weights_sleeping", [False, True])
+def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
+    weights_sleeping: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine = SleepyEngine(weights_sleeping)
+    with VLLMGenerator.of_trainer(engine, tiny_tokenizer).session(Sampling()):  # type: ignore[arg-type]
+        engine.told.append("rollout")
+    # TRL syncs before a rollout if a step was made; else the weights that went to sleep with the last one are gone.
+    synced = ["sync weights"] if weights_sleeping else []
+    assert engine.told == [*synced, "wake up ['kv_cache']", "rollout", "sleep 2"]
+    assert engine._llm_weights_sleeping
 
 
 VLLM_SCRIPT = """

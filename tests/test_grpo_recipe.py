@@ -243,6 +243,28 @@ def test_a_run_with_a_colocated_vllm_and_a_simulator(algorithm: str, settings: d
         assert number is not None and number[1] == number[2], "each search has its own question and answer"
 
 
+@pytest.mark.slow
+def test_two_ranks_roll_out_what_one_does(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = str(ROOT / "recipes/accelerate/zero3_cpu.yaml")
+    sharded = settings | {"use_vllm": True, "per_device_train_batch_size": 4, "max_steps": 3}
+    done = run(sharded, tmp_path, launcher=("-m", "accelerate.commands.launch", "--config_file", config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, _, third, _ = log_of(settings)
+    assert third["kl"] > 1e-4
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in (first, third)) < 1e-3
+    # Sampling is keyed by question, sample and turn, and does not know of ranks.
+    done = run(settings | {"use_vllm": True, "max_steps": 3, "overwrite_output_dir": True}, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = log_of(settings)[0]
+    names = ("reward", "search/searches", "search/policy_tokens", "search/observation_tokens", "search/answered")
+    assert [alone[name] for name in names] == pytest.approx([first[name] for name in names])
+
+
 class HubStub(BaseHTTPRequestHandler):
     """As much of the Hub as `push_to_hub` talks to; every file is taken inline, in the commit itself."""
 
