@@ -13,6 +13,7 @@ import pytest
 
 from zerosearch.engines import SearchRequest
 from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.errors import UserError
 from zerosearch.tinyworld import (
     RELATION,
     RELATIONS,
@@ -38,6 +39,18 @@ def test_the_same_seed_draws_the_same_world_and_another_seed_another():
     assert World.draw(3).facts == World.draw(3).facts
     assert World.draw(3).passages() == World.draw(3).passages()
     assert World.draw(3).facts != World.draw(4).facts
+
+
+@pytest.mark.parametrize("n_people", [0, 19, 701])
+def test_a_world_that_cannot_be_drawn_is_refused(n_people: int):
+    with pytest.raises(UserError, match=f"{n_people} people"):
+        World.draw(0, n_people)
+
+
+@pytest.mark.parametrize("n_people", [20, 700])
+def test_the_smallest_and_the_largest_world_hold_every_relation(n_people: int):
+    world = World.draw(0, n_people)
+    assert {fact.relation for fact in world.facts} == {relation.name for relation in RELATIONS}
 
 
 def test_training_worlds_share_no_fact_with_evaluation_worlds():

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from zerosearch.engines import SearchEngine, SearchRequest
+from zerosearch.errors import UserError
 from zerosearch.prompts import (
     INVALID_ACTION_HINT,
     TINYWORLD_POLICY_PROMPT,
@@ -201,7 +202,10 @@ class World:
         """Draw a world of `n_people` people and proportionate numbers of everything else.
 
         The same seed gives the same world. With `held_out` every fact is one that training worlds never hold.
+        Raises `UserError` for a size that the names do not last for, or too small to ask questions about.
         """
+        if not 20 <= n_people <= 700:
+            raise UserError(f"a world of {n_people} people cannot be drawn: choose 20 to 700")
         rng = random.Random(f"tinyworld-{seed}-{held_out}")
         sizes = {
             "person": n_people,
