@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 from zerosearch.data import claim_output_dir
 from zerosearch.errors import UserError, exit_on_user_error
 from zerosearch.report import summary_table, write_report
-from zerosearch.serving import ServerDied, exit_on_signals, simulator_server
+from zerosearch.serving import ServerDied, check_port_free, exit_on_signals, simulator_server
 
 RECIPES = Path(__file__).resolve().parent
 ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"
@@ -197,6 +197,7 @@ def main() -> None:
     exit_on_signals()  # so that no server outlives the demo
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
+    check_port_free("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
     clear(directory)
     demo = Demo(directory, arguments.seed, arguments.generator)
     try:
