@@ -15,7 +15,7 @@ from zerosearch.curriculum import keyed_uniform
 from zerosearch.encoding import fit_observation, plain_text, prompt_token_ids, text_token_ids
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import SampledTurn, Sampling, TurnRequest
+from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.prompts import INVALID_ACTION_HINT
 from zerosearch.rollout import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
@@ -61,6 +61,32 @@ class ScriptedGenerator:
 
     def release(self, trajectory: int) -> None:
         self.released.append(trajectory)
+
+
+class ScriptedRemoteGenerator(ScriptedGenerator):
+    """The same, elsewhere: each turn is awaited for as long as `delay` draws."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        policy: Policy,
+        delay: Callable[[], float] = lambda: 0.0,
+        max_concurrency: int = 1000,
+    ) -> None:
+        super().__init__(tokenizer, policy)
+        self.name = "the scripted server"
+        self.delay, self.max_concurrency = delay, max_concurrency
+        self.most_in_flight = 0
+        self.in_flight: set[int] = set()
+
+    async def sample(self, request: TurnRequest) -> SampledTurn:
+        assert request.trajectory not in self.in_flight, "two turns in flight"
+        self.requests.setdefault(request.trajectory, []).append(request)
+        self.in_flight.add(request.trajectory)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        await asyncio.sleep(self.delay())
+        self.in_flight.discard(request.trajectory)
+        return self.write(request)
 
 
 class ScriptedEngine:
@@ -223,15 +249,88 @@ def test_arrival_order_changes_nothing(tiny_tokenizer: PreTrainedTokenizerFast) 
         generator = ScriptedGenerator(tiny_tokenizer, wandering_policy(1), order_seed=seed)
         trajectories = run_rollouts(questions(60), generator, engine, RolloutSettings(max_turns=3), p_noise=0.5)
         assert engine.most_in_flight > 1
-        for trajectory in trajectories:
-            for turn in trajectory.searched_turns:
-                turn.latency_s = 0.0
-        return trajectories, [[request.seed for request in generator.requests[n]] for n in range(60)]
+        return timeless(trajectories), [[request.seed for request in generator.requests[n]] for n in range(60)]
 
     first, second = rolled_out(1), rolled_out(2)
     assert first == second
     coins = [turn.noisy for trajectory in first[0] for turn in trajectory.searched_turns]
     assert 0.3 < sum(coins) / len(coins) < 0.7
+
+
+def timeless(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Take out of trajectories how long they took."""
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            turn.latency_s, turn.generation_s = None if turn.latency_s is None else 0.0, 0.0
+    return trajectories
+
+
+def test_turns_sampled_elsewhere_make_the_same_trajectories(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    delays = random.Random(3)
+
+    def rolled_out(generator: ScriptedGenerator) -> list[Trajectory]:
+        engine = ScriptedEngine(lambda request: [f"For {request.query}"], lambda: delays.random() * 0.02)
+        return timeless(run_rollouts(questions(60), generator, engine, RolloutSettings(max_turns=3), p_noise=0.5))
+
+    here = ScriptedGenerator(tiny_tokenizer, wandering_policy(1))
+    elsewhere = ScriptedRemoteGenerator(tiny_tokenizer, wandering_policy(1), lambda: delays.random() * 0.02, 7)
+    assert rolled_out(here) == rolled_out(elsewhere)
+    assert here.requests == elsewhere.requests
+    assert elsewhere.most_in_flight == 7
+
+
+def test_the_rollout_wakes_on_whichever_comes_first_a_turn_or_a_search(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    # Trajectory 0 is at its long search while 1 takes three short turns, and the other way round.
+    turns = ["<search> q </search>", "Hm.", "Hm.", "<answer> x </answer>"]
+    done: list[tuple[int, int]] = []
+
+    def policy(trajectory: int, turn: int) -> str:
+        done.append((trajectory, turn))
+        return turns[turn] if trajectory else turns[3 * turn]
+
+    class SlowForTheFirst(ScriptedEngine):
+        async def search(self, request: SearchRequest) -> SearchResult:
+            await asyncio.sleep(0.4 if request.question == "Question 0?" else 0.0)
+            return await super().search(request)
+
+    generator = ScriptedRemoteGenerator(tiny_tokenizer, policy, lambda: 0.02)
+    clock = RolloutClock()
+    run_rollouts(questions(2), generator, SlowForTheFirst(), RolloutSettings(max_turns=4), clock=clock)
+    assert done[-2:] == [(1, 3), (0, 1)], "the second trajectory did not wait for the first one's search"
+    assert 0.05 < clock.generating_s < 0.3 and 0.2 < clock.waiting_s < 0.4
+
+
+@pytest.mark.parametrize(
+    ("delay", "error", "message"),
+    [
+        (60.0, None, r"the scripted server sampled no turn within turn_timeout_s \(0.05 s\)"),
+        (0.0, GenerationError("the server at http://x is gone; start it"), "the server at http://x is gone; start it"),
+    ],
+)
+def test_a_generator_elsewhere_that_fails_ends_the_rollout(
+    delay: float, error: Exception | None, message: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class Failing(ScriptedRemoteGenerator):
+        def write(self, request: TurnRequest) -> SampledTurn:
+            if error:
+                raise error
+            return super().write(request)
+
+    generator = Failing(tiny_tokenizer, lambda trajectory, turn: "<answer> x </answer>", lambda: delay)
+    with pytest.raises(GenerationError, match=message):
+        run_rollouts(questions(3), generator, ScriptedEngine(), RolloutSettings(turn_timeout_s=0.05))
+
+
+def test_a_generator_that_makes_no_progress_ends_the_rollout(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    class Stalled(ScriptedGenerator):
+        def step(self) -> list[SampledTurn]:
+            return []
+
+    generator = Stalled(tiny_tokenizer, lambda trajectory, turn: "")
+    with pytest.raises(GenerationError, match=r"none of 3 turns has ended within turn_timeout_s \(0.05 s\)"):
+        run_rollouts(questions(3), generator, ScriptedEngine(), RolloutSettings(turn_timeout_s=0.05))
 
 
 def test_tags_and_special_tokens_in_documents_are_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

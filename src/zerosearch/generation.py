@@ -1,8 +1,13 @@
 """Token ids in, sampled token ids and their log-probabilities out: one turn of one trajectory at a time.
 
-A generator keeps many turns in flight. `submit` hands it a turn, `step` advances the turns in flight by at least one
-token and returns those that ended, so a new turn joins while others are still being decoded. `VLLMGenerator`, here,
-drives a vLLM engine in this process; `decoding.TransformersGenerator` runs a transformers model.
+Three kinds of generator, by where the work is done:
+
+1. `Generator`: in this thread. `submit` hands it a turn, `step` advances the turns in flight by at least one token and
+   returns those that ended, so a new turn joins while others are still being decoded. `VLLMGenerator`, here, drives a
+   vLLM engine in this process; `decoding.TransformersGenerator` runs a transformers model.
+2. `CollectiveGenerator`: in this thread and, at the same time, in those of other ranks.
+3. `RemoteGenerator`: elsewhere, behind a network. `sample` is awaited for each turn, on the loop that searches run on,
+   and the rollout sleeps until the first turn or search arrives.
 
 A turn ends when its text holds a stop string, at an end-of-sequence token, or at its token limit. Nothing is decoded
 and encoded again: the ids returned are the ids sampled, also when the closing tag ends inside a token.
@@ -14,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from zerosearch.encoding import decoded_text
 from zerosearch.errors import UserError
@@ -62,8 +67,12 @@ class SampledTurn:
     finish: FinishReason
 
 
+class GenerationError(RuntimeError):
+    """A turn could not be sampled. The message names the inference engine, where it is, and the remedy."""
+
+
 class Generator(Protocol):
-    """What the rollout needs of an inference engine."""
+    """What the rollout needs of an inference engine in this process."""
 
     tokenizer: PreTrainedTokenizerBase
     max_context_tokens: int
@@ -82,6 +91,40 @@ class Generator(Protocol):
 
     def release(self, trajectory: int) -> None:
         """Forget a trajectory: no further turn of it will be submitted."""
+        ...
+
+
+@runtime_checkable
+class CollectiveGenerator(Generator, Protocol):
+    """A generator whose every step is a collective call: all ranks make the same calls in the same order.
+
+    A rank that has no turn in flight calls `attend` instead of `step`, again and again while it waits for searches;
+    leaving the session waits until every rank is done with its rollout.
+    """
+
+    def attend(self) -> None:
+        """Take part in what the other ranks do. Returns soon, also when no rank has anything to do."""
+        ...
+
+
+@runtime_checkable
+class RemoteGenerator(Protocol):
+    """What the rollout needs of an inference engine elsewhere; at most `max_concurrency` turns are awaited at once.
+
+    `name` says in messages what it is and where. A turn has a time limit, `RolloutSettings.turn_timeout_s`.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    max_context_tokens: int
+    max_concurrency: int
+
+    def session(self, sampling: Sampling) -> AbstractContextManager[None]:
+        """Sample in this way during one rollout. Raises `GenerationError` if the engine is not there."""
+        ...
+
+    async def sample(self, request: TurnRequest) -> SampledTurn:
+        """Return a turn. Raises `GenerationError` once bounded retries are spent, which ends the rollout."""
         ...
 
 

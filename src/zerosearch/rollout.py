@@ -13,22 +13,30 @@ answers while the others decode on; the documents are appended and the next turn
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from queue import Empty, SimpleQueue
+from functools import partial
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.encoding import decoded_text, fit_observation, plain_text, prompt_token_ids, text_token_ids
-from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest
 from zerosearch.errors import UserError
-from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation import (
+    CollectiveGenerator,
+    GenerationError,
+    Generator,
+    RemoteGenerator,
+    SampledTurn,
+    Sampling,
+    TurnRequest,
+)
+from zerosearch.in_flight import Arrival, InFlight
+from zerosearch.in_flight import close_engine as close_engine
 from zerosearch.metrics import exact_match, f1
 from zerosearch.prompts import INVALID_ACTION_HINT
 from zerosearch.protocol import ActionKind, parse_action
@@ -45,7 +53,8 @@ class RolloutSettings:
     """Budgets and sampling of a rollout. Token counts are the policy's tokens.
 
     `max_turns` turns may search; one last turn that may only answer follows. `max_trajectory_tokens` counts the prompt
-    too. `search_timeout_s` bounds one search with all its retries, whatever the engine does.
+    too. `search_timeout_s` bounds one search with all its retries, whatever the engine does. A turn elsewhere may take
+    `turn_timeout_s`, retries included, and here some turn must end within it; else the rollout fails.
     """
 
     max_turns: int = 2  # the released scripts of the paper's time, and the authors in issue 29 of their repository
@@ -55,12 +64,17 @@ class RolloutSettings:
     temperature: float = 1.0
     top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
     search_timeout_s: float = 1800.0
+    turn_timeout_s: float = 3600.0
+    noise_per_group: bool = False  # the samples of a group toss the same coin, so that they differ by the policy only
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens"):
             minimum = 0 if name == "max_turns" else 1
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        for name in ("search_timeout_s", "turn_timeout_s"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}: it must be a number of seconds above 0")
 
 
 @dataclass
@@ -71,6 +85,7 @@ class Turn:
     kind: ActionKind
     content: str
     num_tokens: int
+    generation_s: float = 0.0  # from the moment it could start to its end
     documents: tuple[str, ...] = ()
     noisy: bool | None = None
     retries: int = 0
@@ -177,7 +192,7 @@ class RolloutClock:
 
 def run_rollouts(
     rows: Sequence[Mapping[str, Any]],
-    generator: Generator,
+    generator: Generator | RemoteGenerator,
     engine: SearchEngine,
     settings: RolloutSettings,
     *,
@@ -191,6 +206,7 @@ def run_rollouts(
     `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
     probability that a search is asked for noisy documents. `clock` collects where the time went.
     A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
+    Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
@@ -199,8 +215,8 @@ def run_rollouts(
         try:
             rollout.run(progress)
         finally:
-            rollout.searches.cancel()
-        return rollout.trajectories
+            rollout.in_flight.cancel()
+    return rollout.trajectories
 
 
 class _Rollout:
@@ -210,7 +226,7 @@ class _Rollout:
         self,
         rows: Sequence[Mapping[str, Any]],
         keys: Sequence[tuple[int, ...]],
-        generator: Generator,
+        generator: Generator | RemoteGenerator,
         engine: SearchEngine,
         settings: RolloutSettings,
         p_noise: float,
@@ -218,11 +234,20 @@ class _Rollout:
     ) -> None:
         assert len(keys) == len(rows), "one key a row"
         self.rows, self.keys = rows, keys
-        self.generator, self.settings, self.p_noise, self.clock = generator, settings, p_noise, clock
+        self.engine, self.settings, self.p_noise, self.clock = engine, settings, p_noise, clock
         self.tokenizer = generator.tokenizer
         self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
-        self.searches = Searches(engine, settings.search_timeout_s)
+        # One of the two is there: turns are sampled here or elsewhere.
+        self.local = None if isinstance(generator, RemoteGenerator) else generator
+        self.remote = generator if isinstance(generator, RemoteGenerator) else None
+        self.in_flight = InFlight()
+        self.search_limit = asyncio.Semaphore(engine.max_concurrency)
+        self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
         self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
+        self.turn_starts: dict[int, float] = {}  # of those sampled here
+        self.last_progress = (
+            time.perf_counter()
+        )  # when a turn that is sampled here ended, or one was submitted to none
         self.num_generating = 0
         self.num_searching = 0
 
@@ -232,23 +257,24 @@ class _Rollout:
             for index in range(len(self.rows)):
                 self._start_turn(index)
             while self.num_generating or self.num_searching:
-                for index, outcome in self._arrivals():
-                    self.num_searching -= 1
-                    self._observe(index, outcome)
-                if self.num_generating:
-                    with self.clock.timing("generating_s"):
-                        finished = self.generator.step()
-                    for sampled in finished:
-                        self.num_generating -= 1
-                        self._act(sampled)
+                for arrival in self._arrivals():
+                    if arrival.kind == "search":
+                        self._observe(arrival)
+                    else:
+                        self._receive(arrival)
+                if self.local and self.num_generating:
+                    self._step(self.local)
                 bar.update(len(self.rows) - self.num_generating - self.num_searching - bar.n)
 
-    def _arrivals(self) -> list[tuple[int, SearchResult | Exception]]:
-        """Return the searches that are done; wait for one only when there is nothing to generate."""
-        if self.num_generating:
-            return self.searches.done()
-        with self.clock.timing("waiting_s"):
-            return self.searches.wait()
+    def _arrivals(self) -> list[Arrival]:
+        """Return what has arrived; wait for it only when there is nothing to do here meanwhile."""
+        if self.local and self.num_generating:
+            return self.in_flight.done()
+        with self.clock.timing("generating_s" if self.num_generating else "waiting_s"):
+            if isinstance(self.local, CollectiveGenerator):
+                self.local.attend()
+                return self.in_flight.done()
+            return self.in_flight.wait()
 
     def _start_turn(self, index: int) -> None:
         trajectory = self.trajectories[index]
@@ -259,17 +285,51 @@ class _Rollout:
             return
         key = (*self.keys[index], len(trajectory.turns), SAMPLING_STREAM)
         context_ids = trajectory.prompt_ids + trajectory.completion_ids
-        self.generator.submit(TurnRequest(index, context_ids, room, seed=int(keyed_uniform(*key) * 2**53)))
+        request = TurnRequest(index, context_ids, room, seed=int(keyed_uniform(*key) * 2**53))
         self.num_generating += 1
+        if self.remote:
+            sample = partial(self.remote.sample, request)
+            self.in_flight.start("turn", index, sample, self.turn_limit, self.settings.turn_timeout_s)
+        elif self.local:
+            self.turn_starts[index] = time.perf_counter()
+            if self.num_generating == 1:
+                self.last_progress = self.turn_starts[index]
+            self.local.submit(request)
 
-    def _act(self, sampled: SampledTurn) -> None:
+    def _step(self, generator: Generator) -> None:
+        """Advance the turns that are sampled here, and do what those say that ended."""
+        with self.clock.timing("generating_s"):
+            finished = generator.step()
+        now = time.perf_counter()
+        limit_s = self.settings.turn_timeout_s
+        if not finished and now - self.last_progress > limit_s:
+            raise GenerationError(
+                f"none of {self.num_generating} turns has ended within turn_timeout_s ({limit_s:g} s): the inference "
+                "engine makes no progress (too little memory for keys and values?), or turn_timeout_s is too low"
+            )
+        for sampled in finished:
+            self.last_progress = now
+            self._act(sampled, now - self.turn_starts.pop(sampled.trajectory))
+
+    def _receive(self, arrival: Arrival) -> None:
+        """Take a turn that was sampled elsewhere."""
+        assert self.remote is not None
+        if isinstance(arrival.outcome, TimeoutError):
+            limit_s = self.settings.turn_timeout_s
+            raise GenerationError(f"{self.remote.name} sampled no turn within turn_timeout_s ({limit_s:g} s)")
+        if isinstance(arrival.outcome, Exception):
+            raise arrival.outcome
+        self._act(arrival.outcome, arrival.seconds)
+
+    def _act(self, sampled: SampledTurn, generation_s: float) -> None:
         """Read the action of a finished turn and do what it says."""
+        self.num_generating -= 1
         index = sampled.trajectory
         trajectory = self.trajectories[index]
         text = decoded_text(self.tokenizer, sampled.token_ids)
         action = parse_action(text)
         trajectory.append_sampled(sampled)
-        trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids)))
+        trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids), generation_s))
         may_search = len(trajectory.turns) <= self.settings.max_turns
         cut_by_context = sampled.finish == "length" and len(sampled.token_ids) < self.settings.max_turn_tokens
         if action.kind == "answer":
@@ -286,22 +346,30 @@ class _Rollout:
 
     def _search(self, index: int, query: str) -> None:
         row = self.rows[index]
+        *group_key, sample = self.keys[index]
         request = SearchRequest(
             query=plain_text(query, self.tokenizer),
             question=row["question"],
             golden_answers=tuple(row["golden_answers"]),
             p_noise=self.p_noise,
-            key=(*self.keys[index], len(self.trajectories[index].turns) - 1),
+            key=(*group_key, 0 if self.settings.noise_per_group else sample, len(self.trajectories[index].turns) - 1),
         )
-        self.searches.start(index, request)
+        search = partial(self.engine.search, request)
+        self.in_flight.start("search", index, search, self.search_limit, self.settings.search_timeout_s)
         self.num_searching += 1
 
-    def _observe(self, index: int, outcome: SearchResult | Exception) -> None:
+    def _observe(self, arrival: Arrival) -> None:
         """Append the documents of a search and go on, or end the trajectory whose search failed."""
-        turn = self.trajectories[index].turns[-1]
-        turn.latency_s = self.searches.latencies_s[index]
+        self.num_searching -= 1
+        index, outcome = arrival.trajectory, arrival.outcome
+        trajectory = self.trajectories[index]
+        turn = trajectory.turns[-1]
+        turn.latency_s = arrival.seconds
+        if isinstance(outcome, TimeoutError):
+            limit_s = self.settings.search_timeout_s
+            outcome = SearchError(f"the engine {self.engine.name} gave no reply within {limit_s:g} s")
         if isinstance(outcome, SearchError):
-            self.trajectories[index].error = str(outcome)
+            trajectory.error = str(outcome)
             self._end(index, "failed_search")
         elif isinstance(outcome, Exception):
             raise outcome
@@ -328,66 +396,8 @@ class _Rollout:
         finished = outcome == "answered" and trajectory.completion_ids[-1] != self.tokenizer.eos_token_id
         if finished or not trajectory.completion_ids:
             trajectory.append_environment([self.tokenizer.eos_token_id])
-        self.generator.release(index)
+        if self.local:
+            self.local.release(index)
 
     def _encode(self, text: str) -> list[int]:
         return text_token_ids(self.tokenizer, text)
-
-
-class Searches:
-    """Searches in flight, on one asyncio loop that lives in a thread of its own."""
-
-    def __init__(self, engine: SearchEngine, timeout_s: float) -> None:
-        self.engine, self.timeout_s = engine, timeout_s
-        self.finished: SimpleQueue[tuple[int, SearchResult | Exception]] = SimpleQueue()
-        self.latencies_s: dict[int, float] = {}
-        self.tasks: list[Any] = []
-        self.limit = asyncio.Semaphore(engine.max_concurrency)
-
-    def start(self, index: int, request: SearchRequest) -> None:
-        """Start a search for a trajectory; returns at once."""
-        self.tasks.append(asyncio.run_coroutine_threadsafe(self._search(index, request), search_loop()))
-
-    def done(self) -> list[tuple[int, SearchResult | Exception]]:
-        """Return the searches that finished since the last call."""
-        finished = []
-        while True:
-            try:
-                finished.append(self.finished.get_nowait())
-            except Empty:
-                return finished
-
-    def wait(self) -> list[tuple[int, SearchResult | Exception]]:
-        """Wait until a search finishes. Some search is in flight, and each has a time limit."""
-        return [self.finished.get(timeout=self.timeout_s + 60), *self.done()]
-
-    def cancel(self) -> None:
-        """Stop what is still in flight, when the rollout is left by an error."""
-        for task in self.tasks:
-            task.cancel()
-
-    async def _search(self, index: int, request: SearchRequest) -> None:
-        outcome: SearchResult | Exception
-        async with self.limit:
-            start = time.perf_counter()
-            try:
-                outcome = await asyncio.wait_for(self.engine.search(request), self.timeout_s)
-            except TimeoutError:
-                outcome = SearchError(f"the engine {self.engine.name} gave no reply within {self.timeout_s:g} s")
-            except Exception as error:
-                outcome = error
-            self.latencies_s[index] = time.perf_counter() - start
-        self.finished.put((index, outcome))
-
-
-@cache
-def search_loop() -> asyncio.AbstractEventLoop:
-    """Return the asyncio loop of all searches in this process; engines keep their connections between rollouts."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="searches", daemon=True).start()
-    return loop
-
-
-def close_engine(engine: SearchEngine) -> None:
-    """Release an engine's connections, on the loop that made them."""
-    asyncio.run_coroutine_threadsafe(engine.aclose(), search_loop()).result(timeout=30)

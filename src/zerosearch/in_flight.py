@@ -1,0 +1,111 @@
+"""What the rollout has under way outside its own thread: searches, and turns that a generator elsewhere samples.
+
+All of it runs on one asyncio loop in a thread of its own, and what finishes waits in one queue, so that the rollout
+wakes on whichever comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cache
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from zerosearch.engines import SearchEngine
+
+CLOSE_TIMEOUT_S = 30.0
+GRACE_S = 60.0  # beyond the time limit of what is under way, before its loop is taken for dead
+
+ArrivalKind = Literal["search", "turn"]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came of a search or a turn: its result, or what it raised; `seconds` from when it was let through."""
+
+    kind: ArrivalKind
+    trajectory: int
+    outcome: Any
+    seconds: float
+
+
+class InFlight:
+    """Searches and turns under way; a result is had by `done` or `wait`, once each."""
+
+    def __init__(self) -> None:
+        self.finished: SimpleQueue[Arrival] = SimpleQueue()
+        self.tasks: set[Future[None]] = set()
+        self.longest_timeout_s = 0.0
+
+    def start(
+        self,
+        kind: ArrivalKind,
+        trajectory: int,
+        work: Callable[[], Awaitable[Any]],
+        limit: asyncio.Semaphore,
+        timeout_s: float,
+    ) -> None:
+        """Start work for a trajectory, as soon as `limit` lets it through; returns at once.
+
+        Work that takes longer than `timeout_s` is given up: its outcome is a `TimeoutError`.
+        """
+        self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
+        task = asyncio.run_coroutine_threadsafe(
+            self._work(kind, trajectory, work, limit, timeout_s), background_loop()
+        )
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def done(self) -> list[Arrival]:
+        """Return what finished since the last call."""
+        finished = []
+        while True:
+            try:
+                finished.append(self.finished.get_nowait())
+            except Empty:
+                return finished
+
+    def wait(self) -> list[Arrival]:
+        """Wait until something finishes. Something is under way, and all that is let through has a time limit."""
+        return [self.finished.get(timeout=self.longest_timeout_s + GRACE_S), *self.done()]
+
+    def cancel(self) -> None:
+        """Stop what is still under way, when the rollout is left by an error."""
+        for task in list(self.tasks):
+            task.cancel()
+
+    async def _work(
+        self,
+        kind: ArrivalKind,
+        trajectory: int,
+        work: Callable[[], Awaitable[Any]],
+        limit: asyncio.Semaphore,
+        timeout_s: float,
+    ) -> None:
+        async with limit:
+            start = time.perf_counter()
+            outcome: Any
+            try:
+                outcome = await asyncio.wait_for(work(), timeout_s)
+            except Exception as error:
+                outcome = error
+            seconds = time.perf_counter() - start
+        self.finished.put(Arrival(kind, trajectory, outcome, seconds))
+
+
+@cache
+def background_loop() -> asyncio.AbstractEventLoop:
+    """Return the asyncio loop of this process; engines keep their connections from rollout to rollout."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="searches", daemon=True).start()
+    return loop
+
+
+def close_engine(engine: SearchEngine) -> None:
+    """Release an engine's connections, on the loop that made them."""
+    asyncio.run_coroutine_threadsafe(engine.aclose(), background_loop()).result(timeout=CLOSE_TIMEOUT_S)
