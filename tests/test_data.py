@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from zerosearch.data import Passage, claim_output_dir, load_questions, read_passages
+from zerosearch import data
+from zerosearch.data import (
+    BENCHMARKS,
+    Passage,
+    choose_questions,
+    claim_output_dir,
+    data_hash,
+    load_question_sets,
+    load_questions,
+    read_passages,
+)
 from zerosearch.errors import UserError
 from zerosearch.prompts import POLICY_PROMPT
 
@@ -179,3 +195,142 @@ def test_an_output_folder_is_made_and_kept_from_being_overwritten(tmp_path: Path
         claim_output_dir(new / "results.json", overwrite=True)
     with pytest.raises(UserError, match="cannot be made"):
         claim_output_dir(new / "results.json" / "c")
+
+
+def benchmark_folder(root: Path, num_rows: int = 3) -> Path:
+    """Write a folder in the layout of FlashRAG's datasets, metadata of different shapes included."""
+    for name, benchmark in BENCHMARKS.items():
+        path = root / name / f"{benchmark.split}.jsonl"
+        path.parent.mkdir(parents=True)
+        rows = [
+            {
+                "id": f"{benchmark.split}_{number}",
+                "question": f"what is number {number} of {name}",
+                "golden_answers": [str(number)],
+                "metadata": {"type": number} if number % 2 else {"context": {"title": ["A"]}, "type": "x"},
+            }
+            for number in range(num_rows)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_the_seven_benchmarks_come_from_flashrags_layout(tmp_path: Path) -> None:
+    rows = load_question_sets(["benchmarks"], benchmark_source=str(benchmark_folder(tmp_path)))
+    assert [(row["dataset"], row["id"]) for row in rows if row["id"].endswith("_1")] == [
+        ("nq", "test_1"),
+        ("triviaqa", "test_1"),
+        ("popqa", "test_1"),
+        ("hotpotqa", "dev_1"),
+        ("2wikimultihopqa", "dev_1"),
+        ("musique", "dev_1"),
+        ("bamboogle", "test_1"),
+    ]
+    assert len(rows) == 21
+    assert rows[0]["prompt"][0]["content"].endswith("Question: what is number 0 of nq?\n")
+
+
+def test_a_benchmark_of_another_size_than_flashrags_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_question_sets(["nq"], benchmark_source=str(benchmark_folder(tmp_path)))
+    assert "nq has 3 questions here, and 3610 in FlashRAG" in caplog.text
+
+
+def test_benchmarks_and_files_are_asked_one_after_another(tmp_path: Path) -> None:
+    folder = benchmark_folder(tmp_path / "flashrag")
+    rows = load_question_sets([jsonl(tmp_path, ROW), "musique"], limit=2, benchmark_source=str(folder))
+    assert [row["id"] for row in rows] == ["q1", "dev_0", "dev_1"]
+
+
+HUB = """\
+import json, sys
+from zerosearch.data import load_questions
+try:
+    print(json.dumps([load_questions(name).to_list() for name in sys.argv[1:]]))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_benchmark_comes_from_the_hub_and_then_from_its_cache(tmp_path: Path) -> None:
+    """A local server stands in for the Hub and answers as it does: commit and hash in headers, then the file."""
+    stored = (benchmark_folder(tmp_path / "hub") / "nq/test.jsonl").read_bytes()
+    asked: list[tuple[str, str]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append((self.command, self.path))
+            found = self.path == "/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main/nq/test.jsonl"
+            self.send_response(200 if found else 404)
+            self.send_header("X-Repo-Commit", "c0ffee" * 6 + "c0ff")
+            self.send_header("ETag", f'"{hashlib.sha1(stored).hexdigest()}"')
+            if not found:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(stored)) if found else "0")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(stored)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    def load(name: str, offline: bool) -> str:
+        address = f"http://127.0.0.1:{server.server_port}"
+        environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(tmp_path / "home")}
+        return subprocess.run(
+            [sys.executable, "-c", HUB, name],
+            env={**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        first = load("nq", offline=False)
+        (rows,) = json.loads(first)
+        assert [(row["id"], row["dataset"], row["golden_answers"]) for row in rows] == [
+            ("test_0", "nq", ["0"]),
+            ("test_1", "nq", ["1"]),
+            ("test_2", "nq", ["2"]),
+        ]
+        assert not any("train" in path for _, path in asked)
+        assert load("popqa", offline=False).startswith(
+            "UserError: popqa/test.jsonl of the dataset 'RUC-NLPIR/FlashRAG_datasets' cannot be loaded from the Hub: "
+        )
+        server.shutdown()
+    assert load("nq", offline=True) == first
+
+
+def question(dataset: str, number: int) -> dict[str, Any]:
+    return {"dataset": dataset, "id": str(number), "question": f"{number}?", "golden_answers": [str(number)]}
+
+
+def test_the_chosen_questions_depend_on_the_questions_alone() -> None:
+    rows = [question("nq", number) for number in range(40)] + [question("bamboogle", number) for number in range(3)]
+    chosen = choose_questions(rows, 5)
+    assert [row["id"] for row in chosen if row["dataset"] == "bamboogle"] == ["0", "1", "2"]  # a small set stays whole
+    # Written down: another choice would be another benchmark.
+    assert [row["id"] for row in chosen if row["dataset"] == "nq"] == NQ_CHOSEN
+    mixed = choose_questions(rows[::-1], 5)
+    assert mixed == chosen[::-1]
+    assert [row for row in choose_questions(rows, 6) if row in chosen] == chosen  # more questions: these among them
+    with pytest.raises(UserError, match="num_questions is 0"):
+        choose_questions(rows, 0)
+
+
+NQ_CHOSEN = ["2", "18", "19", "23", "39"]
+
+
+def test_the_data_hash_knows_questions_answers_and_order_and_no_prompts() -> None:
+    rows = [question("nq", 1), question("nq", 2)]
+    assert data_hash(rows) == data_hash([{**row, "prompt": "x"} for row in rows])
+    others = [rows[::-1], rows[:1], [rows[0], {**rows[1], "golden_answers": ["3"]}], [rows[0], question("popqa", 2)]]
+    assert len({data_hash(rows), *map(data_hash, others)}) == 5
+
+
+def test_flashrags_sizes_are_those_the_paper_scores() -> None:
+    assert sum(benchmark.size for benchmark in BENCHMARKS.values()) == 51_713  # Search-R1 scores the full sets, too
+    assert sum(min(benchmark.size, data.PAPER_QUESTIONS) for benchmark in BENCHMARKS.values()) == 3_125

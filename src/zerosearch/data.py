@@ -6,9 +6,11 @@ A question row is `{id, prompt, question, golden_answers, dataset}`; a passage i
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +24,38 @@ from zerosearch.prompts import POLICY_PROMPT, policy_prompt
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in about a second, and a bar would only flicker
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One of the paper's seven test sets: the split that is scored, and how many questions it has."""
+
+    title: str
+    split: str
+    size: int
+
+    def path(self, name: str) -> str:
+        """Return the place of its rows in FlashRAG's dataset repository, or in a folder of the same layout."""
+        return f"{name}/{self.split}.jsonl"
+
+
+# Section 4.1, in the order of Table 3. Names, splits and sizes are those of FlashRAG.
+FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
+BENCHMARKS = {
+    "nq": Benchmark("NQ", "test", 3_610),
+    "triviaqa": Benchmark("TriviaQA", "test", 11_313),
+    "popqa": Benchmark("PopQA", "test", 14_267),
+    "hotpotqa": Benchmark("HotpotQA", "dev", 7_405),
+    "2wikimultihopqa": Benchmark("2Wiki", "dev", 12_576),
+    "musique": Benchmark("MuSiQue", "dev", 2_417),
+    "bamboogle": Benchmark("Bamboogle", "test", 125),
+}
+ALL_BENCHMARKS = "benchmarks"  # names the seven at once
+# The paper scores 500 questions of each set and all 125 of Bamboogle; which 500, nobody has said.
+PAPER_QUESTIONS = 500
 
 
 @dataclass(frozen=True)
@@ -41,14 +74,20 @@ class Passage:
 
 
 def load_questions(
-    source: str, split: str = "train", template: str = POLICY_PROMPT, limit: int | None = None
+    source: str,
+    split: str = "train",
+    template: str = POLICY_PROMPT,
+    limit: int | None = None,
+    benchmark_source: str = FLASHRAG,
 ) -> Dataset:
     """Return the questions of `source` as rows `{id, prompt, question, golden_answers, dataset}`.
 
-    `source` is a `.jsonl` or `.parquet` file, or the id of a dataset on the Hub, of which `split` is read; its columns
-    `question` and `golden_answers` are needed. `dataset`, or `data_source`, or else the source's name says which
-    benchmark a row is of; a row without an `id` gets one from its place. `prompt` is one user message made from
-    `template`; a column of that name is not read. Blank golden answers are dropped, as no answer can equal them.
+    `source` is a `.jsonl` or `.parquet` file, the name of one of `BENCHMARKS`, which comes from `benchmark_source` (a
+    dataset on the Hub in FlashRAG's layout, or a folder), or the id of another dataset on the Hub, of which `split` is
+    read; its columns `question` and `golden_answers` are needed. `dataset`, or `data_source`, or else the source's
+    name says which benchmark a row is of; a row without an `id` gets one from its place. `prompt` is one user message
+    made from `template`; a column of that name is not read. Blank golden answers are dropped, as no answer can equal
+    them.
     `limit` keeps the first rows.
     Raises `UserError` that names the row: column missing, question empty, no golden answer.
     """
@@ -58,11 +97,61 @@ def load_questions(
         raise UserError(f"limit is {limit}: it must be at least 1")
     name = Path(source).stem
     questions: list[dict[str, Any]] = []
-    for place, row in islice(_rows(source, split), limit):
+    for place, row in islice(_rows(source, split, benchmark_source), limit):
         questions.append(_question(row, place, len(questions), name, template))
     if not questions:
         raise UserError(f"{source} holds no questions")
     return datasets.Dataset.from_list(questions)
+
+
+def load_question_sets(
+    sources: Sequence[str],
+    split: str = "test",
+    limit: int | None = None,
+    num_questions: int | None = None,
+    benchmark_source: str = FLASHRAG,
+) -> list[dict[str, Any]]:
+    """Return the questions of several sources, one after another, as `load_questions` does; all seven benchmarks for
+    the source `ALL_BENCHMARKS`.
+
+    `num_questions` keeps so many of each set (see `choose_questions`); `limit` the first rows of each source.
+    """
+    names = [name for source in sources for name in (BENCHMARKS if source == ALL_BENCHMARKS else [source])]
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        loaded = load_questions(name, split, limit=limit, benchmark_source=benchmark_source).to_list()
+        if name in BENCHMARKS and limit is None and len(loaded) != BENCHMARKS[name].size:
+            logger.warning("%s has %d questions here, and %d in FlashRAG", name, len(loaded), BENCHMARKS[name].size)
+        rows += loaded
+    return rows if num_questions is None else choose_questions(rows, num_questions)
+
+
+def choose_questions(rows: Sequence[dict[str, Any]], num_questions: int) -> list[dict[str, Any]]:
+    """Keep `num_questions` of each dataset, in their order: those whose SHA-256 of "dataset, id, question" is lowest.
+
+    So the choice depends on the questions alone, not on their order, a seed or a library. A smaller set stays whole.
+    """
+    if num_questions < 1:
+        raise UserError(f"num_questions is {num_questions}: it must be at least 1")
+
+    def rank(place: int) -> bytes:
+        row = rows[place]
+        return hashlib.sha256("\n".join((row["dataset"], row["id"], row["question"])).encode()).digest()
+
+    by_dataset: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_dataset.setdefault(row["dataset"], []).append(place)
+    kept = {place for places in by_dataset.values() for place in sorted(places, key=rank)[:num_questions]}
+    return [row for place, row in enumerate(rows) if place in kept]
+
+
+def data_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of what is asked and accepted, row by row in their order; prompts do not count."""
+    digest = hashlib.sha256()
+    for row in rows:
+        asked = [row["dataset"], row["id"], row["question"], list(row["golden_answers"])]
+        digest.update(json.dumps(asked, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_passages(corpus: str | Path) -> list[Passage]:
@@ -124,8 +213,10 @@ def claim_output_dir(path: str | Path, overwrite: bool = False) -> Path:
     return path
 
 
-def _rows(source: str, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _rows(source: str, split: str, benchmark_source: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """Yield every row of a source with its place."""
+    if source in BENCHMARKS:
+        return read_jsonl(_benchmark_file(BENCHMARKS[source].path(source), benchmark_source))
     suffix = Path(source).suffix
     if suffix == ".jsonl":
         return read_jsonl(source)
@@ -140,6 +231,24 @@ def _numbered(dataset: Dataset, source: str) -> Iterator[tuple[str, Mapping[str,
     wanted = [name for name in dataset.column_names if name != "prompt"]
     for number, row in enumerate(dataset.select_columns(wanted), start=1):
         yield f"{source} row {number}", row
+
+
+def _benchmark_file(path: str, source: str) -> Path:
+    """Return a file of FlashRAG's layout, from a folder or from the Hub's cache, where it is put first if need be.
+
+    The file and not the dataset: a config would be downloaded whole, with training sets of hundreds of megabytes.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if Path(source).is_dir():
+        return Path(source, path)
+    try:
+        return Path(hf_hub_download(source, path, repo_type="dataset"))
+    # A wrong name or permission, no such file, no network, nothing in the cache while offline.
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        message = f"{path} of the dataset {source!r} cannot be loaded from the Hub: {error}"
+        raise UserError(message) from error
 
 
 def _parquet(path: Path) -> Dataset:
