@@ -16,7 +16,8 @@ from typing import Literal
 from trl import TrlParser
 
 from zerosearch.data import claim_output_dir, load_questions
-from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines import SearchError
+from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.evaluation import evaluate, load_generator, results_table
 from zerosearch.prompts import (
@@ -44,12 +45,7 @@ class EvaluationArguments:
     dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
     prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
-    engine: Literal["bm25", "simulated"] = field(default="bm25", metadata={"help": "The search engine."})
-    corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
-    simulator_url: str = field(default="http://127.0.0.1:6001/v1", metadata={"help": "For simulated: its address."})
-    simulator_max_tokens: int = field(default=600, metadata={"help": "For simulated: longest reply, in tokens."})
     p_noise: float = field(default=0.0, metadata={"help": "For simulated: how likely a search gets noisy documents."})
-    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4)."})
     generator: Literal["vllm", "transformers"] = field(default="vllm", metadata={"help": "What runs the policy."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling, noise and bootstrap."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
@@ -62,38 +58,26 @@ class EvaluationSettings(RolloutSettings):
     temperature: float = 0.0  # the paper does not say; its code sampled at 1.0 (our choice)
 
 
-def make_engine(arguments: EvaluationArguments) -> SearchEngine:
-    """Return the engine that the policy searches with."""
-    if arguments.engine == "bm25":
-        from zerosearch.engines.bm25 import BM25Engine
+@dataclass
+class EvaluationEngine(EngineOptions):
+    """The engine to evaluate with: by default one that is real and costs nothing."""
 
-        if arguments.corpus is None:
-            raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
-        return BM25Engine(arguments.corpus, arguments.num_documents)
-    from zerosearch.engines.simulated import SimulatedEngine
-
-    engine = SimulatedEngine(
-        arguments.simulator_url,
-        template=PROMPTS[arguments.prompt][1],
-        max_tokens=arguments.simulator_max_tokens,
-        num_documents=arguments.num_documents,
-    )
-    engine.check()
-    return engine
+    engine: EngineKind = field(default="bm25", metadata={"help": "The search engine."})
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check all that can be checked early, answer the questions, write and print the scores."""
     with user_mistakes():
-        arguments, settings = TrlParser((EvaluationArguments, EvaluationSettings)).parse_args_and_config(argv)
+        parser = TrlParser((EvaluationArguments, EvaluationEngine, EvaluationSettings))
+        arguments, options, settings = parser.parse_args_and_config(argv)
     if not 0.0 <= arguments.p_noise <= 1.0:
         raise UserError(f"p_noise is {arguments.p_noise}: a probability lies in [0, 1]")
     output_dir = claim_output_dir(arguments.output_dir, overwrite=arguments.overwrite_output_dir)
     questions = load_questions(
         arguments.dataset, arguments.dataset_split, PROMPTS[arguments.prompt][0], arguments.dataset_limit
     )
-    engine = make_engine(arguments)
+    engine = make_engine(options, simulator_template=PROMPTS[arguments.prompt][1])
     generator = load_generator(arguments.model, arguments.generator, settings.max_trajectory_tokens)
     about = {"model": arguments.model, "dataset": arguments.dataset, "generator": arguments.generator}
     try:

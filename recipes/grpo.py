@@ -25,6 +25,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from zerosearch.data import claim_output_dir, load_questions
 from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.models import load_tokenizer
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT, TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT
@@ -48,37 +49,16 @@ class RecipeArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
     prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
-    engine: Literal["simulated", "bm25"] = field(default="simulated", metadata={"help": "The search engine."})
-    simulator_url: str = field(default="http://127.0.0.1:6001/v1", metadata={"help": "For simulated: its address."})
-    simulator_max_tokens: int = field(default=600, metadata={"help": "For simulated: longest reply, in tokens."})
-    corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
-    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4)."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
 
     def __post_init__(self) -> None:
-        for name, choices in (("engine", ("simulated", "bm25")), ("prompt", tuple(PROMPTS))):
-            if getattr(self, name) not in choices:  # a config file is not checked by the parser
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        if self.prompt not in PROMPTS:  # a config file is not checked by the parser
+            raise UserError(f"prompt is {self.prompt!r}: it must be one of {', '.join(PROMPTS)}")
 
 
-def make_engine(arguments: RecipeArguments) -> SearchEngine:
-    """Return the engine that the policy learns from."""
-    if arguments.engine == "bm25":
-        from zerosearch.engines.bm25 import BM25Engine
-
-        if arguments.corpus is None:
-            raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
-        return BM25Engine(arguments.corpus, num_documents=arguments.num_documents)
-    from zerosearch.engines.simulated import SimulatedEngine
-
-    engine = SimulatedEngine(
-        arguments.simulator_url,
-        template=PROMPTS[arguments.prompt][1],
-        max_tokens=arguments.simulator_max_tokens,
-        num_documents=arguments.num_documents,
-    )
-    engine.check()
-    return engine
+def choose_engine(options: EngineOptions, prompt: str) -> SearchEngine:
+    """Return the engine that the policy learns from; return one of your own here to train against it."""
+    return make_engine(options, simulator_template=PROMPTS[prompt][1])
 
 
 def checkpoint_to_resume(config: SearchConfig) -> str | None:
@@ -117,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then train, save and push."""
     with user_mistakes():
         usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
-        parser = TrlParser((RecipeArguments, SearchConfig, ModelConfig), usage=usage)
-        arguments, config, model_config = parser.parse_args_and_config(argv)
+        parser = TrlParser((RecipeArguments, EngineOptions, SearchConfig, ModelConfig), usage=usage)
+        arguments, options, config, model_config = parser.parse_args_and_config(argv)
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         claim_output(config, arguments.overwrite_output_dir)
@@ -126,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model, model_config.model_revision, config.trust_remote_code)
     template, _ = PROMPTS[arguments.prompt]
     questions = load_questions(arguments.dataset, arguments.dataset_split, template, arguments.dataset_limit)
-    engine = make_engine(arguments)
+    engine = choose_engine(options, arguments.prompt)
     config.model_init_kwargs = model_options(model_config, config)
     trainer = SearchTrainer(
         model=model,
