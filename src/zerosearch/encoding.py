@@ -44,16 +44,20 @@ def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def fit_observation(
-    documents: Sequence[str], max_tokens: int, encode: Callable[[str], list[int]]
+    documents: Sequence[str],
+    max_tokens: int,
+    encode: Callable[[str], list[int]],
+    write: Callable[[Sequence[str]], str] = format_observation,
 ) -> tuple[str, list[int]]:
     """Write the observation within a token budget: the longest documents lose their ends first, the tags nothing.
 
-    Returns the text and its ids. Raises `UserError` if even empty documents do not fit.
+    `write` puts documents into the form that the policy reads. Returns the text and its ids. Raises `UserError` if
+    even empty documents do not fit.
     """
     documents = [" ".join(document.split()) for document in documents]
 
     def written(longest: int) -> tuple[str, list[int]]:
-        text = format_observation([document[:longest] for document in documents])
+        text = write([document[:longest] for document in documents])
         return text, encode(text)
 
     low, high = 0, max(map(len, documents), default=0)

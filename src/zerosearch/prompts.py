@@ -136,3 +136,86 @@ def check_template(template: str, *, required: set[str], allowed: frozenset[str]
         raise UserError(f"the prompt template names {{{name}}}, which is none of {known}; double a literal brace")
     for name in sorted(required - fields):
         raise UserError(f"the prompt template {template!r} lacks {{{name}}}")
+
+# What the trained policy is compared with (Table 3). The paper prints none of these prompts: they are ours.
+DIRECT_PROMPT = (
+    "Answer the given question from what you know. "
+    "Give only the answer, as short as possible, inside <answer> and </answer>. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+COT_PROMPT = (
+    "Answer the given question from what you know. "
+    "Think step by step inside <think> and </think> first. "
+    "Then give only the answer, as short as possible, inside <answer> and </answer>. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+RAG_PROMPT = (
+    "Answer the given question with the help of the documents between <information> and </information>, "
+    "some of which may not matter. "
+    "Give only the answer, as short as possible, inside <answer> and </answer>. "
+    "For example, <answer> Beijing </answer>.\n\n"
+    "<information>{documents}</information>\n\n"
+    "Question: {question}\n"
+)
+RA_AGENT_PROMPT = (
+    "Answer the given question by searching. "
+    "Work out inside <think> and </think> what has to be looked up, one thing at a time. "
+    "To look something up, write a short query inside <search> and </search>, and stop: "
+    "the documents found are returned between <information> and </information>. "
+    "Search again, with other words or for the next thing, until the documents hold the answer. "
+    "Then give only the answer, as short as possible, inside <answer> and </answer>. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+SEARCH_O1_PROMPT = (
+    "Answer the given question by reasoning step by step inside <think> and </think>. "
+    "Whenever you are not sure of something, write a short query inside <search> and </search>, and stop: "
+    "a reader goes through the documents found, and returns what matters for your reasoning between <information> "
+    "and </information>. "
+    "Go on from there, and search again whenever you need to. "
+    "At the end give only the answer, as short as possible, inside <answer> and </answer>. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+# Search-o1's Reason-in-Documents: the same model, apart from its reasoning, keeps what serves the next step.
+SEARCH_O1_READING_PROMPT = (
+    "Somebody works on the question below and has searched for something. "
+    "Read the documents found and write down, in a few sentences, what they say that helps to take the next step; "
+    "add nothing that they do not say, and do not answer the question itself. "
+    'If nothing in them helps, write "Nothing helpful was found."\n\n'
+    "Question: {question}\n"
+    "Reasoning so far: {reasoning}\n"
+    "Query: {query}\n"
+    "Documents:\n{documents}\n"
+    "What helps:\n"
+)
+# For policies that were trained to reason and not to search (R1 in Table 3).
+R1_PROMPT = (
+    "Answer the given question. "
+    "You must conduct reasoning inside <think> and </think> first. "
+    "After reasoning, provide the answer inside <answer> and </answer>, without detailed illustrations. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+# Documents where the policy finds those of its first search.
+TINYWORLD_RAG_PROMPT = TINYWORLD_POLICY_PROMPT + "\n\n<information>{documents}</information>\n\n"
+
+AGENT_FIELDS = frozenset({"question", "documents"})
+READING_FIELDS = frozenset({"question", "reasoning", "query", "documents"})
+
+
+def agent_prompt(question: str, template: str, documents: str = "") -> str:
+    """Put the question, as `policy_prompt` writes it, and documents into an agent's prompt.
+
+    Raises `UserError` for an empty question, or a template with other fields than these two or without the question.
+    """
+    check_template(template, required={"question"}, allowed=AGENT_FIELDS)
+    return template.format(question=policy_prompt(question, "{question}"), documents=documents)
+
+
+def reading_prompt(*, question: str, reasoning: str, query: str, documents: str, template: str) -> str:
+    """Ask for notes on the documents of one search. Raises `UserError` for a template without `{documents}`."""
+    check_template(template, required={"documents"}, allowed=READING_FIELDS)
+    return template.format(question=question, reasoning=reasoning, query=query, documents=documents)

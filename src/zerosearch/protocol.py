@@ -25,6 +25,7 @@ ActionKind = Literal["search", "answer", "invalid"]
 CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 QUOTED_INSTRUCTION = "and"
+LONGEST_TITLE_WORDS = 10
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ def format_documents(documents: Sequence[str]) -> str:
 def format_observation(documents: Sequence[str]) -> str:
     """Write what the environment appends after a search; with no documents the information is empty."""
     return f"\n\n<information>{format_documents(documents)}</information>\n\n"
+
+
+def format_titled_observation(documents: Sequence[str]) -> str:
+    """Write an observation as Search-R1 does: `Doc 1(Title: "Emma") Emma is a novel.`, a line each.
+
+    The title is what stands before the first ": ", where engines put it, unless that is long for a title.
+    """
+    lines = []
+    for number, document in enumerate(documents, start=1):
+        title, colon, text = " ".join(document.split()).partition(": ")
+        if not colon or len(title.split()) > LONGEST_TITLE_WORDS:
+            title, text = "", " ".join(document.split())
+        lines.append(f'Doc {number}(Title: "{title}") {text}')
+    return "\n\n<information>" + "\n".join(lines) + "</information>\n\n"
 
 
 # "Doc 3:" anywhere, bold or not; "Doc:" without its number only where a line starts, as prose says "Doc" too.

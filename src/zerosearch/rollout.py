@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from zerosearch.agents import POLICY, Agent
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.encoding import decoded_text, fit_observation, plain_text, prompt_token_ids, text_token_ids
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest
@@ -38,14 +39,17 @@ from zerosearch.generation import (
 from zerosearch.in_flight import Arrival, InFlight
 from zerosearch.in_flight import close_engine as close_engine
 from zerosearch.metrics import exact_match, f1
-from zerosearch.prompts import INVALID_ACTION_HINT
-from zerosearch.protocol import ActionKind, parse_action
+from zerosearch.prompts import INVALID_ACTION_HINT, reading_prompt
+from zerosearch.protocol import CLOSED_THOUGHT, ActionKind, format_documents, parse_action
 
 Outcome = Literal["answered", "turns_exhausted", "truncated", "failed_search"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "turns_exhausted", "truncated", "failed_search")
 
 # Ends the key of a turn's sampling, so that it is another number than the coin of the same turn's search.
-SAMPLING_STREAM = 1_000_003
+SAMPLING_STREAM, READING_STREAM = 1_000_003, 1_000_033
+LOOKUP_TURN = 1_000_037  # stands for the turn in the key of the search for the question itself
+
+Event = Literal["turn", "observation", "end"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Turn:
     latency_s: float | None = None  # of the search, from request to documents; None without one
     observation: str = ""
     num_observation_tokens: int = 0
+    was_read: bool = False  # the observation holds notes on the documents, and not the documents
 
 
 @dataclass
@@ -110,6 +115,8 @@ class Trajectory:
     answer: str | None = None
     outcome: Outcome | None = None
     error: str = ""  # what the failed search said
+    lookup: Turn | None = None  # the search for the question itself, before the first turn; no turn of the policy
+    reading_tokens: int = 0  # sampled apart, for notes on documents; in no list of ids
 
     @property
     def policy_tokens(self) -> int:
@@ -123,7 +130,8 @@ class Trajectory:
     @property
     def searched_turns(self) -> list[Turn]:
         """Return the turns whose search was executed, the failed one included."""
-        return [turn for turn in self.turns if turn.latency_s is not None]
+        turns = [self.lookup, *self.turns] if self.lookup else self.turns
+        return [turn for turn in turns if turn.latency_s is not None]
 
     @property
     def searches(self) -> int:
@@ -149,6 +157,8 @@ class Trajectory:
             if turn.observation:
                 source = "documents" if turn.kind == "search" else "hint"
                 segments.append({"source": source, "text": turn.observation, "noisy": turn.noisy})
+                if turn.was_read:
+                    segments[-1]["documents"] = list(turn.documents)
         return {
             "id": row.get("id"),
             "dataset": row.get("dataset"),
@@ -200,18 +210,23 @@ def run_rollouts(
     keys: Sequence[tuple[int, ...]] | None = None,
     clock: RolloutClock | None = None,
     progress: bool = False,
+    agent: Agent = POLICY,
+    max_live: int | None = None,
+    watch: Callable[[int, Trajectory, Event], None] | None = None,
 ) -> list[Trajectory]:
     """Roll out one trajectory per row `{prompt, question, golden_answers}` and return them in the rows' order.
 
     `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
-    probability that a search is asked for noisy documents. `clock` collects where the time went.
+    probability that a search is asked for noisy documents. `clock` collects where the time went. `agent` says how the
+    turns go; the prompt is the row's, except where it holds documents. At most `max_live` trajectories are under way,
+    the first rows first. `watch` is told of each turn, observation and end; what it raises ends the rollout.
     A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
     with clock.timing("rollout_s"), generator.session(Sampling(settings.temperature, settings.top_p)):
-        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock)
+        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock, agent, max_live, watch)
         try:
             rollout.run(progress)
         finally:
@@ -231,11 +246,18 @@ class _Rollout:
         settings: RolloutSettings,
         p_noise: float,
         clock: RolloutClock,
+        agent: Agent,
+        max_live: int | None,
+        watch: Callable[[int, Trajectory, Event], None] | None,
     ) -> None:
         assert len(keys) == len(rows), "one key a row"
         self.rows, self.keys = rows, keys
         self.engine, self.settings, self.p_noise, self.clock = engine, settings, p_noise, clock
         self.tokenizer = generator.tokenizer
+        self.agent, self.watch = agent, watch
+        self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
+        self.max_live = max_live or len(rows)
+        self.num_begun = self.num_ended = 0
         self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
         # One of the two is there: turns are sampled here or elsewhere.
         self.local = None if isinstance(generator, RemoteGenerator) else generator
@@ -254,8 +276,7 @@ class _Rollout:
     def run(self, progress: bool) -> None:
         """Advance every trajectory to its end."""
         with tqdm(total=len(self.rows), desc="trajectories", disable=not progress) as bar:
-            for index in range(len(self.rows)):
-                self._start_turn(index)
+            self._begin_more()
             while self.num_generating or self.num_searching:
                 for arrival in self._arrivals():
                     if arrival.kind == "search":
@@ -264,7 +285,23 @@ class _Rollout:
                         self._receive(arrival)
                 if self.local and self.num_generating:
                     self._step(self.local)
-                bar.update(len(self.rows) - self.num_generating - self.num_searching - bar.n)
+                self._begin_more()
+                bar.update(self.num_ended - bar.n)
+
+    def _begin_more(self) -> None:
+        """Begin as many trajectories as may be under way."""
+        while self.num_begun < len(self.rows) and self.num_begun - self.num_ended < self.max_live:
+            self.num_begun += 1
+            if self.agent.looks_up_question:
+                self._search(self.num_begun - 1, self.rows[self.num_begun - 1]["question"])
+            else:
+                self._begin(self.num_begun - 1)
+
+    def _begin(self, index: int) -> None:
+        """Start the first turn."""
+        if self.max_turns == 0:
+            self.trajectories[index].prompt_ids += self._encode(self.agent.last_turn_opening)
+        self._start_turn(index)
 
     def _arrivals(self) -> list[Arrival]:
         """Return what has arrived; wait for it only when there is nothing to do here meanwhile."""
@@ -283,17 +320,21 @@ class _Rollout:
         if room < 1:
             self._end(index, "truncated")
             return
-        key = (*self.keys[index], len(trajectory.turns), SAMPLING_STREAM)
-        context_ids = trajectory.prompt_ids + trajectory.completion_ids
-        request = TurnRequest(index, context_ids, room, seed=int(keyed_uniform(*key) * 2**53))
+        self._sample(index, trajectory.prompt_ids + trajectory.completion_ids, room, SAMPLING_STREAM)
+
+    def _sample(self, index: int, context_ids: list[int], room: int, stream: int) -> None:
+        """Have a turn sampled, or notes on documents, which go by the number of their trajectory plus that of rows."""
+        key = (*self.keys[index], len(self.trajectories[index].turns), stream)
+        number = index + len(self.rows) * (stream == READING_STREAM)
+        request = TurnRequest(number, context_ids, room, seed=int(keyed_uniform(*key) * 2**53))
         self.num_generating += 1
         if self.remote:
             sample = partial(self.remote.sample, request)
-            self.in_flight.start("turn", index, sample, self.turn_limit, self.settings.turn_timeout_s)
+            self.in_flight.start("turn", number, sample, self.turn_limit, self.settings.turn_timeout_s)
         elif self.local:
-            self.turn_starts[index] = time.perf_counter()
+            self.turn_starts[number] = time.perf_counter()
             if self.num_generating == 1:
-                self.last_progress = self.turn_starts[index]
+                self.last_progress = self.turn_starts[number]
             self.local.submit(request)
 
     def _step(self, generator: Generator) -> None:
@@ -325,34 +366,45 @@ class _Rollout:
         """Read the action of a finished turn and do what it says."""
         self.num_generating -= 1
         index = sampled.trajectory
-        trajectory = self.trajectories[index]
         text = decoded_text(self.tokenizer, sampled.token_ids)
-        action = parse_action(text)
+        if index >= len(self.rows):
+            self._take_notes(index - len(self.rows), text, len(sampled.token_ids))
+            return
+        trajectory = self.trajectories[index]
+        is_last = len(trajectory.turns) == self.max_turns
+        used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
+        action = parse_action(self.agent.last_turn_opening + text if is_last else text)
         trajectory.append_sampled(sampled)
         trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids), generation_s))
-        may_search = len(trajectory.turns) <= self.settings.max_turns
-        cut_by_context = sampled.finish == "length" and len(sampled.token_ids) < self.settings.max_turn_tokens
+        self._tell(index, "turn")
+        cut_by_context = sampled.finish == "length" and self.context_limit - used < self.settings.max_turn_tokens
         if action.kind == "answer":
             trajectory.answer = action.content
             self._end(index, "answered")
         elif cut_by_context:
             self._end(index, "truncated")
-        elif not may_search:
+        elif is_last:
             self._end(index, "turns_exhausted")
-        elif action.kind == "search":
+        elif action.kind == "search" and self.agent.gets_documents:
             self._search(index, action.content)
+        elif action.kind == "search":
+            nothing_found = self.agent.write_observation(())
+            self._append_observation(index, nothing_found, self._encode(nothing_found))
         else:
             self._append_observation(index, INVALID_ACTION_HINT, self._encode(INVALID_ACTION_HINT))
 
     def _search(self, index: int, query: str) -> None:
-        row = self.rows[index]
+        row, trajectory = self.rows[index], self.trajectories[index]
+        if not trajectory.turns:
+            trajectory.lookup = Turn("", "search", query, 0)
         *group_key, sample = self.keys[index]
+        turn = len(trajectory.turns) - 1 if trajectory.turns else LOOKUP_TURN
         request = SearchRequest(
             query=plain_text(query, self.tokenizer),
             question=row["question"],
             golden_answers=tuple(row["golden_answers"]),
             p_noise=self.p_noise,
-            key=(*group_key, 0 if self.settings.noise_per_group else sample, len(self.trajectories[index].turns) - 1),
+            key=(*group_key, 0 if self.settings.noise_per_group else sample, turn),
         )
         search = partial(self.engine.search, request)
         self.in_flight.start("search", index, search, self.search_limit, self.settings.search_timeout_s)
@@ -363,7 +415,8 @@ class _Rollout:
         self.num_searching -= 1
         index, outcome = arrival.trajectory, arrival.outcome
         trajectory = self.trajectories[index]
-        turn = trajectory.turns[-1]
+        turn = trajectory.turns[-1] if trajectory.turns else trajectory.lookup
+        assert turn is not None
         turn.latency_s = arrival.seconds
         if isinstance(outcome, TimeoutError):
             limit_s = self.settings.search_timeout_s
@@ -375,11 +428,56 @@ class _Rollout:
             raise outcome
         else:
             turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
-            text, token_ids = fit_observation(outcome.documents, self.settings.max_observation_tokens, self._encode)
-            self._append_observation(index, text, token_ids)
+            if turn is trajectory.lookup:
+                self._begin_with_documents(index, turn.documents)
+            elif self.agent.reading_template:
+                self._read(index, turn, self.agent.reading_template)
+            else:
+                self._append_observation(index, *self._fit(turn.documents, self.agent.write_observation))
+
+    def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int]]:
+        return fit_observation(documents, self.settings.max_observation_tokens, self._encode, write)
+
+    def _begin_with_documents(self, index: int, documents: Sequence[str]) -> None:
+        """Write the documents into the prompt and start the first turn."""
+        text, _ = self._fit(documents, format_documents)
+        messages = self.agent.messages(self.rows[index]["question"], text)
+        self.trajectories[index].prompt_ids = prompt_token_ids(self.tokenizer, messages)
+        self._begin(index)
+
+    def _read(self, index: int, turn: Turn, template: str) -> None:
+        """Ask the model, apart from the trajectory, for notes on the documents of a search."""
+        prompt = reading_prompt(
+            question=self.rows[index]["question"],
+            reasoning=" ".join(" ".join(turn.text.split()) for turn in self.trajectories[index].turns),
+            query=turn.content,
+            documents=self._fit(turn.documents, format_documents)[0],
+            template=template,
+        )
+        context_ids = prompt_token_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+        room = min(self.settings.max_turn_tokens, self.context_limit - len(context_ids))
+        if room < 1:
+            self._end(index, "truncated")
+        else:
+            self._sample(index, context_ids, room, READING_STREAM)
+
+    def _take_notes(self, index: int, text: str, num_tokens: int) -> None:
+        """Append notes on documents where the documents would stand. They are text: no tag in them is an action."""
+        if self.local:
+            self.local.release(index + len(self.rows))
+        trajectory = self.trajectories[index]
+        trajectory.reading_tokens += num_tokens
+        trajectory.turns[-1].was_read = True
+        notes = plain_text(CLOSED_THOUGHT.sub(" ", text), self.tokenizer)
+        self._append_observation(
+            index, *self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
+        )
 
     def _append_observation(self, index: int, text: str, token_ids: Sequence[int]) -> None:
         trajectory = self.trajectories[index]
+        if len(trajectory.turns) == self.max_turns and self.agent.last_turn_opening:
+            text += self.agent.last_turn_opening
+            token_ids = [*token_ids, *self._encode(self.agent.last_turn_opening)]
         used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
         if used + len(token_ids) >= self.context_limit:  # no token of the next turn would fit behind it
             self._end(index, "truncated")
@@ -387,6 +485,7 @@ class _Rollout:
         turn = trajectory.turns[-1]
         turn.observation, turn.num_observation_tokens = text, len(token_ids)
         trajectory.append_environment(token_ids)
+        self._tell(index, "observation")
         self._start_turn(index)
 
     def _end(self, index: int, outcome: Outcome) -> None:
@@ -398,6 +497,12 @@ class _Rollout:
             trajectory.append_environment([self.tokenizer.eos_token_id])
         if self.local:
             self.local.release(index)
+        self.num_ended += 1
+        self._tell(index, "end")
+
+    def _tell(self, index: int, event: Event) -> None:
+        if self.watch:
+            self.watch(index, self.trajectories[index], event)
 
     def _encode(self, text: str) -> list[int]:
         return text_token_ids(self.tokenizer, text)
