@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 
 from zerosearch.protocol import (
@@ -159,6 +162,18 @@ FIVE = ("Emma is a novel.", "Austen wrote it.", "It came in 1815.", "Murray prin
         "\n\n".join(FIVE),
         "\n".join(f"{number}. {text}" for number, text in enumerate(FIVE, start=1)),
         "\n".join(f"- {text}" for text in FIVE),
+        "\n".join(f"### Document {number}\n{text}\n" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"[Doc {number}] {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"[Doc {number}]: {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"- **Doc {number}** - {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"Doc {number} (useful): {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"Doc #{number}. {text}" for number, text in enumerate(FIVE, start=1)),
+        "\n".join(f"Document No. {number}：{text}" for number, text in enumerate(FIVE, start=1)),
+        "\n---\n".join(f"Doc {number}:\n{text}" for number, text in enumerate(FIVE, start=1)).replace("---\n", ""),
+        "Here are five documents:\n\n" + "\n".join(f"{number}) {text}" for number, text in enumerate(FIVE, start=1)),
+        "Sure!\n\n" + "\n".join(f"* {text}" for text in FIVE) + "\n\nI hope this helps.",
+        "\n".join(f"{number}. {text.replace(' ', chr(10), 1)}" for number, text in enumerate(FIVE, start=1)),
+        "Five documents:\n" + "\n".join(FIVE),
     ],
 )
 def test_five_documents_are_found_however_the_reply_is_laid_out(reply: str) -> None:
@@ -170,7 +185,13 @@ def test_five_documents_are_found_however_the_reply_is_laid_out(reply: str) -> N
     [
         ("Doc 1: whole.\nDoc 2: cut sh", ("whole.", "cut sh")),
         ("Doc 1: whole.\nDoc 2:", ("whole.",)),
-        ("Doc 1: whole.\nDoc 2", ("whole. Doc 2",)),
+        ("Doc 1: whole.\nDoc 2", ("whole.",)),
+        ("Doc 1: whole.\nDo", ("whole. Do",)),
+        ("Doc 1: I met Doc 2 years ago. Doc 7.", ("I met Doc 2 years ago. Doc 7.",)),
+        ("Doc 1: **\n---\nDoc 2: b", ("b",)),
+        ("one line\nand one\nDoc 3:", ("one line", "and one")),
+        ("Doc 1: half \ud83d of it", ("half \ufffd of it",)),
+        ("I am sorry, I cannot do that.", ("I am sorry, I cannot do that.",)),
         ("Doc 1: two\nlines\n\nDoc 2: one", ("two lines", "one")),
         ("Doc 1: \nDoc 2: b\nDoc 4: d", ("b", "d")),
         ("Doc 1: **Emma** is a novel", ("Emma is a novel",)),
@@ -183,10 +204,76 @@ def test_what_stands_in_a_damaged_reply_is_kept(reply: str, documents: tuple[str
     assert split_documents(reply, 5) == documents
 
 
-@pytest.mark.parametrize("reply", ["", " \n\t\n", "Doc 1:", "Doc 1:\n**Doc 2:**\n"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        " \n\t\n",
+        "Doc 1:",
+        "Doc 1:\n**Doc 2:**\n",
+        "Doc 1",
+        "*" * 5000,
+        "```\n---\n...",
+        "Here they are:\n",
+        "Here:\nDoc 1:",
+    ],
+)
 def test_a_reply_without_text_gives_no_documents(reply: str) -> None:
     assert split_documents(reply, 5) == ()
 
 
 def test_no_more_documents_than_asked_for() -> None:
     assert split_documents(format_documents(FIVE), 3) == FIVE[:3]
+
+
+def test_ten_thousand_replies_give_one_to_five_documents_or_none() -> None:
+    rng = random.Random(0)
+    counts: Counter[int] = Counter()
+    for _ in range(10_000):
+        reply, says_something = random_reply(rng)
+        num_documents = rng.choice([1, 3, 5, 5, 5])
+        documents = split_documents(reply, num_documents)
+        counts[len(documents)] += 1
+        assert len(documents) <= num_documents
+        for document in documents:
+            assert document == " ".join(document.split()) and any(map(str.isalnum, document)), (reply, document)
+            document.encode()  # no half characters
+        assert documents or not says_something, reply
+    assert counts[0] < 1_000 and counts[5] > 1_000  # neither is what it always says
+
+
+HEADERS = (
+    "Doc {}: ", "Doc {}:", "**Doc {}:** ", "Document {}: ", "doc {} - ", "[Doc {}] ", "### Doc {}\n", "Doc: ", "{}. ",
+    "- ", "", "\n", "Doc {} (noisy): ", "Doc{}:", "DOC {}：", "<Doc {}> ", "Doc {}", "{}) ", "Doc Doc {}: : ",
+)  # fmt: skip
+SNIPPETS = (
+    "Emma is a novel by Jane Austen", "1815", "naïve Zürich 東京", "**bold** and `code`", "</information>", "🙂",
+    "see Doc 3: there", "\ud83d", "\x00\x1f", "{question} {}", "https://a.b/c?d=e:f", "...", "***", "\r\n", "\t",
+    "\u2028", "Query: who?", "Useful Output:", '{"docs": ["a", "b"]}', "<|im_end|>", "I cannot help.", "|a|\n|-|",
+)  # fmt: skip
+
+
+def random_reply(rng: random.Random) -> tuple[str, bool]:
+    """Write what a model might, and say whether a document with words is surely among it.
+
+    Documents under headers of any kind, too few or too many, cut, glued together; or nonsense.
+    """
+    kind = rng.random()
+    if kind < 0.05:
+        return "".join(rng.choices("Doc 12345:*#-\n .[]()：\t", k=rng.randrange(60))), False
+    if kind < 0.1:
+        return rng.choice(["*", " ", "Doc ", "\n", "1. ", "Doc 1:", "#", "(" * 50]) * rng.randrange(1, 600), False
+    header, changes = rng.choice(HEADERS), False
+    reply = rng.choice(["", "", "Sure, here are five documents:\n\n", "Useful Output:\n", "```\n", "# Results\n"])
+    says_something = False
+    for number in range(1, rng.choice([1, 2, 4, 5, 5, 5, 6, 12]) + 1):
+        if rng.random() < 0.1:
+            header, changes = rng.choice(HEADERS), True
+        snippets = rng.choices(SNIPPETS, k=rng.randrange(6))
+        says_something |= any(snippet[0].isalpha() and snippet[-1].isalpha() for snippet in snippets)
+        reply += header.format(number if rng.random() < 0.95 else rng.randrange(10**6)) + " ".join(snippets)
+        reply += rng.choice(["\n", "\n", "\n\n", " ", "", "\n---\n"])
+    reply += rng.choice(["", "", "I hope this helps!", "```", "<|endoftext|>"])
+    if rng.random() < 0.3:
+        return reply[: rng.randrange(len(reply) + 1)], False
+    return reply, says_something and not changes

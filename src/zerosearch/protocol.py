@@ -78,27 +78,65 @@ def format_titled_observation(documents: Sequence[str]) -> str:
     return "\n\n<information>" + "\n".join(lines) + "</information>\n\n"
 
 
-# "Doc 3:" anywhere, bold or not; "Doc:" without its number only where a line starts, as prose says "Doc" too.
+# "Doc 3:" anywhere, bold or not; where a line starts, "Doc:" without its number, "[Doc 3]", "### Document 3 - " or
+# "Doc 3" alone on its line as well. Prose says "Doc" too, so no more than that. Every repetition is bounded: a reply
+# may be thousands of asterisks. (\uff1a is the full-width colon, \u2013 and \u2014 are dashes.)
+_WORD = r"Doc(?:ument)?\.?"
+_NUMBER = r"[ \t]{0,4}(?:#|No\.?)?[ \t]{0,4}(\d{1,4})"
+_REMARK = r"(?:[ \t]{0,4}\([^()\n]{0,40}\))?"  # "Doc 3 (useful):"
+_BOLD = r"[ \t]{0,4}\*{0,3}[ \t]{0,4}"
+_LINE_START = r"^[ \t]{0,8}[#>*\[(<-]{0,4}[ \t]{0,4}\*{0,3}[\[(<]?"
 DOCUMENT_HEADER = re.compile(
-    r"(?<!\w)\**Doc(?:ument)?[ \t]*(?P<number>\d+)[ \t]*\**[ \t]*:|^[ \t]*\**Doc(?:ument)?[ \t]*\**[ \t]*:",
+    rf"(?<!\w)\*{{0,3}}{_WORD}{_NUMBER}{_REMARK}{_BOLD}[:\uff1a]"
+    rf"|{_LINE_START}{_WORD}{_NUMBER}{_REMARK}{_BOLD}(?:[\])>]{{1,2}}{_BOLD}[:\uff1a.\u2013\u2014-]?|[.\u2013\u2014-](?=\s)|$)"
+    rf"|{_LINE_START}{_WORD}{_BOLD}[:\uff1a]",
     re.MULTILINE | re.IGNORECASE,
 )
-LIST_MARKER = re.compile(r"^\s*(?:\**\d{1,2}[.)]\**|[-*•])\s+")
+LIST_MARKER = re.compile(r"^\s{0,8}(?:\**\(?\d{1,2}[.):]\)?\**|[-*•])\s+")
+WORD_CHARACTER = re.compile(r"[^\W_]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold half of a character, which no tokenizer takes
 
 
 def split_documents(text: str, num_documents: int) -> tuple[str, ...]:
-    """Split a simulator's reply into at most `num_documents` documents, each on one line and not empty.
+    """Split a simulator's reply into at most `num_documents` documents, each on one line and with a letter or digit.
 
-    Survives lost numbers, a preamble, markdown bold, blank lines, too many documents and a last one cut short. A reply
-    without a header counts each line as a document. Only a reply that holds no text besides headers gives none.
+    Survives lost numbers, a preamble, markdown, blank lines, too many documents and a last one cut short. A reply
+    without a header counts each item of its list as a document, or each line where there is no list. Only a reply
+    that holds no words besides headers gives none.
     """
+    text = LONE_SURROGATE.sub("\ufffd", text)
     headers = list(DOCUMENT_HEADER.finditer(text))
-    if headers:
-        bounds = [*(header.start() for header in headers[1:]), len(text)]
-        pieces = [text[header.end() : end] for header, end in zip(headers, bounds, strict=True)]
-        if headers[0]["number"] == "2":  # the first document lost its header: this is no preamble
-            pieces.insert(0, text[: headers[0].start()])
-    else:
-        pieces = [LIST_MARKER.sub("", line) for line in text.splitlines()]
+    before = text[: headers[0].start()] if headers else text
+    bounds = [*(header.start() for header in headers[1:]), len(text)] if headers else []
+    pieces = [text[header.end() : end] for header, end in zip(headers, bounds, strict=True)]
+    if headers and "2" in headers[0].groups():  # the first document lost its header: this is no preamble
+        pieces.insert(0, before)
+    return (_documents(pieces) or _documents(_items(before.splitlines())))[:num_documents]
+
+
+def _documents(pieces: Sequence[str]) -> tuple[str, ...]:
+    """Return the pieces that hold a word, each on one line."""
     documents = (" ".join(piece.replace("**", "").split()) for piece in pieces)
-    return tuple(document for document in documents if document)[:num_documents]
+    return tuple(document for document in documents if WORD_CHARACTER.search(document))
+
+
+def _items(lines: Sequence[str]) -> list[str]:
+    """Return the items of a list, or the lines where there are fewer than two items.
+
+    A line that follows an item directly continues it; one after a gap, or before the first item, is no part of a list.
+    Where there is no list, a first line that ends in a colon only announces the rest.
+    """
+    items: list[str] = []
+    in_item = False
+    for line in lines:
+        if LIST_MARKER.match(line):
+            items.append(LIST_MARKER.sub("", line))
+            in_item = True
+        elif not line.strip():
+            in_item = False
+        elif in_item:
+            items[-1] += f" {line}"
+    if len(items) > 1:
+        return items
+    written = [LIST_MARKER.sub("", line) for line in lines if line.strip()]
+    return written[1:] if written and written[0].rstrip(" *").endswith(":") else written
