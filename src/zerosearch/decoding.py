@@ -117,7 +117,7 @@ class TransformersGenerator:
             model.eval()
             self.model, self.sampling = model, sampling
             self.cache = SlotCache()
-            self.waiting: list[TurnRequest] = []
+            self.waiting: list[TurnRequest] = []  # for a slot, or for the next forward pass over new context
             self.active: list[ActiveTurn] = []
             self.sampled: list[ActiveTurn] = []  # those that the last forward pass gave a token
             self.slot_of: dict[int, int] = {}
@@ -148,6 +148,12 @@ class TransformersGenerator:
 
     def _admit(self) -> list[ActiveTurn]:
         """Give waiting turns a slot, the shortest new context first, up to one forward pass."""
+        if not self.waiting:
+            return []
+        if not self.active and not self.free_slots:
+            self._take_slots_back()
+        if not self.free_slots and all(request.trajectory not in self.slot_of for request in self.waiting):
+            return []
         self.waiting.sort(key=self._num_new_tokens)
         admitted: list[ActiveTurn] = []
         queued: list[TurnRequest] = []
@@ -164,6 +170,13 @@ class TransformersGenerator:
         self.waiting = queued
         self.active += admitted
         return admitted
+
+    def _take_slots_back(self) -> None:
+        """Free slots when nothing can be decoded because trajectories at their searches hold all; they read again."""
+        waiting = {request.trajectory for request in self.waiting}
+        if waiting.isdisjoint(self.slot_of):
+            for trajectory in list(self.slot_of)[: len(waiting)]:
+                self.release(trajectory)
 
     def _num_new_tokens(self, request: TurnRequest) -> int:
         slot = self.slot_of.get(request.trajectory)

@@ -196,6 +196,10 @@ class VLLMGenerator:
         self.colocated._llm_weights_sleeping = True
 
     def submit(self, request: TurnRequest) -> None:
+        self._add(request)
+
+    def _add(self, request: TurnRequest) -> str:
+        """Hand a turn to the engine, and return the number by which the engine knows it."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -214,9 +218,13 @@ class VLLMGenerator:
         )
         self.in_flight[number] = request
         self.engine.add_request(number, {"prompt_token_ids": list(request.context_ids)}, params)
+        return number
 
     def step(self) -> list[SampledTurn]:
-        return [self._sampled_turn(output) for output in self.engine.step() if output.finished]
+        return [self._sampled_turn(output) for output in self._finished_outputs()]
+
+    def _finished_outputs(self) -> list[RequestOutput]:
+        return [output for output in self.engine.step() if output.finished]
 
     def release(self, trajectory: int) -> None:
         """Do nothing: the prefix cache forgets by itself."""

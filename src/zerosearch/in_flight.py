@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from zerosearch.engines import SearchEngine
+
+Result = TypeVar("Result")
 
 CLOSE_TIMEOUT_S = 30.0
 GRACE_S = 60.0  # beyond the time limit of what is under way, before its loop is taken for dead
@@ -106,6 +108,11 @@ def background_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def run_in_background(work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
+    """Run a coroutine on the background loop, and wait for it. Raises `TimeoutError` after `timeout_s`."""
+    return asyncio.run_coroutine_threadsafe(work, background_loop()).result(timeout_s)
+
+
 def close_engine(engine: SearchEngine) -> None:
     """Release an engine's connections, on the loop that made them."""
-    asyncio.run_coroutine_threadsafe(engine.aclose(), background_loop()).result(timeout=CLOSE_TIMEOUT_S)
+    run_in_background(engine.aclose(), CLOSE_TIMEOUT_S)

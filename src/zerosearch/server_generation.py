@@ -1,0 +1,152 @@
+"""Turns sampled by vLLM's own server, the one that TRL's server mode pushes the policy's weights to.
+
+TRL 1.16 runs no server of its own: `trl vllm-serve` only starts vLLM's (see `serve_command`), which batches whatever
+requests are under way, at any token. So each turn of each trajectory is a request of its own, from every rank, token
+ids in and sampled ids out, and a later turn finds its beginning in the server's prefix cache.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
+from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.in_flight import run_in_background
+from zerosearch.protocol import STOP_STRINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import GRPOConfig
+
+CHECK_TIMEOUT_S = 60.0
+# Without these a server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
+WHOLE_DISTRIBUTION = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+class VLLMServerGenerator:
+    """Sample turns on a vLLM server, a request for each.
+
+    `max_context_tokens` is cut to what the server takes. `timeout_s` bounds one request; one that fails on its
+    way is repeated, with the same seed, at most `max_retries` times. `ready` is called before each rollout: where
+    several ranks share the server, it waits for the one that pushes the weights.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_context_tokens: int,
+        *,
+        timeout_s: float = 1200.0,
+        max_retries: int = 5,
+        max_concurrency: int = 1024,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.name = f"the vLLM server at {self.base_url}"
+        self.tokenizer = tokenizer
+        self.max_context_tokens = max_context_tokens
+        self.max_concurrency = max_concurrency
+        self.ready = ready
+        self.client = HTTPClient(
+            "the vLLM server",
+            remedy=f"start it (again) with: {serve_command(self.base_url)}",
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            max_concurrency=max_concurrency,
+        )
+
+    @contextmanager
+    def session(self, sampling: Sampling) -> Iterator[None]:
+        """Wait until the server has the weights, and see that it is there."""
+        self.ready()
+        self.sampling = sampling
+        self.model, longest = run_in_background(self._served_model(), CHECK_TIMEOUT_S)
+        self.max_context_tokens = min(self.max_context_tokens, longest)
+        yield
+
+    async def sample(self, request: TurnRequest) -> SampledTurn:
+        body = {
+            "model": self.model,
+            "prompt": list(request.context_ids),
+            "max_tokens": request.max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "seed": request.seed,
+            "stop": list(STOP_STRINGS),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # or else a special token inside a tag would close it
+            "spaces_between_special_tokens": False,
+            "logprobs": 0,  # of the sampled token alone
+            "return_token_ids": True,
+            **WHOLE_DISTRIBUTION,
+        }
+
+        def read(reply: Any) -> SampledTurn:
+            return read_turn(reply, request.trajectory)
+
+        try:
+            turn, _ = await self.client.post(f"{self.base_url}/v1/completions", body, read=read, key=(request.seed,))
+        except ServiceError as error:
+            raise GenerationError(str(error)) from error
+        return turn
+
+    async def _served_model(self) -> tuple[str, int]:
+        """Return the name of the model that is served, and its longest context."""
+        try:
+            model, _ = await self.client.get(f"{self.base_url}/v1/models", read=read_served_model)
+        except ServiceError as error:
+            raise GenerationError(str(error)) from error
+        return model
+
+
+def read_turn(reply: Any, trajectory: int) -> SampledTurn:
+    """Return the turn in a completion's reply. Raises `CallFailed` for one that holds none."""
+    try:
+        choice = reply["choices"][0]
+        token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        reason, stop_reason = choice["finish_reason"], choice["stop_reason"]
+    except (KeyError, IndexError, TypeError):
+        raise CallFailed(f"its reply is no completion with token ids: {reply}", may_pass=False) from None
+    if reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
+        raise CallFailed(f"it gave the turn up: {len(token_ids)} tokens, finish_reason {reason!r}")
+    finish: FinishReason = "length"
+    if reason == "stop":
+        # At an end of sequence, the stop reason is no string but None or an id.
+        finish = "stop" if isinstance(stop_reason, str) else "eos"
+    return SampledTurn(trajectory, token_ids, logprobs, finish)
+
+
+def read_served_model(reply: Any) -> tuple[str, int]:
+    """Return name and longest context of the model that a vLLM server lists first. Raises `CallFailed`."""
+    try:
+        return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
+    except (KeyError, IndexError, TypeError):
+        raise CallFailed(f"its reply is no vLLM server's list of models: {reply}", may_pass=False) from None
+
+
+def server_url(config: GRPOConfig) -> str:
+    """Return the address of the server in TRL's server mode."""
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def serve_command(base_url: str, model: str = "POLICY") -> str:
+    """Return the command that starts a server which TRL 1.16 can train with.
+
+    Weights are pushed over NCCL, so the server needs a GPU of its own. Log-probabilities must be those of the
+    distribution sampled from ("processed"), and in the trainer's number format.
+    """
+    port = urlsplit(base_url).port or 8000
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    options = ["--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs"]
+    return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(command + options)} --enable-prefix-caching"
