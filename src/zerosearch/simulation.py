@@ -1,8 +1,14 @@
-"""Search Simulation Tuning: from judged searches to what the simulator learns (paper, Section 3.3 and Table 2)."""
+"""Search Simulation Tuning: what the simulator learns, from judged searches or published data (Section 3.3, Table 2).
+
+A judged search is `{question, golden_answers, query, documents, useful}`; with the prompt in front it is an
+example `{prompt, completion}` of chat messages. Data that others published is examples already, in one of the forms
+in `EXAMPLE_FORMS`, and is used as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +21,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = {"question": str, "golden_answers": list, "query": str, "documents": list, "useful": bool}
+ROLES = {"human": "user", "gpt": "assistant"}  # as the "conversations" of ShareGPT call them
+EXAMPLE_FORMS = (
+    "{question, golden_answers, query, documents, useful}",
+    "{prompt, completion}",
+    "{messages}",
+    "{conversations}",
+    "{instruction, input, output}",
+    "{input, output}",
+)
+
+Messages = list[dict[str, str]]
 
 
 def read_searches(path: str | Path) -> list[dict[str, Any]]:
@@ -22,38 +39,142 @@ def read_searches(path: str | Path) -> list[dict[str, Any]]:
 
     Raises `UserError` that names the line and the column.
     """
-    searches = []
-    for place, row in read_jsonl(path):
-        for column, kind in COLUMNS.items():
-            if not isinstance(row.get(column), kind) or row[column] in ("", []):
-                raise UserError(
-                    f"{place}: {column!r} must be a {kind.__name__} and not empty, and is {row.get(column)!r}"
-                )
-        searches.append(row)
+    searches = [_checked_search(row, place) for place, row in read_jsonl(path)]
     if not searches:
         raise UserError(f"{path} holds no searches")
     return searches
 
 
-def simulator_examples(searches: Iterable[Mapping[str, Any]], template: str = SIMULATOR_PROMPT) -> Dataset:
-    """Return what the simulator learns: rows `{prompt, completion}` of chat messages.
+def simulator_example(search: Mapping[str, Any], template: str = SIMULATOR_PROMPT) -> dict[str, Messages]:
+    """Return what the simulator learns from a judged search: `{prompt, completion}`.
 
     The prompt is the one it gets in training and evaluation, the completion "Doc 1: ..." to "Doc 5: ...".
     """
+    return {
+        "prompt": simulator_messages(
+            question=search["question"],
+            golden_answers=search["golden_answers"],
+            query=search["query"],
+            noisy=not search["useful"],
+            template=template,
+        ),
+        "completion": [{"role": "assistant", "content": format_documents(search["documents"])}],
+    }
+
+
+def simulator_examples(searches: Iterable[Mapping[str, Any]], template: str = SIMULATOR_PROMPT) -> Dataset:
+    """Return what the simulator learns from judged searches: rows `{prompt, completion}`."""
     import datasets
 
-    return datasets.Dataset.from_list(
-        [
-            {
-                "prompt": simulator_messages(
-                    question=search["question"],
-                    golden_answers=search["golden_answers"],
-                    query=search["query"],
-                    noisy=not search["useful"],
-                    template=template,
-                ),
-                "completion": [{"role": "assistant", "content": format_documents(search["documents"])}],
-            }
-            for search in searches
-        ]
-    )
+    return datasets.Dataset.from_list([simulator_example(search, template) for search in searches])
+
+
+def load_examples(source: str, split: str = "train", template: str = SIMULATOR_PROMPT) -> Dataset:
+    """Return the examples of a .jsonl, .json or .parquet file, a folder of `<split>.jsonl`, or a dataset on the Hub.
+
+    Judged searches get the prompt of `template`; rows in another of the `EXAMPLE_FORMS` keep their own.
+    Raises `UserError` that names the row and its columns.
+    """
+    import datasets
+
+    examples = [_example(row, place, template) for place, row in _rows(source, split)]
+    if not examples:
+        raise UserError(f"{source} holds no examples")
+    return datasets.Dataset.from_list(examples)
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source)
+    if path.is_dir():
+        path = path / f"{split}.jsonl"
+        if not path.is_file():
+            raise UserError(f"the folder {source} holds no {split}.jsonl")
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if path.suffix in (".json", ".parquet") and not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if path.suffix == ".json":
+        return _numbered(_json_list(path), source)
+    if path.is_file() and path.suffix != ".parquet":
+        raise UserError(f"{source} is no .jsonl, .json or .parquet file")
+    return _numbered(_dataset(source, split), f"{source} ({split})")
+
+
+def _numbered(rows: Iterable[dict[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} row {number}", row
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is no list of JSON objects")
+    return rows
+
+
+def _dataset(source: str, split: str) -> Dataset:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if Path(source).is_file():
+            return datasets.load_dataset("parquet", data_files=source, split="train")
+        return datasets.load_dataset(source, split=split)
+    # What the Hub client raises for a wrong name, split or permission, and for a network that is not there.
+    except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise UserError(
+            f"{source!r} (split {split!r}) is no file or folder here and cannot be loaded from the Hub: {error}"
+        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(f"{source} cannot be read: {error.__cause__ or error}") from error
+
+
+def _checked_search(row: dict[str, Any], place: str) -> dict[str, Any]:
+    for column, kind in COLUMNS.items():
+        if not isinstance(row.get(column), kind) or row[column] in ("", []):
+            raise UserError(f"{place}: {column!r} must be a {kind.__name__} and not empty, and is {row.get(column)!r}")
+    return row
+
+
+def _example(row: dict[str, Any], place: str, template: str) -> dict[str, Messages]:
+    """Read a row in any of the forms: a judged search first, as it can be asked for in any words."""
+    if COLUMNS.keys() <= row.keys():
+        return simulator_example(_checked_search(row, place), template)
+    if {"prompt", "completion"} <= row.keys():
+        prompt, completion = _messages(row["prompt"], "user"), _messages(row["completion"], "assistant")
+    elif "messages" in row or "conversations" in row:
+        turns = _messages(row.get("messages") or row.get("conversations"), "user")
+        prompt, completion = turns[:-1], turns[-1:]
+    elif "output" in row and ("instruction" in row or "input" in row):
+        parts = [row.get(name) or "" for name in ("instruction", "input")]
+        prompt = _messages("\n".join(part for part in parts if part), "user")
+        if row.get("system"):
+            prompt = _messages(row["system"], "system") + prompt
+        completion = _messages(row["output"], "assistant")
+    else:
+        raise UserError(
+            f"{place} has the columns {', '.join(sorted(row))}; an example has one of the forms "
+            f"{', '.join(EXAMPLE_FORMS)}"
+        )
+    if not prompt or [message["role"] for message in completion] != ["assistant"]:
+        raise UserError(f"{place} is no prompt with one reply to learn: {json.dumps(row, default=str)[:200]}")
+    if prompt[0]["role"] != "system":  # as in every search: see simulator_messages
+        prompt = [{"role": "system", "content": ""}, *prompt]
+    return {"prompt": prompt, "completion": completion}
+
+
+def _messages(content: Any, role: str) -> Messages:
+    """Return a text as one message, chat messages of either spelling as they are; none for anything else or blank."""
+    if isinstance(content, str):
+        return [{"role": role, "content": content}] if content.strip() else []
+    messages = []
+    for message in content if isinstance(content, list) else []:
+        given = message.get("role") or message.get("from") if isinstance(message, dict) else None
+        text = (message.get("content") if "content" in message else message.get("value")) if given else None
+        if not isinstance(text, str):
+            return []
+        messages.append({"role": ROLES.get(str(given), str(given)), "content": text})
+    return messages
