@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 
 from zerosearch.metrics import cover_exact_match, exact_match, f1, normalize_answer
+
+REAL_QUESTIONS = Path(__file__).parent.parent.parent / "shared/data/qa_dev.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,83 @@ def test_golden_answers_must_be_a_list_with_something_in_it(metric: Callable[...
         metric("B", "Beijing")
     with pytest.raises(ValueError, match="golden_answers is empty"):
         metric("Beijing", [])
+
+
+# What the official evaluation scripts of SQuAD and HotpotQA, which normalise alike, make of hard cases.
+OFFICIAL = [
+    ("1,000,000", "1000000"),
+    ("$5.00", "500"),
+    ("3.14", "314"),
+    ("No. 1", "no 1"),
+    ("100%", "100"),
+    ("A.D. 79", "ad 79"),
+    ("4 a.m.", "4 am"),  # signs go before articles: "a.m." holds none
+    ("a-ha", "aha"),
+    ("the-the", "thethe"),
+    ("An a the b", "b"),
+    ("a1 a", "a1"),
+    ("C++", "c"),
+    ("AT&T", "att"),
+    ("the_office", "theoffice"),
+    ("An’ so", "’ so"),  # a typographic sign is no punctuation, and ends a word
+    ("L’a b", "l’ b"),
+    ("“The” End", "“ ” end"),
+    ("¿Qué?", "¿qué"),
+    ("the\u00a0Cat", "cat"),  # a space that does not break is a space
+    ("x\u200by", "x\u200by"),  # one without width is none
+    ("İstanbul", "i\u0307stanbul"),
+    ("STRASSE ß", "strasse ß"),
+    ("Dvořák's 9th", "dvořáks 9th"),
+    ("e\u0301clair", "e\u0301clair"),  # two ways to write é stay two
+    ("Ａ b", "ａ b"),
+    ("日本、東京", "日本、東京"),
+]
+
+
+@pytest.mark.parametrize(("text", "normalized"), OFFICIAL)
+def test_normalization_is_that_of_squad_and_hotpotqa(text: str, normalized: str) -> None:
+    assert normalize_answer(text) == normalized
+
+
+def test_scores_differ_from_the_official_scripts_in_two_places() -> None:
+    # Where nothing would remain, the official scripts compare "" with "": every such answer equals every other.
+    assert exact_match("T.h.e", ["A"]) == 0.0
+    # HotpotQA's F1 of yes and no is all or nothing; SQuAD's, which the paper's code uses, counts words.
+    assert f1("yes it is", ["yes"]) == pytest.approx(2 * 1 / (3 + 1))
+
+
+Perturb = Callable[[int, list[dict[str, Any]]], str | None]
+
+
+def first_answer(place: int, rows: list[dict[str, Any]]) -> str:
+    return rows[place]["golden_answers"][0]
+
+
+# An answer to each of 875 real questions, and the mean EM, cover EM and F1 over them.
+PERTURBATIONS: list[tuple[str, Perturb, tuple[float, float, float]]] = [
+    ("the answer itself", first_answer, (1.0, 1.0, 1.0)),
+    ("in other dress", lambda place, rows: f"The {rows[place]['golden_answers'][-1].upper()}!", (1.0, 1.0, 1.0)),
+    ("in a sentence", lambda place, rows: f"I believe it is {first_answer(place, rows)}", (0.0, 1.0, 0.5235)),
+    # 634 answers have several words; some of what is left is an accepted answer, too.
+    (
+        "without its last word",
+        lambda place, rows: " ".join(first_answer(place, rows).split()[:-1]) or None,
+        (0.0686, 0.0937, 0.5576),
+    ),
+    ("of another question", lambda place, rows: first_answer(place - 1, rows), (0.0, 0.0, 0.0044)),
+    ("none", lambda place, rows: None, (0.0, 0.0, 0.0)),
+]
+
+
+@pytest.mark.skipif(not REAL_QUESTIONS.is_file(), reason=f"{REAL_QUESTIONS} is not here")
+@pytest.mark.parametrize(
+    ("perturb", "expected"), [case[1:] for case in PERTURBATIONS], ids=[c[0] for c in PERTURBATIONS]
+)
+def test_scores_of_perturbed_answers_to_real_questions(perturb: Perturb, expected: tuple[float, ...]) -> None:
+    rows = [json.loads(line) for line in REAL_QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    answers = [perturb(place, rows) for place in range(len(rows))]
+    means = [
+        fmean(metric(answer, row["golden_answers"]) for answer, row in zip(answers, rows, strict=True))
+        for metric in (exact_match, cover_exact_match, f1)
+    ]
+    assert means == pytest.approx(expected, abs=5e-5)
