@@ -265,6 +265,29 @@ def timeless(trajectories: list[Trajectory]) -> list[Trajectory]:
     return trajectories
 
 
+def test_the_samples_of_a_group_can_share_their_coins(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    keys = [(7, 3, 1000 + n // 5, n % 5) for n in range(60)]
+
+    def coins(noise_per_group: bool) -> dict[tuple[int, int], set[bool | None]]:
+        """Return the coins tossed by group and turn."""
+        settings = RolloutSettings(max_turns=3, noise_per_group=noise_per_group)
+        generator = ScriptedGenerator(tiny_tokenizer, wandering_policy(1))
+        trajectories = run_rollouts(questions(60), generator, ScriptedEngine(), settings, p_noise=0.5, keys=keys)
+        seeds = [request.seed for requests in generator.requests.values() for request in requests]
+        assert len(set(seeds)) == len(seeds), "the policy still samples by itself"
+        tossed: dict[tuple[int, int], set[bool | None]] = {}
+        for n, trajectory in enumerate(trajectories):
+            for place, turn in enumerate(trajectory.turns):
+                if turn.kind == "search" and turn.latency_s is not None:
+                    tossed.setdefault((n // 5, place), set()).add(turn.noisy)
+        return tossed
+
+    shared = coins(noise_per_group=True)
+    assert all(len(tossed) == 1 for tossed in shared.values())
+    assert {coin for tossed in shared.values() for coin in tossed} == {True, False}
+    assert sum(len(tossed) == 2 for tossed in coins(noise_per_group=False).values()) > 5
+
+
 def test_turns_sampled_elsewhere_make_the_same_trajectories(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     delays = random.Random(3)
 
@@ -449,7 +472,7 @@ def test_an_observation_loses_text_from_its_longest_documents_first(tiny_tokeniz
 
 
 def test_a_failed_search_ends_its_own_trajectory_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    broken = SearchError("the engine at http://x is gone; restart it")
+    broken = SearchError("the engine at http://x is gone; restart it", retries=4)
     engine = ScriptedEngine(lambda request: broken if request.question == "Question 3?" else ["Fine."])
     turns = ["<search> q </search>", "<answer> x </answer>"]
     generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
@@ -458,6 +481,7 @@ def test_a_failed_search_ends_its_own_trajectory_only(tiny_tokenizer: PreTrained
         "answered"
     ] * 4
     failed = trajectories[3]
+    assert failed.turns[0].retries == 4, "what it took in vain is counted, too"
     assert (failed.error, failed.searches, failed.answer) == (str(broken), 1, None)
     assert failed.turns[0].documents == () and failed.turns[0].observation == ""
 
@@ -503,7 +527,8 @@ def test_a_record_holds_the_text_by_who_wrote_it(tiny_tokenizer: PreTrainedToken
         ("documents", "\n\n<information>Doc 1: It rains.</information>\n\n", True),
         ("policy", "<answer> gold </answer>", None),
     ]
-    del record["policy_tokens"], record["observation_tokens"]
+    for name in ("policy_tokens", "observation_tokens", "generation_s", "search_s"):
+        assert record.pop(name) > 0
     assert record == {
         "id": "0",
         "dataset": "nq",
@@ -514,6 +539,8 @@ def test_a_record_holds_the_text_by_who_wrote_it(tiny_tokenizer: PreTrainedToken
         "outcome": "answered",
         "searches": 1,
         "turns": 3,
+        "invalid_actions": 1,
+        "retries": 0,
         "p_noise": 1.0,
         "f1": pytest.approx(2 / 3),
         "em": 0.0,

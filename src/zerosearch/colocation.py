@@ -20,7 +20,7 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
       trainer's.
     - Prefix caching: a later turn of a trajectory costs its new tokens only.
     - On a CPU, no chunked prefill: a request with a seed of its own dies when its prompt is read in two parts.
-    - On a CPU, weights that can be replaced: see `weights_in_place`.
+    - On a CPU, weights that can be replaced: see `multiply_by_weights_in_place`.
     - A context no longer than the model's, where vLLM would refuse to start.
     """
     from trl.generation import vllm_generation
@@ -44,6 +44,18 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
 
 @contextmanager
 def weights_in_place() -> Iterator[None]:
+    """Let `multiply_by_weights_in_place` hold for engines that are made in this block."""
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    multiply_by_weights_in_place()
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
+
+
+def multiply_by_weights_in_place() -> None:
     """On a CPU, make vLLM 0.31 multiply by the weights it was given instead of packed copies of them.
 
     It packs every linear layer once, when it loads, and drops the original: a later weight sync then fails. The head
@@ -52,19 +64,11 @@ def weights_in_place() -> Iterator[None]:
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        yield
-        return
-    original = utils.dispatch_cpu_unquantized_gemm
-
     def multiply_by_the_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
-    utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = original
+    if current_platform.is_cpu():
+        utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
 
 
 def max_positions(model: str) -> int:

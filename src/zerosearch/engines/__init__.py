@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,17 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The documents, best first; whether they were asked to be noisy (`None`: the engine has no such notion)."""
+    """The documents, best first; whether they were asked to be noisy (`None`: the engine has no such notion).
+
+    Where each document has a coin of its own, `noisy` is what most of them are and `noisy_share` says how many.
+    `is_short`: fewer documents than asked for.
+    """
 
     documents: tuple[str, ...]
     noisy: bool | None = None
     retries: int = 0
+    noisy_share: float | None = None
+    is_short: bool = False
 
 
 class SearchEngine(Protocol):
@@ -52,4 +58,24 @@ class SearchEngine(Protocol):
 
 
 class SearchError(RuntimeError):
-    """A search failed for good. The message names the engine, its address and the remedy."""
+    """A search failed for good. The message names the engine, its address and the remedy.
+
+    `retries`: how often it was repeated in vain.
+    """
+
+    def __init__(self, message: str, retries: int = 0) -> None:
+        super().__init__(message)
+        self.retries = retries
+
+
+class BudgetSpent(SearchError):
+    """The limit on queries or money is reached: the search was not sent, and no further one will be."""
+
+
+def engine_identity(engine: SearchEngine) -> dict[str, Any]:
+    """Return what an engine's results depend on, for manifests and cassettes: its own `identity()`, or its name.
+
+    A value of `None` is one that the engine does not know before it has asked its server.
+    """
+    identity = getattr(engine, "identity", None)
+    return {"engine": engine.name} if identity is None else dict(identity())
