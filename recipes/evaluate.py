@@ -1,54 +1,93 @@
-"""Score a policy: the questions answered with an engine, by the same rollout as in training; greedy by default.
+"""Score policies and baselines: questions answered by the same rollout as in training; greedy by default.
 
     python recipes/evaluate.py --model outputs/policy --dataset qa.jsonl --engine bm25 --corpus wiki_passages.jsonl \
         --output_dir outputs/evaluation
 
-Writes results.json (scores with 95 % intervals) and trajectories.jsonl (every question) to the output folder. A value
-comes from the defaults, then `--config FILE.yaml`, then flags. With `--engine simulated`, start a simulator first
-(recipes/serve_simulator.py).
+`--model`, `--agent`, `--engine` and `--dataset` take several values; every agent is then evaluated with every model
+and every engine it can use, and one table compares them. The paper's seven benchmarks, 500 questions of each:
+
+    python recipes/evaluate.py --model outputs/policy Qwen/Qwen2.5-3B --agent policy direct cot rag \
+        --dataset benchmarks --num_questions 500 --engine bm25 --corpus wiki-18.jsonl --output_dir outputs/table3
+
+Writes results.json (scores with 95 % intervals and a manifest), trajectories.jsonl (every question), table.md and
+scores.svg to the output folder, and with several evaluations a folder for each. One that was killed, or stopped at
+`--max_usd` or `--max_seconds`, goes on with `--resume true`. A value comes from the defaults, then
+`--config FILE.yaml`, then flags. With `--engine simulated`, start a simulator first (recipes/serve_simulator.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 from trl import TrlParser
 
-from zerosearch.data import claim_output_dir, load_questions
-from zerosearch.engines import SearchError
-from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
+from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
+from zerosearch.endpoint import EndpointOptions, make_endpoint
+from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import evaluate, load_generator, results_table
-from zerosearch.prompts import (
-    POLICY_PROMPT,
-    SIMULATOR_PROMPT,
-    TINYWORLD_POLICY_PROMPT,
-    TINYWORLD_SIMULATOR_PROMPT,
-)
-from zerosearch.rollout import RolloutSettings, close_engine
+from zerosearch.evaluation import LimitReached, Limits, evaluate, write_json
+from zerosearch.generation import GenerationError, Generator, RemoteGenerator
+from zerosearch.in_flight import close_engine
+from zerosearch.loading import load_generator, model_identity
+from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
+from zerosearch.rollout import RolloutSettings
+from zerosearch.score_tables import markdown_tables, matrix_table, results_table, scores_plot
 
-# --prompt chooses what the policy is asked ({question}) and what the simulator is ({question}, {golden_answer}, ...).
+# --prompt chooses how the agents ask, and what the simulator is asked ({question}, {golden_answer}, ...).
 PROMPTS = {
-    "paper": (POLICY_PROMPT, SIMULATOR_PROMPT),
-    "tinyworld": (TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT),
+    "paper": (AGENTS, SIMULATOR_PROMPT),
+    "tinyworld": (TINYWORLD_AGENTS, TINYWORLD_SIMULATOR_PROMPT),
 }
+
+
+LoadedModel = tuple[Generator | RemoteGenerator, dict[str, Any]]  # what runs it; which model it is
 
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate, on what, with which engine."""
+    """What to evaluate, on what."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the policy."})
-    dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub."})
-    output_dir: str = field(metadata={"help": "Folder for results.json and trajectories.jsonl."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    model: list[str] = field(metadata={"help": "Folders or Hub ids of policies; for an endpoint, its models' names."})
+    dataset: list[str] = field(
+        metadata={"help": f"Files (.jsonl, .parquet), datasets on the Hub, {', '.join(BENCHMARKS)}, or 'benchmarks'."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for results, trajectories, table and plot."})
+    agent: list[str] = field(
+        default_factory=lambda: ["policy"], metadata={"help": f"How the model is used: {', '.join(AGENTS)}."}
+    )
     prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows of each dataset only."})
+    num_questions: int | None = field(
+        default=None, metadata={"help": "Use so many of each dataset, chosen by a hash (500: as many as the paper)."}
+    )
+    benchmark_source: str = field(
+        default=FLASHRAG, metadata={"help": "Where the seven benchmarks are: a Hub id, or a folder in its layout."}
+    )
     p_noise: float = field(default=0.0, metadata={"help": "For simulated: how likely a search gets noisy documents."})
-    generator: Literal["vllm", "transformers"] = field(default="vllm", metadata={"help": "What runs the policy."})
+    generator: Literal["vllm", "transformers", "endpoint"] = field(
+        default="vllm", metadata={"help": "What runs the model; endpoint: any OpenAI-style server, --endpoint_url."}
+    )
+    num_samples: int = field(default=1, metadata={"help": "Trajectories a question, for pass@k; with --temperature."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling, noise and bootstrap."})
+    max_usd: float | None = field(default=None, metadata={"help": "Stop when this command has cost so much."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Stop when this command has taken so long."})
+    resume: bool = field(default=False, metadata={"help": "Go on with the evaluation that is in output_dir."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dataset", "agent"):
+            setattr(self, name, as_list(name, getattr(self, name)))
+        for name, choices in (("prompt", tuple(PROMPTS)), ("generator", ("vllm", "transformers", "endpoint"))):
+            if getattr(self, name) not in choices:  # a config file is not checked by the parser
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        if not 0.0 <= self.p_noise <= 1.0:
+            raise UserError(f"p_noise is {self.p_noise}: a probability lies in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -59,42 +98,170 @@ class EvaluationSettings(RolloutSettings):
 
 
 @dataclass
-class EvaluationEngine(EngineOptions):
-    """The engine to evaluate with: by default one that is real and costs nothing."""
+class EvaluationEngines(EngineOptions):
+    """The engines to evaluate with: by default one that is real and costs nothing."""
 
-    engine: EngineKind = field(default="bm25", metadata={"help": "The search engine."})
+    engine: list[str] = field(  # type: ignore[assignment]
+        default_factory=lambda: ["bm25"], metadata={"help": "The search engines."}
+    )
+
+    def __post_init__(self) -> None:
+        self.engine = as_list("engine", self.engine)
+        self.each()
+
+    def each(self) -> list[EngineOptions]:
+        """Return the options of each engine. Raises `UserError` for one that cannot work."""
+        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "engine"}
+        return [EngineOptions(engine=kind, **shared) for kind in self.engine]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One of the evaluations asked for."""
+
+    name: str
+    model: str
+    agent: Agent
+    engine: SearchEngine | None  # None: the agent never searches
+
+
+def as_list(name: str, values: str | list[str]) -> list[str]:
+    """Return the values of a flag: a config file may give one of them by itself."""
+    values = [values] if isinstance(values, str) else list(values)
+    if len(set(values)) < len(values):
+        raise UserError(f"{name} names something twice: {', '.join(values)}")
+    return values
+
+
+def claim_output(arguments: EvaluationArguments) -> Path:
+    """Return the output folder: a new one, or with --resume that of the evaluation to go on with."""
+    path = Path(arguments.output_dir)
+    if arguments.resume:
+        return claim_output_dir(path, overwrite=True)
+    if any(path.glob("**/manifest.json")) and not arguments.overwrite_output_dir:
+        raise UserError(f"{path} holds an evaluation: --resume true goes on, --overwrite_output_dir starts afresh")
+    return claim_output_dir(path, arguments.overwrite_output_dir)
+
+
+def evaluations(models: list[str], agents: list[Agent], engines: list[SearchEngine]) -> Iterator[Evaluation]:
+    """Yield what is to be evaluated, model by model; names say what differs."""
+    names = [Path(model).name for model in models]
+    for model, label in zip(models, names if len(set(names)) == len(names) else models, strict=True):
+        for agent in agents:
+            for engine in engines if agent.searches else [None]:
+                parts = [label] if len(models) > 1 else []
+                parts += [agent.name]
+                parts += [engine.name] if engine and len(engines) > 1 else []
+                yield Evaluation(" ".join(parts), model, agent, engine)
+
+
+def load_model(model: str, arguments: EvaluationArguments, options: EndpointOptions, max_tokens: int) -> LoadedModel:
+    """Return the generator that runs a model, and which model that is."""
+    if arguments.generator == "endpoint":
+        return make_endpoint(options, model), {"model": model, "endpoint": options.endpoint_url}
+    return load_generator(model, arguments.generator, max_tokens), model_identity(model)
+
+
+def run(
+    todo: Sequence[Evaluation],
+    questions: list[dict[str, Any]],
+    arguments: EvaluationArguments,
+    settings: EvaluationSettings,
+    endpoint_options: EndpointOptions,
+    output_dir: Path,
+) -> dict[str, Any]:
+    """Run the evaluations one after another, each model loaded once, and return the results by name.
+
+    A limit ends them with what there is by then. Raises `UserError` if that is nothing, or something has failed.
+    """
+    about = {
+        "dataset": ", ".join(arguments.dataset),
+        "prompt": arguments.prompt,
+        "generator": arguments.generator,
+        "dataset_limit": arguments.dataset_limit,
+        "questions_per_dataset": arguments.num_questions,
+    }
+    limits = Limits(arguments.max_usd, arguments.max_seconds)
+    found: dict[str, Any] = {}
+    loaded: str | None = None
+    generator: Any = None
+    identity: dict[str, Any] = {}
+    try:
+        for one in todo:
+            if one.model != loaded:
+                generator = None  # the one before goes first: both might not fit
+                generator, identity = load_model(
+                    one.model, arguments, endpoint_options, settings.max_trajectory_tokens
+                )
+                loaded = one.model
+            folder = output_dir if len(todo) == 1 else output_dir / one.name.replace(" ", "-")
+            if len(todo) > 1:
+                print(f"\n{one.name} ({len(found) + 1} of {len(todo)})", flush=True)
+            results = evaluate(
+                questions,
+                generator,
+                one.engine,
+                settings,
+                claim_output_dir(folder, overwrite=True),
+                agent=one.agent,
+                p_noise=arguments.p_noise,
+                seed=arguments.seed,
+                num_samples=arguments.num_samples,
+                about=about | identity,
+                resume=arguments.resume,
+                limits=limits,
+            )
+            found[one.name] = results
+            if results["stopped"]:
+                break
+            limits = limits.less(results["this_command"]["usd"], results["seconds"])
+    except (SearchError, GenerationError) as error:
+        raise UserError(str(error)) from error
+    except LimitReached as limit:
+        if not found:
+            raise UserError(f"{limit}; raise the limit, and go on with --resume true") from limit
+        print(f"\n{limit}; --resume true goes on")
+    return found
+
+
+def report(found: dict[str, Any], output_dir: Path) -> None:
+    """Write the table and the plot, and print the scores."""
+    (output_dir / "table.md").write_text(markdown_tables(found), encoding="utf-8")
+    (output_dir / "scores.svg").write_text(scores_plot(found), encoding="utf-8")
+    if len(found) == 1:
+        print(f"\n{results_table(*found.values())}")
+    else:
+        write_json(output_dir / "results.json", {"evaluations": found})
+        print(f"\n{matrix_table(found)}")
+    for name, results in found.items():
+        if results["stopped"]:
+            print(f"\n{name}: {results['stopped']}; --resume true goes on")
+    print(f"\n{output_dir}/results.json, trajectories.jsonl, table.md, scores.svg")
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check all that can be checked early, answer the questions, write and print the scores."""
     with user_mistakes():
-        parser = TrlParser((EvaluationArguments, EvaluationEngine, EvaluationSettings))
-        arguments, options, settings = parser.parse_args_and_config(argv)
-    if not 0.0 <= arguments.p_noise <= 1.0:
-        raise UserError(f"p_noise is {arguments.p_noise}: a probability lies in [0, 1]")
-    output_dir = claim_output_dir(arguments.output_dir, overwrite=arguments.overwrite_output_dir)
-    questions = load_questions(
-        arguments.dataset, arguments.dataset_split, PROMPTS[arguments.prompt][0], arguments.dataset_limit
+        parser = TrlParser((EvaluationArguments, EvaluationEngines, EvaluationSettings, EndpointOptions))
+        arguments, engine_options, settings, endpoint_options = parser.parse_args_and_config(argv)
+    known_agents, simulator_template = PROMPTS[arguments.prompt]
+    agents = choose_agents(arguments.agent, known_agents)
+    output_dir = claim_output(arguments)
+    questions = load_question_sets(
+        arguments.dataset,
+        arguments.dataset_split,
+        arguments.dataset_limit,
+        arguments.num_questions,
+        arguments.benchmark_source,
     )
-    engine = make_engine(options, simulator_template=PROMPTS[arguments.prompt][1])
-    generator = load_generator(arguments.model, arguments.generator, settings.max_trajectory_tokens)
-    about = {"model": arguments.model, "dataset": arguments.dataset, "generator": arguments.generator}
-    try:
-        results = evaluate(
-            questions,
-            generator,
-            engine,
-            settings,
-            output_dir,
-            p_noise=arguments.p_noise,
-            seed=arguments.seed,
-            about=about,
-        )
-    except SearchError as error:
-        raise UserError(str(error)) from error
-    close_engine(engine)
-    print(f"\n{results_table(results)}\n\n{output_dir}/results.json, trajectories.jsonl")
+    search = any(agent.searches for agent in agents)
+    engines = [make_engine(options, simulator_template) for options in engine_options.each()] if search else []
+    todo = list(evaluations(arguments.model, agents, engines))
+    found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
+    for engine in engines:
+        close_engine(engine)
+    report(found, output_dir)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
+from scripted import Library, Writer
 
 from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
-from zerosearch.endpoint import PieceTokenizer
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import SampledTurn, Sampling, TurnRequest
 from zerosearch.prompts import POLICY_PROMPT, TINYWORLD_POLICY_PROMPT, agent_prompt, reading_prompt
 from zerosearch.protocol import format_titled_observation
 from zerosearch.rollout import RolloutSettings, Trajectory, run_rollouts
@@ -20,57 +16,6 @@ from zerosearch.rollout import RolloutSettings, Trajectory, run_rollouts
 SETTINGS = RolloutSettings(max_turns=2, temperature=0.0)
 QUESTION = "Who wrote Emma?"
 ROW = {"id": "q", "question": QUESTION, "golden_answers": ["Jane Austen"]}
-
-
-class Writer:
-    """Writes each turn by `write(context)`, and remembers every context it was given."""
-
-    def __init__(self, write: Callable[[str], str]) -> None:
-        self.tokenizer: Any = PieceTokenizer()
-        self.max_context_tokens = 100_000
-        self.write = write
-        self.contexts: list[str] = []
-        self.seeds: list[int] = []
-        self.waiting: list[TurnRequest] = []
-        self.released: list[int] = []
-
-    @contextmanager
-    def session(self, sampling: Sampling) -> Iterator[None]:
-        yield
-
-    def submit(self, request: TurnRequest) -> None:
-        self.waiting.append(request)
-
-    def step(self) -> list[SampledTurn]:
-        request = self.waiting.pop()
-        context = self.tokenizer.decode(request.context_ids)
-        self.contexts.append(context)
-        self.seeds.append(request.seed)
-        ids = self.tokenizer(self.write(context))["input_ids"]
-        return [SampledTurn(request.trajectory, ids, [0.0] * len(ids), "stop")]
-
-    def release(self, trajectory: int) -> None:
-        self.released.append(trajectory)
-
-
-class Library:
-    """Finds two documents about whatever it is asked, or fails."""
-
-    name = "library"
-    max_concurrency = 4
-
-    def __init__(self, broken: bool = False) -> None:
-        self.requests: list[SearchRequest] = []
-        self.broken = broken
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.requests.append(request)
-        if self.broken:
-            raise SearchError("the library is closed")
-        return SearchResult((f"Emma: Found for {request.query}", "Rain: It rains."), noisy=False)
-
-    async def aclose(self) -> None:
-        pass
 
 
 def roll_out(

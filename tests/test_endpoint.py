@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zerosearch.endpoint import EndpointGenerator, PieceTokenizer, Prices, Reply, as_turn, read_reply
+from zerosearch.endpoint import (
+    EndpointGenerator,
+    EndpointOptions,
+    PieceTokenizer,
+    Prices,
+    Reply,
+    as_turn,
+    make_endpoint,
+    read_reply,
+)
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.engines.http import CallFailed
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
-from zerosearch.prompts import INVALID_ACTION_HINT
 from zerosearch.in_flight import run_in_background
+from zerosearch.prompts import INVALID_ACTION_HINT
 from zerosearch.rollout import RolloutSettings, run_rollouts
 
 if TYPE_CHECKING:
@@ -142,7 +151,7 @@ def test_the_body_can_be_changed_for_servers_that_refuse_a_field(
 def test_the_key_is_sent_and_never_shown(chat_server: ChatServer, generator: MakeGenerator) -> None:
     chat_server.write = lambda messages: 401
     with pytest.raises(
-        GenerationError, match=r"HTTP status 401.*check its address, model and key.*--resume"
+        GenerationError, match=r"HTTP status 401.*check its address, model and key, and resume"
     ) as caught:
         run_rollouts(rows(), generator(model="m", api_key="secret-key"), Library(), SETTINGS)
     assert chat_server.keys == ["Bearer secret-key"]
@@ -160,6 +169,37 @@ def test_a_server_that_is_not_there_is_named() -> None:
     policy = EndpointGenerator("http://127.0.0.1:9/v1", max_retries=0)
     with pytest.raises(GenerationError, match=r"the endpoint at http://127.0.0.1:9/v1/models failed"):
         run_rollouts(rows(), policy, Library(), SETTINGS)
+    run_in_background(policy.aclose(), 30)
+
+
+def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "k")
+    options = EndpointOptions("http://x/v1/", "SOME_KEY", 1.5, 6.0, '{"stop": null}', 3)
+    policy = make_endpoint(options, "m")
+    assert (policy.base_url, policy.model, policy.prices, policy.body) == (
+        "http://x/v1",
+        "m",
+        Prices(1.5, 6.0),
+        {"stop": None},
+    )
+    assert policy.max_concurrency == 3
+    assert policy.client.headers == {"Authorization": "Bearer k"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EndpointOptions(), "--endpoint_url"),
+        (EndpointOptions("http://x/v1", endpoint_key_env="NO_SUCH_KEY"), "variable NO_SUCH_KEY is not set"),
+        (EndpointOptions("http://x/v1", endpoint_body="{"), "endpoint_body is not JSON"),
+        (EndpointOptions("http://x/v1", endpoint_body="[1]"), "must be a JSON object"),
+        (EndpointOptions("http://x/v1", endpoint_usd_read=-1), "a price is -1"),
+        (EndpointOptions("http://x/v1", endpoint_concurrency=0), "endpoint_concurrency is 0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: EndpointOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_endpoint(options, "m")
 
 
 @pytest.mark.parametrize(

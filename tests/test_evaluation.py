@@ -1,95 +1,45 @@
-"""Scores, intervals and tables on written-out records; the evaluation itself on a random model with a real engine."""
+"""An evaluation on a random model with a real engine: what it leaves, how it stops, and how it goes on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from scripted import Library, Writer
 
-from zerosearch import evaluation
+from zerosearch import loading
+from zerosearch.agents import AGENTS
 from zerosearch.data import load_questions, read_passages
+from zerosearch.endpoint import EndpointGenerator, Prices
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation import evaluate, load_generator, results_table, summarize
+from zerosearch.evaluation import LimitReached, Limits, evaluate
+from zerosearch.in_flight import run_in_background
+from zerosearch.loading import load_generator, model_identity
 from zerosearch.rollout import RolloutSettings
 
-pytest_plugins = ("recipe_modules",)  # fixtures
+if TYPE_CHECKING:
+    from chat_server import ChatServer
+
+pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
 
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=200, max_trajectory_tokens=2048)
 
 
-def record(
-    dataset: str, answer: str | None, golden: str, searches: int = 1, outcome: str = "answered"
-) -> dict[str, Any]:
-    return {
-        "dataset": dataset,
-        "answer": answer,
-        "golden_answers": [golden],
-        "searches": searches,
-        "turns": searches + 1,
-        "outcome": outcome,
-    }
-
-
-RECORDS = [
-    record("nq", "the Jane Austen", "Jane Austen"),  # EM 1, F1 1, cover 1
-    record("nq", "Jane Austen of Steventon", "Jane Austen", searches=3),  # EM 0, F1 2/3, cover 1
-    record("nq", None, "Emma", searches=0, outcome="turns_exhausted"),  # all 0
-    record("musique", "London", "Paris", searches=2),  # all 0
-]
-
-
-def test_scores_are_means_over_questions_by_dataset_and_over_datasets() -> None:
-    scores = summarize(RECORDS)
-    means = {name: scores[name]["mean"] for name in ("em", "f1", "cover_em")}
-    assert means == pytest.approx({"em": 0.25, "f1": 5 / 12, "cover_em": 0.5})
-    assert (scores["n"], scores["answer_rate"], scores["searches"], scores["turns"]) == (4, 0.75, 1.5, 2.5)
-    assert scores["outcomes"] == {"answered": 3, "turns_exhausted": 1, "truncated": 0, "failed_search": 0}
-    nq, musique = scores["by_dataset"]["nq"], scores["by_dataset"]["musique"]
-    assert (nq["n"], nq["em"]["mean"], nq["answer_rate"]) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
-    assert (musique["n"], musique["em"]["mean"], musique["searches"]) == (1, 0.0, 2.0)
-    assert scores["macro_average"]["em"]["mean"] == pytest.approx(1 / 6)  # (1/3 + 0) / 2
-    assert scores["macro_average"]["cover_em"]["mean"] == pytest.approx(1 / 3)
-
-
-def test_an_interval_holds_95_percent() -> None:
-    # 200 right of 400: the normal approximation gives 0.5 +- 1.96 sqrt(0.25 / 400) = 0.5 +- 0.049.
-    scores = summarize([record("nq", "a1" if place % 2 else "a2", "a1") for place in range(400)])
-    assert scores["em"]["low"] == pytest.approx(0.451, abs=0.006)
-    assert scores["em"]["high"] == pytest.approx(0.549, abs=0.006)
-
-
-def test_the_macro_interval_is_that_of_the_mean_of_the_datasets() -> None:
-    # 100 of a set at 0.5, and one of a set that is always right: 0.75 +- 1.96 sqrt(0.25 / 100) / 2 = 0.75 +- 0.049.
-    halves = [record("half", "a1" if place % 2 else "a2", "a1") for place in range(100)]
-    macro = summarize([*halves, record("right", "a1", "a1")])["macro_average"]["em"]
-    assert macro["mean"] == 0.75
-    assert macro["low"] == pytest.approx(0.701, abs=0.011)
-    assert macro["high"] == pytest.approx(0.799, abs=0.011)
-
-
-def test_intervals_repeat_with_the_seed_and_vanish_without_variation() -> None:
-    assert summarize(RECORDS, seed=1) == summarize(RECORDS, seed=1)
-    records = [record("nq", "right" + " wrong" * place, "right") for place in range(50)]
-    assert summarize(records, seed=1)["f1"] != summarize(records, seed=2)["f1"]
-    assert summarize([record("nq", "x", "x")] * 5)["em"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_the_table_has_a_line_a_dataset_and_their_mean() -> None:
-    assert results_table(summarize([record("nq", "x", "x")] * 5 + [record("musique", None, "x", searches=2)])) == (
-        "dataset                 n  EM [95 %]            F1 [95 %]            cover-EM answered searches\n"
-        "nq                      5  1.000 [1.000, 1.000] 1.000 [1.000, 1.000]    1.000    1.000     1.00\n"
-        "musique                 1  0.000 [0.000, 0.000] 0.000 [0.000, 0.000]    0.000    0.000     2.00\n"
-        "mean of datasets           0.500 [0.500, 0.500] 0.500 [0.500, 0.500]    0.500"
-    )
-    assert "mean of datasets" not in results_table(summarize([record("nq", "x", "x")]))
-
-
 def rows_of(path: Path, copies: int = 1) -> list[dict[str, Any]]:
     return load_questions(str(path)).to_list() * copies
+
+
+def trajectories(folder: Path) -> list[dict[str, Any]]:
+    """Read the trajectories of a folder without their times."""
+    records = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
 
 
 def test_an_evaluation_leaves_scores_and_every_trajectory(
@@ -130,7 +80,7 @@ def test_greedy_evaluation_repeats_itself(
         (tmp_path / name).mkdir()
         generator = load_generator(str(random_model), "transformers", 2048)
         evaluate(rows_of(questions), generator, BM25Engine(corpus), greedy, tmp_path / name)
-    assert (tmp_path / "a/trajectories.jsonl").read_bytes() == (tmp_path / "b/trajectories.jsonl").read_bytes()
+    assert trajectories(tmp_path / "a") == trajectories(tmp_path / "b")
 
 
 class BrokenEngine:
@@ -174,6 +124,229 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vLLM is not installed.*--generator transformers"):
         load_generator("any", "vllm", 512)
+
+
+def asked(count: int) -> list[dict[str, Any]]:
+    """Return questions whose answer is their number, of two datasets."""
+    return [
+        {"id": f"q{n}", "dataset": "nq" if n % 2 else "popqa", "question": f"What is {n}?", "golden_answers": [f"{n}"]}
+        for n in range(count)
+    ]
+
+
+def number_in(context: str) -> str:
+    return context.rsplit("What is ", 1)[1].split("?")[0]
+
+
+def search_then_answer(context: str) -> str:
+    """Search for the number, then answer with it; every third answer is wrong."""
+    number = number_in(context.split("<information>Doc")[0])
+    if "<information>Doc" not in context:
+        return f"<search> {number} </search>"
+    return f"<answer> {'no' if int(number) % 3 == 0 else number} </answer>"
+
+
+GREEDY = RolloutSettings(temperature=0.0)
+RAG_LIKE = AGENTS["ra-agent"]
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def dying(write: Callable[[str], str], after: int) -> Callable[[str], str]:
+    """Return a writer that dies at its turn number `after`."""
+    turns = iter(range(after))
+
+    def one(context: str) -> str:
+        if next(turns, None) is None:
+            raise Killed
+        return write(context)
+
+    return one
+
+
+def the_same(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what must not depend on interruptions: all but the time and the bill of the last command."""
+    return {name: value for name, value in results.items() if name not in ("seconds", "this_command")}
+
+
+def run(output_dir: Path, write: Callable[[str], str] = search_then_answer, **options: Any) -> dict[str, Any]:
+    output_dir.mkdir(exist_ok=True)
+    options = {"agent": RAG_LIKE, "max_live": 4} | options
+    return evaluate(asked(12), Writer(write), options.pop("engine", Library()), GREEDY, output_dir, **options)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    assert (whole["em"]["mean"], whole["searches"], whole["n"], whole["stopped"]) == (8 / 12, 1.0, 12, None)
+    for after in (1, 4, 5, 3):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", dying(search_then_answer, after), resume=True)
+        assert not (tmp_path / "killed/results.json").exists()
+    engine = Library()
+    finished = len((tmp_path / "killed/trajectories.jsonl").read_text().splitlines())
+    assert 0 < finished < 12
+    resumed = run(tmp_path / "killed", engine=engine, resume=True)
+    assert len(engine.requests) == resumed["this_command"]["trajectories"] == 12 - finished  # nothing is asked twice
+    assert the_same(resumed) == the_same(whole)
+    assert trajectories(tmp_path / "killed") == trajectories(tmp_path / "whole")
+    assert (tmp_path / "killed/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
+
+
+def test_a_finished_evaluation_that_is_resumed_asks_nothing(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    engine = Library()
+    assert the_same(run(tmp_path, dying(search_then_answer, 0), engine=engine, resume=True)) == the_same(whole)
+    assert engine.requests == []
+
+
+def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    path = tmp_path / "trajectories.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    engine = Library()
+    assert the_same(run(tmp_path, engine=engine, resume=True)) == the_same(whole)
+    assert [request.query for request in engine.requests] == ["11"]
+    path.write_bytes(b"broken\n" + path.read_bytes())
+    with pytest.raises(UserError, match="holds a line that is no JSON"):
+        run(tmp_path, resume=True)
+
+
+def test_without_resume_an_evaluation_starts_afresh(tmp_path: Path) -> None:
+    run(tmp_path)
+    engine = Library()
+    run(tmp_path, engine=engine)
+    assert len(engine.requests) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there, and 1 here"),
+        ({"agent": AGENTS["search-r1"]}, "agent is 'ra-agent' there, and 'search-r1' here"),
+        ({"about": {"model": "m"}}, "model is None there, and 'm' here"),
+        ({"p_noise": 0.5}, "p_noise is 0.0 there, and 0.5 here"),
+    ],
+)
+def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    run(tmp_path)
+    before = (tmp_path / "trajectories.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"holds another evaluation, which cannot be resumed as this one: {message}"):
+        run(tmp_path, resume=True, **change)
+    assert (tmp_path / "trajectories.jsonl").read_bytes() == before
+
+
+def test_other_questions_or_settings_are_another_evaluation(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(UserError, match="data_sha256 is"):
+        evaluate(asked(11), Writer(search_then_answer), Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True)
+    longer = RolloutSettings(temperature=0.0, max_turn_tokens=9)
+    with pytest.raises(UserError, match=r"settings.max_turn_tokens is 500 there, and 9 here"):
+        evaluate(asked(12), Writer(search_then_answer), Library(), longer, tmp_path, agent=RAG_LIKE, resume=True)
+
+
+def test_a_lost_search_is_tried_again_by_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match="12 of 12 questions lost a search"):
+        run(tmp_path, engine=Library(broken=True))
+    assert the_same(run(tmp_path, resume=True)) == the_same(run(tmp_path))
+
+
+def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
+    results = run(tmp_path, about={"model": "m", "revision": "r"}, seed=5)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest | {"model": "m", "revision": "r", "agent": "ra-agent", "engine": "library"} == manifest
+    assert manifest["engine_identity"] == {"engine": "library"}
+    assert (manifest["num_questions"], manifest["seed"], manifest["num_samples"]) == (12, 5, 1)
+    assert len(manifest["data_sha256"]) == 64 and manifest["settings"]["temperature"] == 0.0
+    assert results | manifest == results
+
+
+def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Path) -> None:
+    results = run(tmp_path, engine=BM25Engine(corpus))
+    assert results["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
+
+
+def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
+    results = run(
+        tmp_path, lambda context: f"<answer> {number_in(context)} </answer>", engine=None, agent=AGENTS["direct"]
+    )
+    assert (results["engine"], results["em"]["mean"], results["searches"]) == ("none", 1.0, 0.0)
+
+
+def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path) -> None:
+    def slow(context: str) -> str:
+        time.sleep(0.02)
+        return search_then_answer(context)
+
+    results = run(tmp_path, slow, limits=Limits(seconds=0.2))
+    assert 0 < results["n"] < 12
+    assert results["stopped"] == f"stopped at the limit of 0.2 s: {results['n']} of 12 trajectories are finished"
+    whole = run(tmp_path, resume=True)
+    assert (whole["n"], whole["stopped"]) == (12, None)
+    with pytest.raises(LimitReached, match="0 of 12 trajectories are finished"):
+        run(tmp_path, slow, limits=Limits(seconds=0.001))
+
+
+def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: ChatServer, tmp_path: Path) -> None:
+    chat_server.write = lambda messages: search_then_answer("".join(message["content"] for message in messages))
+    made = []
+
+    def pay(limit: float | None) -> dict[str, Any]:
+        made.append(EndpointGenerator(chat_server.url, "m", prices=Prices(0.0, 1e6), max_concurrency=1))
+        limits = Limits(usd=limit)
+        return evaluate(
+            asked(12), made[-1], Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True, limits=limits, max_live=2
+        )
+
+    stopped = pay(20.0)  # a dollar a word written: 2 for a search, 2 for an answer
+    assert 0 < stopped["n"] < 12 and "stopped at the limit of 20 USD" in stopped["stopped"]
+    assert 20 <= stopped["this_command"]["usd"] <= 22
+    finished, replies = stopped["n"], len(chat_server.requests)
+    whole = pay(None)
+    # Only what was under way is asked again: at most two questions' replies.
+    assert len(chat_server.requests) - replies == 2 * (12 - finished)
+    assert (whole["usage"]["replies"], whole["usage"]["tokens_written"]) == (24, 48)  # over both commands
+    for one in made:
+        run_in_background(one.aclose(), 30)
+
+
+@pytest.mark.parametrize("limits", [{"usd": 0.0}, {"seconds": -1.0}, {"usd": float("nan")}])
+def test_a_limit_is_above_0(limits: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="must be above 0"):
+        Limits(**limits)
+
+
+def test_what_is_left_of_limits() -> None:
+    assert Limits(10.0, None).less(4.0, 100.0) == Limits(6.0, None)
+    with pytest.raises(LimitReached, match="the limit of 10 USD is used up"):
+        Limits(10.0, None).less(10.0, 1.0)
+
+
+def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:
+    writer = Writer(lambda context: f"<answer> {number_in(context)} </answer>")
+    sampling = RolloutSettings(temperature=1.0)
+    results = evaluate(asked(3), writer, None, sampling, tmp_path, agent=AGENTS["direct"], num_samples=4)
+    assert len(set(writer.seeds)) == 12
+    assert (results["n"], results["pass_at_k"]["4"]["mean"]) == (3, 1.0)
+    records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["sample"]) for record in records] == [(n, k) for n in range(3) for k in range(4)]
+
+
+def test_samples_that_would_all_be_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_samples above 1 needs a temperature above 0"):
+        run(tmp_path, num_samples=2)
+    with pytest.raises(UserError, match="num_samples is 0"):
+        run(tmp_path, num_samples=0)
+
+
+def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
+    for name, weights in (("a", b"1" * 3_000_000), ("b", b"1" * 2_999_999 + b"2"), ("c", b"1" * 3_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    (tmp_path / "c/training_args.bin").write_bytes(b"x")
+    a, b, c = (model_identity(str(tmp_path / name))["weights_fingerprint"] for name in "abc")
+    assert a == c != b

@@ -100,10 +100,8 @@ TINYWORLD_AGENTS = _by_name(
 
 
 def choose_agents(names: Sequence[str], agents: dict[str, Agent]) -> list[Agent]:
-    """Return the agents of these names. Raises `UserError` for a name that is none, or that comes twice."""
-    for place, name in enumerate(names):
+    """Return the agents of these names. Raises `UserError` for a name that is none."""
+    for name in names:
         if name not in agents:
             raise UserError(f"there is no agent {name!r}, but: {', '.join(agents)}")
-        if name in names[:place]:
-            raise UserError(f"the agent {name!r} is named twice")
     return [agents[name] for name in names]

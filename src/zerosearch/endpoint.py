@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import environ
 from typing import Any
 
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
@@ -133,7 +134,7 @@ class EndpointGenerator:
         self.name = f"the endpoint {self.base_url}"
         self.client = HTTPClient(
             "the endpoint",
-            remedy="check its address, model and key, and run the same command again with --resume true",
+            remedy="check its address, model and key, and resume the run",
             api_key=api_key,
             timeout_s=timeout_s,
             max_retries=max_retries,
@@ -212,6 +213,47 @@ class EndpointGenerator:
     async def aclose(self) -> None:
         """Close the connections."""
         await self.client.aclose()
+
+
+@dataclass
+class EndpointOptions:
+    """An endpoint on the command line. A recipe's parser takes this class beside its own."""
+
+    endpoint_url: str | None = field(default=None, metadata={"help": 'Its address, up to "/v1".'})
+    endpoint_key_env: str | None = field(
+        default=None, metadata={"help": "The environment variable that holds its key. Default: no key is sent."}
+    )
+    endpoint_usd_read: float = field(default=0.0, metadata={"help": "Price of a million tokens read, in dollars."})
+    endpoint_usd_written: float = field(default=0.0, metadata={"help": "Price of a million tokens written."})
+    endpoint_body: str | None = field(
+        default=None, metadata={"help": 'JSON to put over each request; a null leaves a field out: {"stop": null}.'}
+    )
+    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once."})
+
+
+def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenerator:
+    """Return a generator for the endpoint of the options. Raises `UserError` for an option that cannot work."""
+    if options.endpoint_url is None:
+        raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
+    if options.endpoint_concurrency < 1:
+        raise UserError(f"endpoint_concurrency is {options.endpoint_concurrency}: it must be at least 1")
+    api_key = environ.get(options.endpoint_key_env) if options.endpoint_key_env else None
+    if options.endpoint_key_env and not api_key:
+        raise UserError(f"there is no key: the environment variable {options.endpoint_key_env} is not set")
+    try:
+        body = json.loads(options.endpoint_body or "{}")
+    except ValueError as error:
+        raise UserError(f"endpoint_body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"endpoint_body is {options.endpoint_body}: it must be a JSON object")
+    return EndpointGenerator(
+        options.endpoint_url,
+        model,
+        api_key=api_key,
+        prices=Prices(options.endpoint_usd_read, options.endpoint_usd_written),
+        body=body,
+        max_concurrency=options.endpoint_concurrency,
+    )
 
 
 def read_reply(reply: Any) -> Reply:

