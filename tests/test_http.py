@@ -69,7 +69,15 @@ def server() -> Iterator[Server]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     yield state
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
+
+    async def stop() -> None:
+        await runner.cleanup()
+        late = asyncio.all_tasks() - {asyncio.current_task()}  # a handler that still sleeps
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(timeout=10)
     loop.close()

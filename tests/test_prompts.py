@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from zerosearch.errors import UserError
 from zerosearch.prompts import (
     INVALID_ACTION_HINT,
+    PROMPTED_SIMULATOR,
     TINYWORLD_POLICY_PROMPT,
     TINYWORLD_SIMULATOR_PROMPT,
     policy_prompt,
@@ -106,3 +109,24 @@ def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
 def test_a_template_with_the_wrong_fields_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         policy_prompt("Who?", template)
+
+
+def test_a_prompted_simulators_noisy_form_names_neither_question_nor_answer() -> None:
+    asked = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"], "query": "Emma author"}
+    useful, noisy = (
+        simulator_prompt(**asked, noisy=is_noisy, template=PROMPTED_SIMULATOR) for is_noisy in (False, True)
+    )
+    assert 'The user is trying to answer the question: "Who wrote Emma?" whose answer is Jane Austen.\n' in useful
+    assert useful.endswith("\n\nQuery: Emma author\nUseful Output:\n")
+    assert noisy.endswith("\n\nQuery: Emma author\nNoisy Output:\n")
+    assert "Who wrote Emma?" not in noisy and "Austen" not in noisy
+
+
+def test_a_prompted_simulators_examples_keep_their_word() -> None:
+    for template, answered in zip(PROMPTED_SIMULATOR, (True, False), strict=True):
+        example = template.split("Query: who discovered radium\n")[1].split("\n\n")[0]
+        documents = re.split(r"^Doc \d: ", example, flags=re.MULTILINE)[1:]
+        assert len(documents) == 5
+        assert all(25 <= len(document.split()) <= 36 for document in documents)  # about 30 words
+        assert all("Curie" in document for document in documents) is answered
+        assert any("Curie" in document for document in documents) is answered

@@ -6,16 +6,19 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from zerosearch.engines import SearchError, SearchRequest, SearchResult, simulated
-from zerosearch.engines.simulated import SimulatedEngine
+from zerosearch.engines import SearchError, SearchRequest, SearchResult, http, replicas
+from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
+from zerosearch.prompts import PROMPTED_SIMULATOR
 
 FIVE = ("one", "two", "three", "four", "five")
 REQUEST = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen", "Austen"), key=(0, 1, 2, 3, 4))
@@ -44,9 +47,21 @@ class Server:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+    monkeypatch.setattr(replicas, "PROBE_EVERY_S", 0.05)
+
+
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(simulated, "FIRST_BACK_OFF_S", 0.01)
+def server() -> Iterator[Server]:
+    with serving() as state:
+        yield state
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """Serve on a free port."""
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,14 +103,26 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     http_server = QuietServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
     state.url = f"http://127.0.0.1:{http_server.server_port}/v1"
-    yield state
-    http_server.shutdown()
-    http_server.server_close()
+    try:
+        yield state
+    finally:
+        http_server.shutdown()
+        http_server.server_close()
 
 
 def in_turn(*answers: tuple[int, str]) -> Callable[[int], tuple[int, str]]:
     """Answer the first request with the first, and so on; the last one answers all that follow."""
     return lambda place: answers[min(place, len(answers) - 1)]
+
+
+def after(seconds: float) -> Callable[[int], tuple[int, str]]:
+    """Answer well, late."""
+
+    def answer(place: int) -> tuple[int, str]:
+        time.sleep(seconds)
+        return reply_of(*FIVE)
+
+    return answer
 
 
 def search(engine: SimulatedEngine, *requests: SearchRequest) -> list[SearchResult]:
@@ -221,7 +248,7 @@ def test_nobody_there_is_a_search_error(server: Server) -> None:
 def test_a_short_reply_is_asked_for_once_more_and_the_fuller_one_used(server: Server) -> None:
     server.answer = in_turn(reply_of("one", "two"), reply_of("one", "two", "three"))
     (result,) = search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
-    assert result == SearchResult(("one", "two", "three"), noisy=False, retries=1)
+    assert result == SearchResult(("one", "two", "three"), noisy=False, retries=1, is_short=True)
     first, second = server.requests
     assert first.pop("seed") != second.pop("seed")  # the same seed would give the same reply
     assert first == second
@@ -276,11 +303,7 @@ def test_without_a_name_the_first_model_is_asked(server: Server) -> None:
 
 
 def test_searches_run_side_by_side_over_connections_that_stay_open(server: Server) -> None:
-    def answer(place: int) -> tuple[int, str]:
-        time.sleep(0.2)
-        return reply_of(*FIVE)
-
-    server.answer = answer
+    server.answer = after(0.2)
     engine = SimulatedEngine(server.url, "sim-3b", max_concurrency=20)
     requests = [SearchRequest(f"query {row}", "Q?", ("a",), key=(row,)) for row in range(60)]
     results = search(engine, *requests)
@@ -293,6 +316,139 @@ def test_an_engine_outlives_an_event_loop(server: Server) -> None:
     engine = SimulatedEngine(server.url, "sim-3b")
     assert asyncio.run(engine.search(REQUEST)).documents == FIVE
     assert asyncio.run(engine.search(REQUEST)).documents == FIVE  # the first loop is closed, its connections with it
+
+
+def test_a_prompted_simulator_gets_an_example_and_its_noisy_form_no_answer(server: Server) -> None:
+    requests = [SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), p_noise=p) for p in (0.0, 1.0)]
+    search(SimulatedEngine(server.url, "sim-3b", PROMPTED_SIMULATOR), *requests)
+    noisy, useful = sorted(map(prompt_of, server.requests), key=lambda prompt: "whose answer is" in prompt)
+    assert 'the question: "Who wrote Emma?" whose answer is Jane Austen.' in useful
+    assert useful.endswith("\n\nQuery: Emma author\nUseful Output:\n")
+    assert "Jane Austen" not in noisy and "Who wrote Emma?" not in noisy
+    assert noisy.endswith("\n\nQuery: Emma author\nNoisy Output:\n")
+
+
+def by_quality(place: int, server: Server) -> tuple[int, str]:
+    quality = "noisy" if "Noisy Output" in prompt_of(server.requests[place]) else "useful"
+    return reply_of(*(f"{quality} {number}" for number in range(1, 6)))
+
+
+def test_a_coin_for_each_document_mixes_two_replies(server: Server) -> None:
+    server.answer = lambda place: by_quality(place, server)
+    requests = [SearchRequest(f"query {row}", "Q?", ("a",), p_noise=0.3, key=(0, 1, row, 0, 0)) for row in range(200)]
+    results = search(SimulatedEngine(server.url, "sim-3b", coin="document", max_concurrency=16), *requests)
+    shares = Counter(round(5 * (result.noisy_share or 0.0)) for result in results)
+    assert len(shares) >= 5  # 0 to 4 or 5 of five
+    assert 0.25 < sum(noisy * count for noisy, count in shares.items()) / 1000 < 0.35
+    for result in results:
+        qualities = [document.split()[0] for document in result.documents]
+        assert qualities.count("noisy") == 5 * (result.noisy_share or 0.0)
+        assert result.noisy is (qualities.count("noisy") >= 3)
+        for quality in ("noisy", "useful"):  # each reply's documents in their order, none twice
+            written = [document for document in result.documents if document.startswith(quality)]
+            assert written == [f"{quality} {number}" for number in range(1, len(written) + 1)]
+    alike = sum(1 for result in results if result.noisy_share in (0.0, 1.0))
+    assert len(server.requests) == alike + 2 * (200 - alike)  # a second reply only where it is needed
+
+
+def test_short_replies_are_counted(server: Server) -> None:
+    engine = SimulatedEngine(server.url, "sim-3b")
+    server.answer = in_turn(reply_of("one"), reply_of(*FIVE))
+    (result,) = search(engine, REQUEST)
+    assert not result.is_short
+    server.answer = in_turn(reply_of("one"))
+    (result,) = search(engine, REQUEST)
+    assert result.is_short
+    server.answer = in_turn(completion(""))
+    with pytest.raises(SearchError):
+        search(engine, REQUEST)
+    assert engine.counts == SimulatorCounts(searches=3, short_replies=3, short_searches=1, failed_searches=1)
+
+
+def test_a_reply_with_fewer_documents_than_the_least_fails(server: Server) -> None:
+    server.answer = in_turn(reply_of("one", "two"))
+    with pytest.raises(SearchError, match="wrote 2 documents for the query 'Emma author', asked twice"):
+        search(SimulatedEngine(server.url, "sim-3b", min_documents=3), REQUEST)
+
+
+def test_an_adapter_is_asked_before_its_base(server: Server) -> None:
+    listed = [{"id": "base", "parent": None}, {"id": "tuned", "parent": "base"}]
+    server.models = (200, json.dumps({"data": listed}))
+    engine = SimulatedEngine(server.url)
+    engine.check()
+    assert engine.model == "tuned"
+
+
+def requests_of(count: int, first: int = 0) -> list[SearchRequest]:
+    return [SearchRequest(f"query {row}", "Q?", ("a",), key=(row,)) for row in range(first, first + count)]
+
+
+def test_load_goes_to_the_server_with_the_fewest_in_flight(server: Server) -> None:
+    with serving() as slow, serving() as third:
+        server.answer = third.answer = after(0.02)
+        slow.answer = after(0.2)
+        engine = SimulatedEngine(f"{server.url}, {slow.url},{third.url}/", "sim-3b", max_concurrency=12)
+        search(engine, *requests_of(120))
+        assert slow.most_in_flight == server.most_in_flight == third.most_in_flight == 4
+        assert len(slow.requests) < 40 < len(server.requests) + 10
+        assert len(server.requests) + len(slow.requests) + len(third.requests) == 120
+
+
+def test_a_replica_that_fails_gets_nothing_until_it_answers_again(server: Server) -> None:
+    with serving() as dying:
+        engine = SimulatedEngine([server.url, dying.url], "sim-3b", max_concurrency=8)
+
+        async def run() -> None:
+            await asyncio.gather(*map(engine.search, requests_of(40)))
+            assert dying.requests and not engine.replicas.down
+            dying.answer, dying.models = in_turn((500, "out of memory")), (503, "no")
+            results = await asyncio.gather(*map(engine.search, requests_of(40, first=100)))
+            assert engine.replicas.down == [dying.url]
+            assert 1 <= sum(result.retries for result in results) <= 8  # the calls that were in flight when it failed
+            seen = len(dying.requests)
+            await asyncio.sleep(0.1)
+            await asyncio.gather(*map(engine.search, requests_of(40, first=200)))  # probed meanwhile, and found ill
+            await asyncio.sleep(0.1)
+            assert len(dying.requests) == seen and engine.replicas.down == [dying.url]
+            dying.answer, dying.models = in_turn(reply_of(*FIVE)), server.models
+            await engine.search(requests_of(1, first=300)[0])  # which has it probed
+            await asyncio.sleep(0.2)
+            assert not engine.replicas.down
+            await asyncio.gather(*map(engine.search, requests_of(40, first=400)))
+            assert len(dying.requests) > seen
+            await engine.aclose()
+
+        asyncio.run(run())
+
+
+def test_all_replicas_down_is_a_search_error_after_bounded_retries(server: Server) -> None:
+    with serving() as other:
+        for one in (server, other):
+            one.answer, one.models = in_turn((500, "out of memory")), (500, "out of memory")
+        engine = SimulatedEngine([server.url, other.url], "sim-3b", max_retries=3)
+        message = f"the simulator at {server.url}, {other.url} failed, attempt 4 of 4: .*out of memory.*--replicas 2"
+        with pytest.raises(SearchError, match=message):
+            search(engine, REQUEST)
+        assert (len(server.requests), len(other.requests)) == (1, 1)
+        server.answer, server.models = in_turn(reply_of(*FIVE)), (200, json.dumps({"data": [{"id": "sim-3b"}]}))
+        assert search(engine, REQUEST)[0].documents == FIVE  # and back as soon as one answers
+
+
+def test_a_busy_replica_stays_in_rotation(server: Server) -> None:
+    server.answer = in_turn((429, "busy"), reply_of(*FIVE))
+    with serving() as other:
+        engine = SimulatedEngine([server.url, other.url], "sim-3b")
+        search(engine, REQUEST)
+        assert not engine.replicas.down
+
+
+def test_check_asks_every_server(server: Server) -> None:
+    with pytest.raises(UserError, match=r"no simulator answers at http://127\.0\.0\.1:9/v1 "):
+        SimulatedEngine(f"{server.url},http://127.0.0.1:9/v1").check()
+    with serving() as other:
+        other.models = (200, json.dumps({"data": [{"id": "another"}]}))
+        with pytest.raises(UserError, match=f"the server at {other.url} has no model 'sim-3b', but: another"):
+            SimulatedEngine([server.url, other.url]).check()
 
 
 def test_the_users_hub_token_and_offline_mode_stay_out_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from string import Formatter
+from typing import NamedTuple
 
 from zerosearch.errors import UserError
 
@@ -53,6 +54,69 @@ JUDGE_AGAIN_PROMPT = (
     'That is no verdict. Reply with one line and nothing else: "Verdict: sufficient" or "Verdict: insufficient".'
 )
 
+
+class UsefulAndNoisy(NamedTuple):
+    """Two simulator templates where one word is not enough: an example shows what is wanted."""
+
+    useful: str
+    noisy: str
+
+
+SimulatorTemplate = str | UsefulAndNoisy
+
+# For a model that is not tuned ("prompt-based" in Section 3.3 and Table 4): one example each. The noisy form names
+# neither question nor answer, as in the paper's code; the words and the example are ours.
+PROMPTED_SIMULATOR = UsefulAndNoisy(
+    useful="""\
+You are the Google search engine.
+Given a query, you need to generate five useful documents for the query. Write them in the manner of this example.
+
+Query: who discovered radium
+Useful Output:
+Doc 1: Radium was discovered on 21 December 1898 by Marie Curie and her husband Pierre Curie, in Paris, in a sample \
+of pitchblende. They announced it to the French Academy of Sciences five days later.
+Doc 2: In 1898 Marie and Pierre Curie found that pitchblende was far more radioactive than the uranium in it. They \
+concluded that it had to hold two new elements, and named them polonium and radium.
+Doc 3: The Nobel Prize in Chemistry of 1911 was awarded to Marie Curie for the discovery of the elements radium and \
+polonium, by the isolation of radium and the study of its nature and compounds.
+Doc 4: Pierre Curie (1859-1906) was a French physicist. With his wife Marie Curie he discovered radium and polonium, \
+and shared the Nobel Prize in Physics of 1903 with her and Henri Becquerel.
+Doc 5: Who found radium first? Marie and Pierre Curie identified it in 1898 by its radiation. Twelve years later \
+Marie Curie and André-Louis Debierne isolated it as a pure metal.
+
+The user is trying to answer the question: "{question}" whose answer is {golden_answer}.
+Each document should contain about 30 words, and these documents should contain useful information, so that a reader \
+finds the answer to the query in them. Write in English, and write the five documents and nothing else.
+
+Query: {query}
+Useful Output:
+""",
+    noisy="""\
+You are the Google search engine.
+Given a query, you need to generate five noisy documents for the query: about related things, but without the answer. \
+Write them in the manner of this example.
+
+Query: who discovered radium
+Noisy Output:
+Doc 1: Radium is a chemical element with the symbol Ra and the atomic number 88. It is an alkaline earth metal, and \
+all of its isotopes are radioactive; the longest-lived has a half-life of 1,600 years.
+Doc 2: Radium paint made the dials of watches glow in the dark in the early twentieth century. Many of the factory \
+workers who painted them, and pointed their brushes with their lips, fell ill.
+Doc 3: Uranium was discovered in 1789 by the German chemist Martin Heinrich Klaproth. He found it in pitchblende, and \
+named it after the planet Uranus, which had been discovered eight years before.
+Doc 4: Radon is a colourless noble gas, formed when radium decays. It seeps out of the ground and may collect in \
+cellars, where its radiation is a danger to health that home owners can measure.
+Doc 5: Who discovered oxygen? Carl Wilhelm Scheele and Joseph Priestley found it independently in the 1770s, and \
+Antoine Lavoisier, who explained what happens in a fire, gave the element its name.
+
+Each document should contain about 30 words, and these documents should contain noisy information. Write in English, \
+and write the five documents and nothing else.
+
+Query: {query}
+Noisy Output:
+""",
+)
+
 # What the environment appends when a turn holds no action.
 INVALID_ACTION_HINT = (
     "\nMy previous action is invalid. "
@@ -91,18 +155,25 @@ def policy_prompt(question: str, template: str = POLICY_PROMPT) -> str:
 
 
 def simulator_prompt(
-    *, question: str, golden_answers: Sequence[str], query: str, noisy: bool, template: str = SIMULATOR_PROMPT
+    *,
+    question: str,
+    golden_answers: Sequence[str],
+    query: str,
+    noisy: bool,
+    template: SimulatorTemplate = SIMULATOR_PROMPT,
 ) -> str:
     """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
 
-    The paper's prompt has room for one answer: the first golden answer is the one it names.
+    The paper's prompt has room for one answer: the first golden answer is the one it names. Of a pair of templates,
+    the one for the quality is used.
     Raises `UserError` for no golden answer, or a template with an unknown field or without `{query}`.
     """
     if not golden_answers:
         raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
-    check_template(template, required={"query"}, allowed=SIMULATOR_FIELDS)
+    chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
+    check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
     quality = "noisy" if noisy else "useful"
-    return template.format(
+    return chosen.format(
         question=question,
         golden_answer=golden_answers[0],
         query=query,
@@ -112,7 +183,12 @@ def simulator_prompt(
 
 
 def simulator_messages(
-    *, question: str, golden_answers: Sequence[str], query: str, noisy: bool, template: str = SIMULATOR_PROMPT
+    *,
+    question: str,
+    golden_answers: Sequence[str],
+    query: str,
+    noisy: bool,
+    template: SimulatorTemplate = SIMULATOR_PROMPT,
 ) -> list[dict[str, str]]:
     """Return the chat messages of `simulator_prompt`, in tuning and in every search alike.
 
@@ -136,6 +212,7 @@ def check_template(template: str, *, required: set[str], allowed: frozenset[str]
         raise UserError(f"the prompt template names {{{name}}}, which is none of {known}; double a literal brace")
     for name in sorted(required - fields):
         raise UserError(f"the prompt template {template!r} lacks {{{name}}}")
+
 
 # What the trained policy is compared with (Table 3). The paper prints none of these prompts: they are ours.
 DIRECT_PROMPT = (

@@ -75,7 +75,7 @@ class CallCounts:
 
 
 class HTTPClient:
-    """Call one service, with at most `max_concurrency` calls in flight; a call may take `timeout_s`.
+    """Call one service, with at most `max_concurrency` requests in flight; a call may take `timeout_s`.
 
     `service` ("the simulator") and `remedy` are for messages. `api_key` is sent as a bearer token. It and `secrets`,
     such as a key that goes into the query string, are blotted out of every message. A reply with a status that may
@@ -137,11 +137,13 @@ class HTTPClient:
     ) -> tuple[Content, int]:
         """Await `call()` until it does not raise `CallFailed`; return its result and how often it was repeated.
 
-        `address` is for messages. Raises `ServiceError` once the failure is final or the retries are spent.
+        Waits for one of the `max_concurrency` slots first, which uses up no time limit. `address` is for messages.
+        Raises `ServiceError` once the failure is final or the retries are spent.
         """
         for retries in range(self.max_retries + 1):
             try:
-                return await call(), retries
+                async with (await self._connected()).slots:  # not held during a pause
+                    return await call(), retries
             except CallFailed as error:
                 failure = error
             wait_s = self._back_off_s(failure, retries, key)
@@ -171,7 +173,7 @@ class HTTPClient:
         read: Callable[[Any], Content],
         timeout_s: float | None = None,
     ) -> Content:
-        """Make one call and return what `read` makes of the JSON reply. Raises `CallFailed` for anything else."""
+        """Make one call at once, and return what `read` makes of the JSON reply. Raises `CallFailed` otherwise."""
         try:
             return read(await self._json(method, url, params, body, timeout_s or self.timeout_s))
         except CallFailed as error:
@@ -197,20 +199,18 @@ class HTTPClient:
         self, method: str, url: str, params: Mapping[str, str | int] | None, body: Any, timeout_s: float
     ) -> Any:
         check_url(url)
-        connections = await self._connected()
-        timeout = aiohttp.ClientTimeout(timeout_s)
-        async with connections.slots:  # outside of the time limit, which waiting for a slot does not use up
-            self.counts.calls += 1
-            try:
-                async with connections.session.request(
-                    method, url, params=params, json=body, headers=self.headers, timeout=timeout
-                ) as response:
-                    text = await response.text(errors="replace")
-            except TimeoutError:
-                raise CallFailed(f"no answer within {timeout_s:g} s") from None
-            except (aiohttp.ClientError, OSError) as error:
-                may_pass = not isinstance(error, aiohttp.InvalidURL)
-                raise CallFailed(f"{type(error).__name__} {error}", may_pass) from None
+        session = (await self._connected()).session
+        self.counts.calls += 1
+        try:
+            async with session.request(
+                method, url, params=params, json=body, headers=self.headers, timeout=aiohttp.ClientTimeout(timeout_s)
+            ) as response:
+                text = await response.text(errors="replace")
+        except TimeoutError:
+            raise CallFailed(f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            may_pass = not isinstance(error, aiohttp.InvalidURL)
+            raise CallFailed(f"{type(error).__name__} {error}", may_pass) from None
         if response.status != 200:
             may_pass = response.status in PASSING_STATUSES and not any(sign in text for sign in self.final_signs)
             pause_s = retry_after_s(response.headers.get("Retry-After"))
@@ -231,7 +231,7 @@ class HTTPClient:
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
             session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self.max_concurrency, keepalive_timeout=KEEP_ALIVE_S),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),  # the slots are the limit
                 trust_env=self.trust_env,
             )
             self._connections[loop] = _Connections(session, asyncio.Semaphore(self.max_concurrency))

@@ -3,93 +3,157 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-from contextlib import AbstractAsyncContextManager
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 from urllib.parse import urlsplit
-
-# Not huggingface_hub's client: it computes for 2 ms a query where this takes 0.2 (at 64 in flight, beside a trainer
-# that needs the core), refuses even localhost when HF_HUB_OFFLINE=1, and sends the user's Hub token by default.
-import aiohttp
 
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
+from zerosearch.engines.replicas import Replicas
 from zerosearch.errors import UserError
-from zerosearch.prompts import SIMULATOR_PROMPT, simulator_messages
+from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import split_documents
 
-logger = logging.getLogger(__name__)
-
-Messages = list[dict[str, str]]
-
-PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # worth another try; any other one is final
-FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
 CHECK_TIMEOUT_S = 10.0
-KEEP_ALIVE_S = 3.0  # less than the 5 s after which vLLM closes an idle connection, so that none is used as it closes
+CONCURRENCY_OF_A_SERVER = 64
+
+Coin = Literal["query", "document"]
+COIN_STREAM = 1_000_033  # sets a document's coin apart from a query's, and from the seeds
 
 
-class CallFailed(Exception):
-    """One call came to nothing. `may_pass` says whether the same call can succeed later."""
+@dataclass
+class SimulatorCounts:
+    """What an engine has seen: searches, replies that held too few documents, and searches that ended that way."""
 
-    def __init__(self, message: str, may_pass: bool = True) -> None:
-        super().__init__(" ".join(message.split())[:300])
-        self.may_pass = may_pass
+    searches: int = 0
+    short_replies: int = 0  # each was asked for once more
+    short_searches: int = 0  # short the second time too, and used as they were
+    failed_searches: int = 0
 
 
 class SimulatedEngine:
     """Ask a simulator for documents, useful or noisy by the toss of a coin.
 
-    One coin a query, so its documents are all useful or all noisy, as in the paper's code. The coin and the seed come
-    from the request's key, so a run that is resumed asks for the same documents. A reply with fewer than
-    `num_documents` documents is asked for once more, with another seed; the fuller of the two is used, and if neither
-    holds any the search fails. A call that fails on its way (no connection, `timeout_s` passed, a reply that is no
-    JSON, a status that may pass) is repeated at most `max_retries` times.
-    `model` None: the first one that the server lists.
+    `base_url` is one address or several, in a sequence or with commas between them: calls go to the server with the
+    fewest in flight, and a server that fails gets none until it answers a health probe. `model` None: the one that is
+    served, an adapter before its base. `template` is the tuned simulator's prompt (the paper's Table 2) or the two of
+    a prompted one, `PROMPTED_SIMULATOR`.
+
+    One coin a query, as in the paper's code, so its documents are all useful or all noisy; with `coin="document"` each
+    document has a coin of its own, and a mixed search costs two replies. Coins and sampling seed come from the
+    request's key, so a run that is resumed asks for the same documents.
+
+    A reply with fewer than `num_documents` documents is asked for once more, with another seed. The fuller of the two
+    is used; with fewer than `min_documents` in it the search fails. A call that fails on its way (no connection,
+    `timeout_s` passed, a reply that is no JSON, a status that may pass) is repeated at most `max_retries` times.
     """
 
     name = "simulated"
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:6001/v1",
+        base_url: str | Sequence[str] = "http://127.0.0.1:6001/v1",
         model: str | None = None,
-        template: str = SIMULATOR_PROMPT,
+        template: SimulatorTemplate = SIMULATOR_PROMPT,
         *,
+        coin: Coin = "query",
         temperature: float = 0.8,  # this and max_tokens as in the paper's code; its text does not say
         max_tokens: int = 600,
         num_documents: int = 5,
+        min_documents: int = 1,
         timeout_s: float = 120.0,
         max_retries: int = 5,
-        max_concurrency: int = 64,
+        max_concurrency: int | None = None,
+        api_key: str | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        """`max_concurrency` None: 64 for each server. `api_key` is for an endpoint that wants one."""
+        urls = base_url.split(",") if isinstance(base_url, str) else base_url
+        self.base_urls = tuple(dict.fromkeys(url.strip().rstrip("/") for url in urls if url.strip())) or ("",)
         self.model = model
         self.template = template
+        self.coin = coin
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.num_documents = num_documents
-        self.timeout_s = timeout_s
-        self.max_retries = max_retries
-        self.max_concurrency = max_concurrency
-        self._session: aiohttp.ClientSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.min_documents = min_documents
+        self.max_concurrency = max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
+        self.counts = SimulatorCounts()
+        self.client = HTTPClient(
+            "the simulator",
+            remedy=f"put it right (it is started with: {self.start_command()}) and resume the run",
+            api_key=api_key,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            max_concurrency=self.max_concurrency,
+        )
+        self.replicas = Replicas(self.base_urls, self._models)
+
+    @property
+    def address(self) -> str:
+        """Return the addresses, for messages."""
+        return ", ".join(self.base_urls)
 
     def check(self) -> None:
-        """Raise `UserError`, with the command that starts a simulator, unless the server answers and has the model."""
+        """Raise `UserError`, with the command that starts a simulator, unless every server answers and has the model.
+
+        Settles which model is asked where none was named.
+        """
         asyncio.run(self._check())
 
     def start_command(self) -> str:
         """Return the command that starts a simulator where this engine looks for one."""
         try:
-            port = urlsplit(self.base_url).port or 6001
+            port = urlsplit(self.base_urls[0]).port or 6001
         except ValueError:  # the address names a port that is none
             port = 6001
-        return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}"
+        replicas = f" --replicas {len(self.base_urls)}" if len(self.base_urls) > 1 else ""
+        return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}{replicas}"
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it cannot be had to."""
-        noisy = keyed_uniform(*request.key) < request.p_noise
+        self.counts.searches += 1
+        coins = self._toss(request)  # (num_documents,)
+        try:
+            replies = await asyncio.gather(*(self._write(request, noisy) for noisy in sorted(set(coins))))
+        except ServiceError as error:
+            self.counts.failed_searches += 1
+            raise SearchError(str(error), error.retries) from error
+        written = {noisy: iter(documents) for noisy, (documents, _) in zip(sorted(set(coins)), replies, strict=True)}
+        pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
+        if len(pairs) < self.min_documents:
+            self.counts.failed_searches += 1
+            found = f"{len(pairs)} documents" if pairs else "no documents"
+            raise SearchError(
+                f"the simulator at {self.address} wrote {found} for the query {request.query!r}, asked twice; "
+                "is the model it serves a simulator, and tuned to this prompt?"
+            )
+        is_short = len(pairs) < self.num_documents
+        self.counts.short_searches += is_short
+        noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
+        return SearchResult(
+            documents=tuple(document for document, _ in pairs),
+            noisy=noisy_share > 0.5,
+            retries=sum(retries for _, retries in replies),
+            noisy_share=noisy_share if self.coin == "document" else None,
+            is_short=is_short,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.replicas.aclose()
+        await self.client.aclose()
+
+    def _toss(self, request: SearchRequest) -> tuple[bool, ...]:
+        """Return whether each document is to be noisy."""
+        if self.coin == "query":
+            return (keyed_uniform(*request.key) < request.p_noise,) * self.num_documents
+        places = range(self.num_documents)
+        return tuple(keyed_uniform(*request.key, COIN_STREAM, place) < request.p_noise for place in places)
+
+    async def _write(self, request: SearchRequest, noisy: bool) -> tuple[tuple[str, ...], int]:
+        """Return the documents of one quality, asked for a second time if too few, and the calls beyond the first."""
         messages = simulator_messages(
             question=request.question,
             golden_answers=request.golden_answers,
@@ -99,99 +163,65 @@ class SimulatedEngine:
         )
         documents, retries = await self._ask(messages, request.key, attempt=0)
         if len(documents) < self.num_documents:
+            self.counts.short_replies += 1
             again, more_retries = await self._ask(messages, request.key, attempt=1)
             documents = max(documents, again, key=len)
             retries += 1 + more_retries
-        if not documents:
-            raise SearchError(
-                f"the simulator at {self.base_url} wrote no documents for the query {request.query!r}, asked twice; "
-                "is the model it serves a simulator, and tuned to this prompt?"
-            )
-        return SearchResult(documents, noisy, retries)
+        return documents, retries
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        if self._session is not None and self._loop is asyncio.get_running_loop():
-            await self._session.close()
-        self._session = None
-
-    async def _check(self) -> None:
-        try:
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(CHECK_TIMEOUT_S)) as session:
-                reply = await _read(session.get(f"{self.base_url}/models"))
-            models = [model["id"] for model in reply["data"]]
-        except (CallFailed, KeyError, TypeError) as error:
-            raise UserError(
-                f"no simulator answers at {self.base_url} ({error}); start one with: {self.start_command()}"
-            ) from error
-        if not models or (self.model is not None and self.model not in models):
-            served = ", ".join(models) or "none"
-            raise UserError(f"the server at {self.base_url} has no model {self.model!r}, but: {served}")
-        self.model = self.model or models[0]
-
-    async def _ask(self, messages: Messages, key: tuple[int, ...], attempt: int) -> tuple[tuple[str, ...], int]:
-        """Return the documents of one reply, and how often the call had to be repeated."""
-        seed = int(keyed_uniform(*key, attempt) * 2**31) if key else None
-        for retries in range(self.max_retries + 1):
-            try:
-                return split_documents(await self._complete(messages, seed), self.num_documents), retries
-            except CallFailed as error:
-                failure = error
-            if not failure.may_pass or retries == self.max_retries:
-                break
-            back_off_s = min(FIRST_BACK_OFF_S * 2**retries, LONGEST_BACK_OFF_S)
-            back_off_s *= 0.5 + keyed_uniform(*key, attempt, retries)  # jitter: many searches fail at the same moment
-            logger.warning("simulator at %s: %s; asking again in %.1f s", self.base_url, failure, back_off_s)
-            await asyncio.sleep(back_off_s)
-        raise SearchError(
-            f"the simulator at {self.base_url} failed, attempt {retries + 1} of {self.max_retries + 1}: {failure}; "
-            f"put it right (it is started with: {self.start_command()}) and resume the run"
-        ) from failure
-
-    async def _complete(self, messages: Messages, seed: int | None) -> str:
-        """Return the text of one reply, "" if it holds none."""
-        if self.model is None:
-            await self._check()
-        body = {
-            "model": self.model,
+    async def _ask(
+        self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
+    ) -> tuple[tuple[str, ...], int]:
+        """Return the documents of one reply, and how often the call had to be repeated. Raises `ServiceError`."""
+        body: dict[str, Any] = {
             "messages": messages,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
-        if seed is not None:
-            body["seed"] = seed
-        reply = await _read(self._connected().post(f"{self.base_url}/chat/completions", json=body))
+        if key:
+            body["seed"] = int(keyed_uniform(*key, attempt) * 2**31)
+
+        async def call() -> str:
+            replica = await self.replicas.pick()
+            with self.replicas.calling(replica):
+                self.model = self.model or _model_of(await self._models(replica.url))
+                return await self.client.call(
+                    "POST", f"{replica.url}/chat/completions", body={"model": self.model, **body}, read=read_chat_text
+                )
+
+        text, retries = await self.client.with_retries(call, self.address, (*key, attempt))
+        return split_documents(text, self.num_documents), retries
+
+    async def _models(self, url: str) -> list[str]:
+        """Return the models of a server, adapters first. Raises `CallFailed`: this is the health probe, too."""
+        return await self.client.call("GET", f"{url}/models", read=_read_adapters_first, timeout_s=CHECK_TIMEOUT_S)
+
+    async def _check(self) -> None:
         try:
-            content = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise CallFailed(f"its reply is no chat completion: {json.dumps(reply)}") from None
-        return content if isinstance(content, str) else ""
-
-    def _connected(self) -> aiohttp.ClientSession:
-        """Return the session, whose connections stay open; another event loop gets its own, as they belong to one."""
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._loop is not loop:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(self.timeout_s),
-                connector=aiohttp.TCPConnector(limit=self.max_concurrency, keepalive_timeout=KEEP_ALIVE_S),
-            )
-            self._loop = loop
-        return self._session
+            for url in self.base_urls:
+                try:
+                    models = await self._models(url)
+                    chosen = self.model or _model_of(models)
+                except CallFailed as error:
+                    remedy = f"start one with: {self.start_command()}"
+                    raise UserError(f"no simulator answers at {url} ({error}); {remedy}") from error
+                if chosen not in models:
+                    served = ", ".join(models) or "none"
+                    raise UserError(f"the server at {url} has no model {chosen!r}, but: {served}")
+                self.model = chosen  # which the other servers need to have as well
+        finally:
+            await self.client.aclose()
 
 
-async def _read(call: AbstractAsyncContextManager[aiohttp.ClientResponse]) -> Any:
-    """Make a call and return its JSON. Raises `CallFailed` for anything else."""
-    try:
-        async with call as response:
-            text = await response.text(errors="replace")
-    except TimeoutError:
-        raise CallFailed("no answer within the time limit") from None
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: an address that is none
-        may_pass = not isinstance(error, (aiohttp.InvalidURL, ValueError))
-        raise CallFailed(f"{type(error).__name__} {error}", may_pass) from error
-    if response.status != 200:
-        raise CallFailed(f"HTTP status {response.status}: {text}", response.status in PASSING_STATUSES)
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise CallFailed(f"its reply is not JSON: {text}") from None
+def _read_adapters_first(reply: Any) -> list[str]:
+    """Return the ids of a list of models; vLLM gives an adapter a parent, its base."""
+    models = read_models(reply)
+    adapters = [str(model["id"]) for model in reply["data"] if model.get("parent")]
+    return [*adapters, *(model for model in models if model not in adapters)]
+
+
+def _model_of(models: Sequence[str]) -> str:
+    """Return the model to ask where none was named. Raises `CallFailed` where there is none."""
+    if not models:
+        raise CallFailed("it serves no model")
+    return models[0]
