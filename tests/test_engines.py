@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.engines import SearchRequest, SearchResult, engine_identity
 
 
 def test_a_request_and_a_result_have_quiet_defaults() -> None:
@@ -38,3 +38,25 @@ def test_importing_the_package_is_light() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+class Unnamed:
+    """An engine of somebody's own, with nothing but what the protocol asks for."""
+
+    name = "own"
+    max_concurrency = 1
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        return SearchResult((request.query,))
+
+    async def aclose(self) -> None: ...
+
+
+class Described(Unnamed):
+    def identity(self) -> dict[str, object]:
+        return {"engine": "own", "edition": 2}
+
+
+def test_an_engine_is_known_by_its_identity_or_else_its_name() -> None:
+    assert engine_identity(Unnamed()) == {"engine": "own"}
+    assert engine_identity(Described()) == {"engine": "own", "edition": 2}

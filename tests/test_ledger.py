@@ -1,0 +1,59 @@
+"""The ledger: what is booked, and the paper's own bill."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY, Ledger, cost_table
+
+
+def test_the_paper_s_run_costs_what_the_paper_says() -> None:
+    assert round(64_000 * GOOGLE_USD_PER_QUERY, 1) == 586.7  # Table 8
+
+
+def test_a_search_is_booked_with_its_time_and_a_failure_as_such() -> None:
+    ledger = Ledger("rain")
+    for _ in range(3):
+        with ledger.search():
+            time.sleep(0.01)
+    with pytest.raises(OSError), ledger.search():
+        raise OSError
+    record = ledger.to_record()
+    assert (record["queries"], record["failures"]) == (4, 1)
+    assert 0.01 <= record["latency_s"]["p50"] <= record["latency_s"]["p95"] <= record["latency_s"]["max"] < 1
+    assert len(ledger.latencies_s) == 3, "a failure has no latency"
+
+
+def test_a_search_that_is_cancelled_has_failed() -> None:
+    ledger = Ledger("rain")
+
+    async def search() -> None:
+        with ledger.search():
+            await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(search(), 0.01))
+    assert (ledger.queries, ledger.failures) == (1, 1)
+
+
+def test_nothing_booked_is_nothing_spent() -> None:
+    record = Ledger("rain").to_record()
+    assert (record["latency_s"], record["usd"], record["usd_at_google"]) == (None, 0.0, 0.0)
+
+
+def test_a_machine_costs_by_the_hour() -> None:
+    ledger = Ledger("simulated", usd=0.5, usd_per_hour=3600.0, opened=time.monotonic() - 2.0)
+    assert ledger.usd_here == pytest.approx(2.5, abs=0.2)
+
+
+def test_the_table_sets_both_bills_side_by_side() -> None:
+    lines = cost_table({"simulated": 64_000, "bm25": 300}, usd_here=17.7).splitlines()
+    assert [line.split() for line in lines] == [
+        ["engine", "queries", "USD", "at", "Google", "USD", "here"],
+        ["simulated", "64,000", "586.67"],
+        ["bm25", "300", "2.75"],
+        ["all", "64,300", "589.42", "17.70"],
+    ]
