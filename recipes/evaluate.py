@@ -26,13 +26,13 @@ from trl import TrlParser
 
 from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
-from zerosearch.endpoint import EndpointOptions, make_endpoint
+from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.evaluation import LimitReached, Limits, evaluate, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
-from zerosearch.in_flight import close_engine
+from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.loading import load_generator, model_identity
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
 from zerosearch.rollout import RolloutSettings
@@ -189,6 +189,7 @@ def run(
     try:
         for one in todo:
             if one.model != loaded:
+                release(generator)
                 generator = None  # the one before goes first: both might not fit
                 generator, identity = load_model(
                     one.model, arguments, endpoint_options, settings.max_trajectory_tokens
@@ -221,7 +222,15 @@ def run(
         if not found:
             raise UserError(f"{limit}; raise the limit, and go on with --resume true") from limit
         print(f"\n{limit}; --resume true goes on")
+    finally:
+        release(generator)
     return found
+
+
+def release(generator: Any) -> None:
+    """Close the connections of a generator that has some."""
+    if isinstance(generator, EndpointGenerator):
+        run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
 
 
 def report(found: dict[str, Any], output_dir: Path) -> None:

@@ -461,6 +461,7 @@ class _Rollout:
         text, _ = self._fit(documents, format_documents)
         messages = self.agent.messages(self.rows[index]["question"], text)
         self.trajectories[index].prompt_ids = prompt_token_ids(self.tokenizer, messages)
+        self._tell(index, "observation")
         self._begin(index)
 
     def _read(self, index: int, turn: Turn, template: str) -> None:

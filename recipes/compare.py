@@ -1,0 +1,55 @@
+"""Compare two evaluations of the same questions, question by question: is the second better, and by how much?
+
+    python recipes/compare.py --first outputs/before --second outputs/after
+
+Prints the differences of EM and F1 with 95 % intervals. They are paired: differences of single questions are
+resampled, which is sharper than two intervals side by side. `--output comparison.json` keeps them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.evaluation import read_whole_lines, write_json
+from zerosearch.score_tables import comparison_table
+from zerosearch.scores import Record, compare
+
+
+@dataclass
+class ComparisonArguments:
+    """What to compare."""
+
+    first: str = field(metadata={"help": "Output folder of an evaluation."})
+    second: str = field(metadata={"help": "Output folder of another; a difference above 0 says that it is better."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the comparison."})
+
+
+def trajectories(folder: str) -> list[Record]:
+    """Return the trajectories of an evaluation."""
+    records = read_whole_lines(Path(folder, "trajectories.jsonl"))
+    if not records:
+        raise UserError(f"{folder} holds no evaluation: trajectories.jsonl is missing or empty")
+    return records
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Read two evaluations, compare them, print and keep the result."""
+    with user_mistakes():
+        (arguments,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses(argv)
+    differences = compare(trajectories(arguments.first), trajectories(arguments.second), arguments.seed)
+    print(comparison_table(differences))
+    if differences["unpaired"]:
+        print(f"\n{differences['unpaired']} questions are in one of the two only, and left out")
+    if arguments.output:
+        with user_mistakes():
+            write_json(Path(arguments.output), differences)
+
+
+if __name__ == "__main__":
+    main()

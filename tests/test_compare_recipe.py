@@ -1,0 +1,52 @@
+"""recipes/compare.py: two evaluations side by side, and one sentence where there are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+LoadRecipe = Callable[[str], ModuleType]
+
+
+def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
+    folder.mkdir()
+    rows = [
+        {"id": str(n), "row": n, "dataset": "nq", "question": f"{n}?", "golden_answers": ["x"], "answer": answer}
+        for n, answer in enumerate(answers, start=first)
+    ]
+    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_it_prints_and_keeps_the_differences(
+    load_recipe: LoadRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluation(tmp_path / "a", ["x", "y", "y", "y", "y"])
+    second = evaluation(tmp_path / "b", ["x", "x", "x", "x"])
+    load_recipe("compare").main(["--first", first, "--second", second, "--output", str(tmp_path / "c.json")])
+    printed = capsys.readouterr().out
+    assert "all questions           4  +0.750" in printed
+    assert "1 questions are in one of the two only, and left out" in printed
+    kept = json.loads((tmp_path / "c.json").read_text())
+    assert (kept["em"]["mean"], kept["better"], kept["worse"], kept["same"]) == (0.75, 3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("none", "none holds no evaluation"), ("other", "the two runs share no question")],
+)
+def test_a_mistake_gets_one_sentence(
+    load_recipe: LoadRecipe, tmp_path: Path, second: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(tmp_path / "other", ["x"], first=9)
+    with pytest.raises(SystemExit) as caught:
+        load_recipe("compare").main(["--first", evaluation(tmp_path / "a", ["x"]), "--second", str(tmp_path / second)])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
