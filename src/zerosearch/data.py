@@ -159,17 +159,20 @@ def read_passages(corpus: str | Path) -> list[Passage]:
 
     Raises `UserError` for a file that is missing or empty, and, with its line number, for a line that is no such row.
     """
-    passages = []
-    for place, row in read_jsonl(corpus):
-        contents = row.get("contents")
-        if not isinstance(contents, str) or not contents.strip():
-            raise UserError(f'{place} needs "contents", a text that is not empty, and has {sorted(row)}')
-        title, newline, text = contents.partition("\n")
-        # Without a line break there is no title: all of it is text.
-        passages.append(Passage(_unquoted(title), text.strip()) if newline else Passage("", contents.strip()))
+    passages = [passage_of(row, place) for place, row in read_jsonl(corpus)]
     if not passages:
         raise UserError(f"the corpus {corpus} holds no passages")
     return passages
+
+
+def passage_of(row: Mapping[str, Any], place: str) -> Passage:
+    """Return the passage of a row in wiki-18's format. Raises `UserError`, with its place, for a row that is none."""
+    contents = row.get("contents")
+    if not isinstance(contents, str) or not contents.strip():
+        raise UserError(f'{place} needs "contents", a text that is not empty, and has {sorted(row)}')
+    title, newline, text = contents.partition("\n")
+    # Without a line break there is no title: all of it is text.
+    return Passage(_unquoted(title), text.strip()) if newline else Passage("", contents.strip())
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -190,13 +193,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             place = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
-                raise UserError(f"{place} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{place} is no JSON object: {line[:60].decode(errors='replace')!r}")
-            yield place, row
+            yield place, json_object(line, place)
+
+
+def json_object(line: bytes, place: str) -> dict[str, Any]:
+    """Return a line's JSON object. Raises `UserError`, with its place, for a line that is none, or not in UTF-8."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise UserError(f"{place} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is no JSON object: {line[:60].decode(errors='replace')!r}")
+    return row
 
 
 def claim_output_dir(path: str | Path, overwrite: bool = False) -> Path:
