@@ -12,6 +12,7 @@ from zerosearch.protocol import (
     Action,
     format_documents,
     format_observation,
+    is_well_formed,
     parse_action,
     split_documents,
 )
@@ -224,6 +225,23 @@ def test_a_reply_without_text_gives_no_documents(reply: str) -> None:
 
 def test_no_more_documents_than_asked_for() -> None:
     assert split_documents(format_documents(FIVE), 3) == FIVE[:3]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (format_documents(FIVE), True),
+        ("\n" + format_documents(FIVE).replace("\n", "\n\n") + "\n", True),
+        (format_documents(FIVE[:4]), False),
+        (format_documents((*FIVE, "A sixth.")), False),
+        ("Sure:\n" + format_documents(FIVE), False),
+        (format_documents(FIVE).replace("Doc 3:", "**Doc 3:**"), False),
+        (format_documents(FIVE).replace("Doc 3:", "Doc 4:"), False),
+        ("", False),
+    ],
+)
+def test_a_well_formed_reply_is_five_numbered_lines(reply: str, expected: bool) -> None:
+    assert is_well_formed(reply, 5) is expected
 
 
 def test_ten_thousand_replies_give_one_to_five_documents_or_none() -> None:

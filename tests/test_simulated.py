@@ -248,7 +248,7 @@ def test_nobody_there_is_a_search_error(server: Server) -> None:
 def test_a_short_reply_is_asked_for_once_more_and_the_fuller_one_used(server: Server) -> None:
     server.answer = in_turn(reply_of("one", "two"), reply_of("one", "two", "three"))
     (result,) = search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
-    assert result == SearchResult(("one", "two", "three"), noisy=False, retries=1, is_short=True)
+    assert result == SearchResult(("one", "two", "three"), noisy=False, retries=1, short_replies=2)
     first, second = server.requests
     assert first.pop("seed") != second.pop("seed")  # the same seed would give the same reply
     assert first == second
@@ -355,14 +355,16 @@ def test_short_replies_are_counted(server: Server) -> None:
     engine = SimulatedEngine(server.url, "sim-3b")
     server.answer = in_turn(reply_of("one"), reply_of(*FIVE))
     (result,) = search(engine, REQUEST)
-    assert not result.is_short
+    assert result.short_replies == 1
     server.answer = in_turn(reply_of("one"))
     (result,) = search(engine, REQUEST)
-    assert result.is_short
+    assert result.short_replies == 2
     server.answer = in_turn(completion(""))
     with pytest.raises(SearchError):
         search(engine, REQUEST)
-    assert engine.counts == SimulatorCounts(searches=3, short_replies=3, short_searches=1, failed_searches=1)
+    assert engine.counts == SimulatorCounts(
+        searches=3, replies=6, well_formed_replies=1, short_replies=5, short_searches=1, failed_searches=1
+    )
 
 
 def test_a_reply_with_fewer_documents_than_the_least_fails(server: Server) -> None:

@@ -114,6 +114,16 @@ def split_documents(text: str, num_documents: int) -> tuple[str, ...]:
     return (_documents(pieces) or _documents(_items(before.splitlines())))[:num_documents]
 
 
+def is_well_formed(text: str, num_documents: int) -> bool:
+    """Say whether a reply is "Doc 1: ..." to "Doc `num_documents`: ...", a line each, and nothing else.
+
+    Blank lines between them do not count: the paper's models write them.
+    """
+    documents = split_documents(text, num_documents)
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return len(documents) == num_documents and lines == format_documents(documents).splitlines()
+
+
 def _documents(pieces: Sequence[str]) -> tuple[str, ...]:
     """Return the pieces that hold a word, each on one line."""
     documents = (" ".join(piece.replace("**", "").split()) for piece in pieces)

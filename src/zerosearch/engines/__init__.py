@@ -32,14 +32,14 @@ class SearchResult:
     """The documents, best first; whether they were asked to be noisy (`None`: the engine has no such notion).
 
     Where each document has a coin of its own, `noisy` is what most of them are and `noisy_share` says how many.
-    `is_short`: fewer documents than asked for.
+    `short_replies` counts the replies that held too few documents and were asked for again.
     """
 
     documents: tuple[str, ...]
     noisy: bool | None = None
     retries: int = 0
     noisy_share: float | None = None
-    is_short: bool = False
+    short_replies: int = 0
 
 
 class SearchEngine(Protocol):

@@ -14,7 +14,7 @@ from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_c
 from zerosearch.engines.replicas import Replicas
 from zerosearch.errors import UserError
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
-from zerosearch.protocol import split_documents
+from zerosearch.protocol import is_well_formed, split_documents
 
 CHECK_TIMEOUT_S = 10.0
 CONCURRENCY_OF_A_SERVER = 64
@@ -25,10 +25,12 @@ COIN_STREAM = 1_000_033  # sets a document's coin apart from a query's, and from
 
 @dataclass
 class SimulatorCounts:
-    """What an engine has seen: searches, replies that held too few documents, and searches that ended that way."""
+    """What an engine has seen. A reply that is short, with too few documents, is asked for once more."""
 
     searches: int = 0
-    short_replies: int = 0  # each was asked for once more
+    replies: int = 0
+    well_formed_replies: int = 0  # "Doc 1: ..." to the last, and nothing else
+    short_replies: int = 0
     short_searches: int = 0  # short the second time too, and used as they were
     failed_searches: int = 0
 
@@ -120,7 +122,9 @@ class SimulatedEngine:
         except ServiceError as error:
             self.counts.failed_searches += 1
             raise SearchError(str(error), error.retries) from error
-        written = {noisy: iter(documents) for noisy, (documents, _) in zip(sorted(set(coins)), replies, strict=True)}
+        written = {
+            noisy: iter(documents) for noisy, (documents, _, _) in zip(sorted(set(coins)), replies, strict=True)
+        }
         pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
         if len(pairs) < self.min_documents:
             self.counts.failed_searches += 1
@@ -129,15 +133,14 @@ class SimulatedEngine:
                 f"the simulator at {self.address} wrote {found} for the query {request.query!r}, asked twice; "
                 "is the model it serves a simulator, and tuned to this prompt?"
             )
-        is_short = len(pairs) < self.num_documents
-        self.counts.short_searches += is_short
+        self.counts.short_searches += len(pairs) < self.num_documents
         noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
         return SearchResult(
             documents=tuple(document for document, _ in pairs),
             noisy=noisy_share > 0.5,
-            retries=sum(retries for _, retries in replies),
+            retries=sum(retries for _, retries, _ in replies),
             noisy_share=noisy_share if self.coin == "document" else None,
-            is_short=is_short,
+            short_replies=sum(short for _, _, short in replies),
         )
 
     async def aclose(self) -> None:
@@ -152,8 +155,8 @@ class SimulatedEngine:
         places = range(self.num_documents)
         return tuple(keyed_uniform(*request.key, COIN_STREAM, place) < request.p_noise for place in places)
 
-    async def _write(self, request: SearchRequest, noisy: bool) -> tuple[tuple[str, ...], int]:
-        """Return the documents of one quality, asked for a second time if too few, and the calls beyond the first."""
+    async def _write(self, request: SearchRequest, noisy: bool) -> tuple[tuple[str, ...], int, int]:
+        """Return documents of one quality, the calls it took beyond the first, and how many replies were short."""
         messages = simulator_messages(
             question=request.question,
             golden_answers=request.golden_answers,
@@ -162,12 +165,14 @@ class SimulatedEngine:
             template=self.template,
         )
         documents, retries = await self._ask(messages, request.key, attempt=0)
-        if len(documents) < self.num_documents:
-            self.counts.short_replies += 1
+        short_replies = int(len(documents) < self.num_documents)
+        if short_replies:
             again, more_retries = await self._ask(messages, request.key, attempt=1)
+            short_replies += len(again) < self.num_documents
             documents = max(documents, again, key=len)
             retries += 1 + more_retries
-        return documents, retries
+        self.counts.short_replies += short_replies
+        return documents, retries, short_replies
 
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
@@ -190,6 +195,8 @@ class SimulatedEngine:
                 )
 
         text, retries = await self.client.with_retries(call, self.address, (*key, attempt))
+        self.counts.replies += 1
+        self.counts.well_formed_replies += is_well_formed(text, self.num_documents)
         return split_documents(text, self.num_documents), retries
 
     async def _models(self, url: str) -> list[str]:
