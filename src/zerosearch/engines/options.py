@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 from zerosearch.engines import SearchEngine
+from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
+from zerosearch.prompts import SimulatorTemplate
 
-EngineKind = Literal["simulated", "bm25"]
+EngineKind = Literal["simulated", "bm25", "retriever", "google"]
+RetrieverProtocol = Literal["search-r1", "zerosearch"]
+GoogleProvider = Literal["serpapi", "serper"]
+Coin = Literal["query", "document"]
 
 
 @dataclass
@@ -21,30 +25,101 @@ class EngineOptions:
 
     engine: EngineKind = field(default="simulated", metadata={"help": "The search engine."})
     num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4)."})
-    simulator_url: str = field(default="http://127.0.0.1:6001/v1", metadata={"help": "For simulated: its address."})
+
+    simulator_url: str = field(
+        default="http://127.0.0.1:6001/v1",
+        metadata={"help": "For simulated: its address; several, with commas between them, share the searches."},
+    )
     simulator_model: str | None = field(
-        default=None, metadata={"help": "For simulated: the model to ask for. Default: the first that is served."}
+        default=None, metadata={"help": "For simulated: the model to ask for. Default: the one that is served."}
     )
     simulator_max_tokens: int = field(default=600, metadata={"help": "For simulated: longest reply, in tokens."})
+    simulator_coin: Coin = field(
+        default="query", metadata={"help": "For simulated: one coin for noise a query (the paper), or a document."}
+    )
+
     corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
+    index_dir: str | None = field(
+        default=None, metadata={"help": "For bm25: folder that keeps the index. Default: made anew for every run."}
+    )
+
+    retriever_url: str = field(
+        default="http://127.0.0.1:8000/retrieve",
+        metadata={"help": "For retriever: its address (recipes/serve_retriever.py serves there)."},
+    )
+    retriever_protocol: RetrieverProtocol = field(
+        default="search-r1",
+        metadata={"help": "For retriever: search-r1 (queries, topk), or zerosearch (query, top_k; the paper's code)."},
+    )
+
+    google_provider: GoogleProvider = field(default="serpapi", metadata={"help": "For google: who sells the results."})
+    google_key_file: str | None = field(
+        default=None,
+        metadata={"help": "For google: file with the key. Default: the variable SERPAPI_API_KEY or SERPER_API_KEY."},
+    )
+    google_url: str | None = field(default=None, metadata={"help": "For google: another address, such as a gateway."})
+    google_queries_per_s: float = field(default=5.0, metadata={"help": "For google: queries a second at most."})
+    google_max_queries: int | None = field(default=None, metadata={"help": "For google: stop after so many queries."})
+    google_max_usd: float | None = field(default=None, metadata={"help": "For google: stop before it costs more."})
+    google_usd_per_query: float | None = field(
+        default=None, metadata={"help": "For google: the price in your plan. Default: the provider's list."}
+    )
+
+    cassette: str | None = field(
+        default=None, metadata={"help": "SQLite file that records what the engine answers, and answers from then on."}
+    )
+    cassette_replay_only: bool = field(
+        default=False, metadata={"help": "Answer from the cassette alone; what it does not hold is an error."}
+    )
+    engine_usd_per_hour: float = field(
+        default=0.0, metadata={"help": "What the machine behind the engine costs an hour, for the ledger."}
+    )
 
     def __post_init__(self) -> None:
-        if self.engine not in get_args(EngineKind):  # a config file is not checked by the parser
-            raise UserError(f"engine is {self.engine!r}: it must be one of {', '.join(get_args(EngineKind))}")
+        choices = {
+            "engine": EngineKind,
+            "simulator_coin": Coin,
+            "retriever_protocol": RetrieverProtocol,
+            "google_provider": GoogleProvider,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):  # a config file is not checked by the parser
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(get_args(kind))}")
         for name in ("num_documents", "simulator_max_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.google_queries_per_s > 0:
+            raise UserError(f"google_queries_per_s is {self.google_queries_per_s}: it must be above 0")
+        for name in ("google_max_queries", "google_max_usd", "google_usd_per_query", "engine_usd_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"{name} is {value}: it must be at least 0")
+        if self.cassette_replay_only and self.cassette is None:
+            raise UserError("--cassette_replay_only needs --cassette, the file to replay")
 
 
-def make_engine(options: EngineOptions, simulator_template: str) -> SearchEngine:
+def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -> SearchEngine:
     """Return the engine that the options ask for, ready to search.
 
     `simulator_template` is what a simulator is asked (zerosearch.prompts).
     Raises `UserError`, one sentence with the remedy, for a flag that is missing or an engine that does not answer.
     """
     if options.engine == "bm25":
-        return _bm25(options)
-    return _simulated(options, simulator_template)
+        engine = _bm25(options)
+    elif options.engine == "retriever":
+        engine = _retriever(options)
+    elif options.engine == "google":
+        engine = _google(options)
+    else:
+        engine = _simulated(options, simulator_template)
+    ledger = getattr(engine, "ledger", None)
+    if isinstance(ledger, Ledger):
+        ledger.usd_per_hour = options.engine_usd_per_hour
+    if options.cassette is None:
+        return engine
+    from zerosearch.engines.cassette import CassetteEngine
+
+    return CassetteEngine(options.cassette, engine, options.cassette_replay_only)
 
 
 def _bm25(options: EngineOptions) -> SearchEngine:
@@ -52,18 +127,44 @@ def _bm25(options: EngineOptions) -> SearchEngine:
 
     if options.corpus is None:
         raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
-    return BM25Engine(Path(options.corpus), num_documents=options.num_documents)
+    return BM25Engine(options.corpus, options.num_documents, options.index_dir)
 
 
-def _simulated(options: EngineOptions, template: str) -> SearchEngine:
+def _retriever(options: EngineOptions) -> SearchEngine:
+    from zerosearch.engines.retriever import RetrieverEngine
+
+    engine = RetrieverEngine(options.retriever_url, options.retriever_protocol, options.num_documents)
+    if not options.cassette_replay_only:
+        engine.check()
+    return engine
+
+
+def _google(options: EngineOptions) -> SearchEngine:
+    from zerosearch.engines.google import GoogleEngine, read_key
+
+    return GoogleEngine(
+        "" if options.cassette_replay_only else read_key(options.google_provider, options.google_key_file),
+        options.google_provider,
+        options.num_documents,
+        queries_per_s=options.google_queries_per_s,
+        max_queries=options.google_max_queries,
+        max_usd=options.google_max_usd,
+        usd_per_query=options.google_usd_per_query,
+        url=options.google_url,
+    )
+
+
+def _simulated(options: EngineOptions, template: SimulatorTemplate) -> SearchEngine:
     from zerosearch.engines.simulated import SimulatedEngine
 
     engine = SimulatedEngine(
         options.simulator_url,
         options.simulator_model,
         template,
+        coin=options.simulator_coin,
         max_tokens=options.simulator_max_tokens,
         num_documents=options.num_documents,
     )
-    engine.check()
+    if not options.cassette_replay_only:
+        engine.check()
     return engine

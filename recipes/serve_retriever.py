@@ -1,0 +1,106 @@
+"""Serve a corpus to policies: Search-R1's POST /retrieve, and the one of the paper's code, over BM25 or a dense index.
+
+    python recipes/serve_retriever.py --corpus wiki-18.jsonl --index_dir outputs/wiki-18-bm25
+    python recipes/serve_retriever.py --corpus wiki-18.jsonl --index_dir outputs/wiki-18-e5 --kind dense \
+        --factory IVF16384,PQ64
+
+Search in it with `--engine retriever`, or with a client of Search-R1's. The index is built on the first start and kept
+in `index_dir`. A compressed dense index says how much it finds of what an exact one would. Ctrl-C or SIGTERM ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import TrlParser
+
+from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, serve
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+
+
+@dataclass
+class RetrieverArguments:
+    """What to serve and where."""
+
+    corpus: str = field(metadata={"help": "Passages, JSONL in wiki-18's format."})
+    index_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the index. Default, for bm25 only: made anew at each start."},
+    )
+    kind: Literal["bm25", "dense"] = field(default="bm25", metadata={"help": "The index."})
+    model: str = field(default="intfloat/e5-base-v2", metadata={"help": "For dense: a sentence-transformers model."})
+    factory: str = field(
+        default="Flat", metadata={"help": "For dense: FAISS's name of the index: Flat, SQ8, IVF4096,PQ64 ..."}
+    )
+    num_probes: int = field(default=32, metadata={"help": "For dense, IVF: cells that a query looks into."})
+    faiss_index: str | None = field(
+        default=None, metadata={"help": "For dense: an index that exists, such as Search-R1's e5_Flat.index."}
+    )
+    query_prefix: str = field(default="query: ", metadata={"help": "For dense: what the model wants before a query."})
+    passage_prefix: str = field(default="passage: ", metadata={"help": "For dense: the same, before a passage."})
+    batch_size: int = field(default=64, metadata={"help": "For dense: texts that the model reads at once."})
+    topk: int = field(default=3, metadata={"help": "Documents for a request that does not say how many."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; the paper's code asks on 6002."})
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bm25", "dense"):  # a config file is not checked by the parser
+            raise UserError(f"kind is {self.kind!r}: it must be bm25 or dense")
+        for name in ("topk", "batch_size", "num_probes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def open_index(arguments: RetrieverArguments) -> PassageIndex:
+    """Return the index, built first unless it is there."""
+    if arguments.kind == "bm25":
+        from zerosearch.engines.bm25 import BM25Index
+
+        return BM25Index(arguments.corpus, arguments.index_dir)
+    from zerosearch.engines.dense import DenseIndex, DenseSettings
+
+    if arguments.index_dir is None:
+        raise UserError("--kind dense needs --index_dir, the folder that keeps the index")
+    settings = DenseSettings(
+        model=arguments.model,
+        factory=arguments.factory,
+        num_probes=arguments.num_probes,
+        query_prefix=arguments.query_prefix,
+        passage_prefix=arguments.passage_prefix,
+    )
+    index = DenseIndex(
+        arguments.corpus,
+        arguments.index_dir,
+        settings,
+        faiss_index=arguments.faiss_index,
+        batch_size=arguments.batch_size,
+    )
+    if "recall_against_flat" in index.manifest:
+        print(
+            "{factory}: {index_mib} MiB, finds {recall_against_flat:.1%} of flat's first {recall_depth}".format(
+                factory=arguments.factory, **index.manifest
+            )
+        )
+    return index
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Open or build the index and serve it until a signal comes."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    with user_mistakes():
+        (arguments,) = TrlParser(RetrieverArguments).parse_args_and_config(argv)
+    index = open_index(arguments)
+    server = RetrieverServer(index, arguments.topk)
+
+    def ready(address: str) -> None:
+        print(f"retriever ready at {address}: {len(index.passages):,} passages (Ctrl-C ends it)", flush=True)
+
+    asyncio.run(serve(server, arguments.host, arguments.port, ready))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""A dense index: passages as vectors of a sentence-transformers model, searched by FAISS.
+
+Flat is exact and takes 4 bytes a dimension and passage. What FAISS compresses, such as "SQ8" or "IVF4096,PQ64", takes
+less and finds less: how much less is measured when the index is built, against flat, and kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity
+from zerosearch.errors import UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+BLOCK_PASSAGES = 8192  # passages in memory at once while they are encoded
+TRAINING_VECTORS = 200_000  # a compressed index learns its codes from so many at most
+RECALL_QUERIES = 500
+RECALL_DEPTH = 5  # documents a search (Section 4)
+SEED = 0  # of the passages that recall is measured with
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """How passages become vectors, and how these are kept. The defaults are those of Search-R1's E5.
+
+    `factory` is FAISS's name for an index; `num_probes` counts the cells that a query looks into, where it has cells.
+    """
+
+    model: str = "intfloat/e5-base-v2"
+    factory: str = "Flat"
+    num_probes: int = 32
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_tokens: int = 256
+
+
+class DenseIndex:
+    """Vectors of every passage of a corpus. `manifest` says what it was built from, and its recall against flat.
+
+    Without `index_dir` there is nothing to keep a corpus' vectors in, so it is required. `faiss_index` is an index
+    that exists, with the vectors of the corpus in its order, such as Search-R1's e5_Flat.index: it is used as it is.
+    Raises `UserError` for a missing package, model or corpus, and for a factory that FAISS does not know.
+    """
+
+    def __init__(
+        self,
+        corpus: str | Path,
+        index_dir: str | Path,
+        settings: DenseSettings | None = None,
+        *,
+        faiss_index: str | Path | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        for package in ("faiss", "sentence_transformers"):
+            if find_spec(package) is None:
+                raise UserError(
+                    f"a dense index needs {package}, which is not installed: pip install 'zerosearch[dense]'"
+                )
+        self.settings = settings or DenseSettings()
+        self.batch_size = batch_size
+        corpus, folder = Path(corpus), Path(index_dir)
+        self.model = _load_model(self.settings)
+        self.dimensions = self.model.get_embedding_dimension() or 0
+        described = {"kind": "dense", **vars(self.settings)}
+        if faiss_index is not None:
+            described["faiss_index"] = str(Path(faiss_index).resolve())
+        self.manifest = built_index(corpus, folder, described, lambda draft: self._build(corpus, draft, faiss_index))
+        path = folder / "index.faiss" if faiss_index is None else Path(faiss_index)
+        self.index = _read(path)
+        self.passages = PassageFile(corpus, np.load(folder / "offsets.npy", mmap_mode="r"))
+        if self.index.ntotal != len(self.passages):
+            raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.passages):,} passages")
+        if self.index.d != self.dimensions:
+            raise UserError(f"{path} holds vectors of {self.index.d} numbers, {self.settings.model} makes others")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what it was built from."""
+        return index_identity(self.manifest)
+
+    def search(self, queries: Sequence[str], count: int) -> list[list[tuple[int, float]]]:
+        """Return the numbers and inner products of the `count` passages nearest to each query, best first."""
+        if not queries:
+            return []
+        vectors = self._encode([self.settings.query_prefix + query for query in queries])
+        scores, numbers = self.index.search(vectors, min(count, len(self.passages)))
+        return [
+            [(int(number), float(score)) for number, score in zip(*found, strict=True) if number >= 0]
+            for found in zip(numbers, scores, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        """Return vectors of length 1; (texts, dimensions)."""
+        vectors = self.model.encode(
+            texts,
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def _build(self, corpus: Path, folder: Path, faiss_index: str | Path | None) -> dict[str, Any]:
+        """Write the index into `folder` and return what its manifest says."""
+        reader, offsets = CorpusReader(corpus), []
+        if faiss_index is not None:
+            offsets = [offset for offset, _ in reader.passages()]
+            facts: dict[str, Any] = {}
+        else:
+            _empty_index(self.settings, self.dimensions)  # a wrong name costs no hours
+            with (folder / "vectors.tmp").open("wb") as file:
+                for block_offsets, vectors in self._encoded(reader):
+                    offsets += block_offsets
+                    vectors.tofile(file)
+            vectors = np.memmap(folder / "vectors.tmp", np.float32, "r").reshape(len(offsets), -1)
+            facts = self._write_index(vectors, folder)
+            (folder / "vectors.tmp").unlink()
+        np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+        return {"corpus_sha256": reader.sha256, "num_passages": len(offsets), **facts}
+
+    def _encoded(self, reader: CorpusReader) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield the offsets of passages and their vectors, block by block."""
+        bar = tqdm(desc="encoding", unit="passage")
+        passages = reader.passages()
+        while block := list(islice(passages, BLOCK_PASSAGES)):
+            # As Search-R1's index has them: the row's contents, title in quotes.
+            texts = [f'"{passage.title}"\n{passage.text}' if passage.title else passage.text for _, passage in block]
+            vectors = self._encode([self.settings.passage_prefix + text for text in texts])
+            bar.update(len(block))
+            yield [offset for offset, _ in block], vectors
+        bar.close()
+
+    def _write_index(self, vectors: np.ndarray, folder: Path) -> dict[str, Any]:
+        """Write the FAISS index of vectors (passages, dimensions); return its size and its recall against flat."""
+        import faiss
+
+        index = _empty_index(self.settings, vectors.shape[1])
+        if not index.is_trained:
+            step = -(-len(vectors) // TRAINING_VECTORS)
+            try:
+                index.train(np.ascontiguousarray(vectors[::step]))
+            except RuntimeError as error:
+                shown = str(error).splitlines()[-1][-200:]
+                raise UserError(f"FAISS cannot learn {self.settings.factory} from {len(vectors):,}: {shown}") from None
+        for start in range(0, len(vectors), BLOCK_PASSAGES):
+            index.add(np.ascontiguousarray(vectors[start : start + BLOCK_PASSAGES]))
+        faiss.write_index(index, str(folder / "index.faiss"))
+        recall = recall_against_flat(index, vectors)
+        size_mib = (folder / "index.faiss").stat().st_size / 2**20
+        logger.info(
+            "dense index %s: %.1f MiB, recall@%d against flat %.3f",
+            self.settings.factory,
+            size_mib,
+            RECALL_DEPTH,
+            recall,
+        )
+        return {"index_mib": round(size_mib, 2), "recall_against_flat": recall, "recall_depth": RECALL_DEPTH}
+
+
+def recall_against_flat(index: Any, vectors: np.ndarray, depth: int = RECALL_DEPTH) -> float:
+    """Return the share of the `depth` nearest passages, by exact search, that `index` finds among its `depth` best.
+
+    Asked with vectors of passages of the corpus, each moved a little, as there are no queries yet.
+    """
+    rng = np.random.default_rng(SEED)
+    chosen = np.sort(rng.choice(len(vectors), min(RECALL_QUERIES, len(vectors)), replace=False))
+    queries = vectors[chosen] + rng.normal(0, 0.3 / np.sqrt(vectors.shape[1]), (len(chosen), vectors.shape[1]))
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    depth = min(depth, len(vectors))
+    best_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
+    best_numbers = np.full((len(queries), depth), -1)
+    for start in range(0, len(vectors), BLOCK_PASSAGES):
+        block = queries @ vectors[start : start + BLOCK_PASSAGES].T  # (queries, passages of the block)
+        numbers = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
+        scores = np.concatenate([best_scores, block], axis=1)
+        numbers = np.concatenate([best_numbers, numbers], axis=1)
+        places = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        best_scores, best_numbers = (np.take_along_axis(table, places, axis=1) for table in (scores, numbers))
+    _, found = index.search(queries, depth)
+    hits = sum(len(set(exact) & set(approximate)) for exact, approximate in zip(best_numbers, found, strict=True))
+    return hits / best_numbers.size
+
+
+def _empty_index(settings: DenseSettings, dimensions: int) -> Any:
+    import faiss
+
+    try:
+        index = faiss.index_factory(dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        shown = str(error).splitlines()[-1][-200:]
+        raise UserError(f"FAISS makes no index {settings.factory!r} of {dimensions} dimensions: {shown}") from None
+    _set_probes(index, settings.num_probes)
+    return index
+
+
+def _set_probes(index: Any, num_probes: int) -> None:
+    import faiss
+
+    try:
+        cells = faiss.extract_index_ivf(index)
+    except RuntimeError:  # it has none
+        return
+    cells.nprobe = min(num_probes, cells.nlist)
+
+
+def _read(path: Path) -> Any:
+    """Open an index where it lies: it is mapped, not loaded, as far as its kind admits that."""
+    import faiss
+
+    if not path.is_file():
+        raise UserError(f"there is no FAISS index {path}")
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    except RuntimeError as error:
+        raise UserError(f"{path} is no index that FAISS can read: {str(error).splitlines()[-1][-200:]}") from None
+
+
+def _load_model(settings: DenseSettings) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(settings.model)
+    except (OSError, ValueError) as error:
+        message = f"the model {settings.model!r} is no folder here and cannot be loaded from the Hub: {error}"
+        raise UserError(message[:500]) from error
+    model.max_seq_length = min(settings.max_tokens, model.max_seq_length or settings.max_tokens)
+    return model
