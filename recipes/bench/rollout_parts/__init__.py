@@ -1,0 +1,1 @@
+"""What recipes/bench/rollout.py is made of."""
