@@ -422,7 +422,7 @@ def test_a_turn_cut_by_its_own_limit_is_invalid_and_one_cut_by_the_context_ends_
     long = "<think> " + "It rains. " * 30
     trajectory = roll_out(tiny_tokenizer, [long, "<answer> x </answer>"], max_turn_tokens=20)
     assert (trajectory.turns[0].kind, trajectory.turns[0].num_tokens) == ("invalid", 20)
-    assert trajectory.outcome == "answered"
+    assert (trajectory.outcome, trajectory.cut_turns) == ("answered", 1)
     cut = roll_out(tiny_tokenizer, [long], max_trajectory_tokens=30)
     assert (cut.outcome, len(cut.prompt_ids) + len(cut.completion_ids)) == ("truncated", 30)
 
@@ -468,6 +468,9 @@ def test_an_observation_loses_text_from_its_longest_documents_first(tiny_tokeniz
     turns = ["<search> q </search>", "<answer> x </answer>"]
     trajectory = roll_out(tiny_tokenizer, turns, ScriptedEngine(lambda request: documents), max_observation_tokens=120)
     assert trajectory.turns[0].observation == text
+    assert trajectory.cut_observations == 1
+    whole = roll_out(tiny_tokenizer, turns, ScriptedEngine(lambda request: documents), max_observation_tokens=900)
+    assert whole.cut_observations == 0
     assert trajectory.turns[0].num_observation_tokens == len(ids)
 
 
@@ -540,6 +543,8 @@ def test_a_record_holds_the_text_by_who_wrote_it(tiny_tokenizer: PreTrainedToken
         "searches": 1,
         "turns": 3,
         "invalid_actions": 1,
+        "cut_turns": 0,
+        "cut_observations": 0,
         "retries": 0,
         "p_noise": 1.0,
         "f1": pytest.approx(2 / 3),

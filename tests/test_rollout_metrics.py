@@ -16,6 +16,7 @@ def test_rollout_metrics_by_hand() -> None:
         Turn("", "answer", "x", 4),
     ]
     turns[0].num_observation_tokens = 10
+    turns[0].is_observation_cut = turns[1].is_cut = turns[2].is_observation_cut = True
     one = Trajectory([1], 0.5, turns=turns, outcome="answered")
     other = Trajectory([1], 0.5, turns=[Turn("", "search", "q", 6, latency_s=0.2)], outcome="failed_search")
     facts = [TrajectoryFacts.of(one), TrajectoryFacts.of(other)]
@@ -27,6 +28,8 @@ def test_rollout_metrics_by_hand() -> None:
             "search/policy_tokens": 9.0,
             "search/observation_tokens": 5.0,
             "search/invalid_actions": 0.5,
+            "search/cut_turns": 0.5,
+            "search/cut_observations": 1.0,
             "search/retries": 1.0,
             "search/answered": 0.5,
             "search/turns_exhausted": 0.0,

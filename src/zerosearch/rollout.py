@@ -90,6 +90,7 @@ class Turn:
     kind: ActionKind
     content: str
     num_tokens: int
+    is_cut: bool = False  # by the limit of tokens, its own or the trajectory's
     generation_s: float = 0.0  # from the moment it could start to its end
     documents: tuple[str, ...] = ()
     noisy: bool | None = None
@@ -98,6 +99,7 @@ class Turn:
     latency_s: float | None = None  # of the search, from request to documents; None without one
     observation: str = ""
     num_observation_tokens: int = 0
+    is_observation_cut: bool = False  # documents lost text to fit the limit of tokens
     was_read: bool = False  # the observation holds notes on the documents, and not the documents
 
 
@@ -132,6 +134,14 @@ class Trajectory:
     @property
     def invalid_actions(self) -> int:
         return sum(turn.kind == "invalid" for turn in self.turns)
+
+    @property
+    def cut_turns(self) -> int:
+        return sum(turn.is_cut for turn in self.turns)
+
+    @property
+    def cut_observations(self) -> int:
+        return sum(turn.is_observation_cut for turn in self.turns)
 
     @property
     def searched_turns(self) -> list[Turn]:
@@ -178,6 +188,8 @@ class Trajectory:
             "policy_tokens": self.policy_tokens,
             "observation_tokens": self.observation_tokens,
             "invalid_actions": self.invalid_actions,
+            "cut_turns": self.cut_turns,
+            "cut_observations": self.cut_observations,
             "retries": sum(turn.retries for turn in self.searched_turns),
             "generation_s": sum(turn.generation_s for turn in self.turns),
             "search_s": sum(turn.latency_s or 0.0 for turn in self.searched_turns),
@@ -223,20 +235,23 @@ def run_rollouts(
     agent: Agent = POLICY,
     max_live: int | None = None,
     watch: Callable[[int, Trajectory, Event], None] | None = None,
+    may_go_on: Callable[[], bool] | None = None,
 ) -> list[Trajectory]:
     """Roll out one trajectory per row `{prompt, question, golden_answers}` and return them in the rows' order.
 
     `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
     probability that a search is asked for noisy documents. `clock` collects where the time went. `agent` says how the
     turns go; the prompt is the row's, except where it holds documents. At most `max_live` trajectories are under way,
-    the first rows first. `watch` is told of each turn, observation and end; what it raises ends the rollout.
+    the first rows first. `watch` is told of each turn, observation and end; what it raises ends the rollout. Once
+    `may_go_on` says no, nothing more is started: what is under way comes to its end, and a trajectory that would need
+    another turn stays without an outcome.
     A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
     with clock.timing("rollout_s"), generator.session(Sampling(settings.temperature, settings.top_p)):
-        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock, agent, max_live, watch)
+        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock, agent, max_live, watch, may_go_on)
         try:
             rollout.run(progress)
         finally:
@@ -259,12 +274,13 @@ class _Rollout:
         agent: Agent,
         max_live: int | None,
         watch: Callable[[int, Trajectory, Event], None] | None,
+        may_go_on: Callable[[], bool] | None,
     ) -> None:
         assert len(keys) == len(rows), "one key a row"
         self.rows, self.keys = rows, keys
         self.engine, self.settings, self.p_noise, self.clock = engine, settings, p_noise, clock
         self.tokenizer = generator.tokenizer
-        self.agent, self.watch = agent, watch
+        self.agent, self.watch, self.may_go_on = agent, watch, may_go_on or (lambda: True)
         self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
         self.max_live = max_live or len(rows)
         self.num_begun = self.num_ended = 0
@@ -305,7 +321,7 @@ class _Rollout:
 
     def _begin_more(self) -> None:
         """Begin as many trajectories as may be under way."""
-        while self.num_begun < len(self.rows) and self.num_begun - self.num_ended < self.max_live:
+        while self.num_begun < len(self.rows) and self.num_begun - self.num_ended < self.max_live and self.may_go_on():
             self.num_begun += 1
             if self.agent.looks_up_question:
                 self._search(self.num_begun - 1, self.rows[self.num_begun - 1]["question"])
@@ -340,6 +356,8 @@ class _Rollout:
 
     def _sample(self, index: int, context_ids: list[int], room: int, stream: int) -> None:
         """Have a turn sampled, or notes on documents, which go by the number of their trajectory plus that of rows."""
+        if not self.may_go_on():
+            return
         key = (*self.keys[index], len(self.trajectories[index].turns), stream)
         number = index + len(self.rows) * (stream == READING_STREAM)
         request = TurnRequest(number, context_ids, room, seed=int(keyed_uniform(*key) * 2**53))
@@ -391,9 +409,11 @@ class _Rollout:
         used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
         action = parse_action(self.agent.last_turn_opening + text if is_last else text)
         trajectory.append_sampled(sampled)
-        trajectory.turns.append(Turn(text, action.kind, action.content, len(sampled.token_ids), generation_s))
+        is_cut = sampled.finish == "length"
+        turn = Turn(text, action.kind, action.content, len(sampled.token_ids), is_cut, generation_s)
+        trajectory.turns.append(turn)
         self._tell(index, "turn")
-        cut_by_context = sampled.finish == "length" and self.context_limit - used < self.settings.max_turn_tokens
+        cut_by_context = is_cut and self.context_limit - used < self.settings.max_turn_tokens
         if action.kind == "answer":
             trajectory.answer = action.content
             self._end(index, "answered")
@@ -410,6 +430,8 @@ class _Rollout:
             self._append_observation(index, INVALID_ACTION_HINT, self._encode(INVALID_ACTION_HINT))
 
     def _search(self, index: int, query: str) -> None:
+        if not self.may_go_on():
+            return
         row, trajectory = self.rows[index], self.trajectories[index]
         if not trajectory.turns:
             trajectory.lookup = Turn("", "search", query, 0)
@@ -451,7 +473,9 @@ class _Rollout:
             elif self.agent.reading_template:
                 self._read(index, turn, self.agent.reading_template)
             else:
-                self._append_observation(index, *self._fit(turn.documents, self.agent.write_observation))
+                text, token_ids = self._fit(turn.documents, self.agent.write_observation)
+                turn.is_observation_cut = any(" ".join(document.split()) not in text for document in turn.documents)
+                self._append_observation(index, text, token_ids)
 
     def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int]]:
         return fit_observation(documents, self.settings.max_observation_tokens, self._encode, write)

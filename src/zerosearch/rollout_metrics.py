@@ -18,6 +18,8 @@ class TrajectoryFacts:
     policy_tokens: int
     observation_tokens: int
     invalid_actions: int
+    cut_turns: int
+    cut_observations: int
     retries: int
     outcome: Outcome | None
     noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
@@ -33,6 +35,8 @@ class TrajectoryFacts:
             policy_tokens=trajectory.policy_tokens,
             observation_tokens=trajectory.observation_tokens,
             invalid_actions=trajectory.invalid_actions,
+            cut_turns=trajectory.cut_turns,
+            cut_observations=trajectory.cut_observations,
             retries=sum(turn.retries for turn in searched),
             outcome=trajectory.outcome,
             noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),

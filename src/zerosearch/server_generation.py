@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig
 
+Content = TypeVar("Content")
+
+CHECK_TIMEOUT_S, SESSION_TIMEOUT_S = 60.0, 900.0
 # Without these a server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
 WHOLE_DISTRIBUTION = {
     "top_k": 0,
@@ -77,8 +80,7 @@ class VLLMServerGenerator:
         self.ready()
         self.sampling = sampling
         try:
-            self.model, longest = run_in_background(self._served_model(), self.client.timeout_s)
-            self.max_context_tokens = min(self.max_context_tokens, longest)
+            run_in_background(self._check(), SESSION_TIMEOUT_S)
             yield
         finally:
             run_in_background(self.client.aclose(), CLOSE_TIMEOUT_S)
@@ -109,13 +111,31 @@ class VLLMServerGenerator:
             raise GenerationError(str(error)) from error
         return turn
 
-    async def _served_model(self) -> tuple[str, int]:
-        """Return the name of the model that is served, and its longest context."""
+    async def _check(self) -> None:
+        """Find out what is served. Raises `GenerationError` without a server that can be sampled from like this."""
+        self.model, longest = await self._get("v1/models", {}, read_served_model)
+        self.max_context_tokens = min(self.max_context_tokens, longest)
+        if self.sampling.temperature in (0.0, 1.0) and self.sampling.top_p == 1.0:
+            return
+        mode = await self._get("server_info", {"config_format": "json"}, read_logprobs_mode)
+        if mode != "processed_logprobs":
+            raise GenerationError(
+                f"{self.name} reports {mode}, which are not those of the distribution that is sampled from at "
+                f"temperature {self.sampling.temperature:g} and top_p {self.sampling.top_p:g}; start it with: "
+                f"{self.start_command()}"
+            )
+
+    async def _get(self, path: str, params: dict[str, str], read: Callable[[Any], Content]) -> Content:
+        url = f"{self.base_url}/{path}"
+
+        async def call() -> Content:
+            return await self.client.call("GET", url, params=params, read=read, timeout_s=CHECK_TIMEOUT_S)
+
         try:
-            model, _ = await self.client.get(f"{self.base_url}/v1/models", read=read_served_model)
+            content, _ = await self.client.with_retries(call, url)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
-        return model
+        return content
 
 
 def read_turn(reply: Any, trajectory: int) -> SampledTurn:
@@ -141,6 +161,14 @@ def read_served_model(reply: Any) -> tuple[str, int]:
         return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
     except (KeyError, IndexError, TypeError):
         raise CallFailed(f"its reply is no vLLM server's list of models: {reply}", may_pass=False) from None
+
+
+def read_logprobs_mode(reply: Any) -> str:
+    """Return of what a vLLM server reports log-probabilities. Raises `CallFailed`."""
+    try:
+        return str(reply["vllm_config"]["model_config"]["logprobs_mode"])
+    except (KeyError, TypeError):
+        raise CallFailed(f"its reply is no vLLM server's configuration: {reply}", may_pass=False) from None
 
 
 def server_url(config: GRPOConfig) -> str:
