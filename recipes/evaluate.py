@@ -28,6 +28,7 @@ from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
 from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.evaluation import LimitReached, Limits, evaluate, write_json
@@ -186,8 +187,11 @@ def run(
     loaded: str | None = None
     generator: Any = None
     identity: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         for one in todo:
+            if found:
+                limits = limits.less(results["this_command"]["usd"], results["seconds"])
             if one.model != loaded:
                 release(generator)
                 generator = None  # the one before goes first: both might not fit
@@ -215,7 +219,6 @@ def run(
             found[one.name] = results
             if results["stopped"]:
                 break
-            limits = limits.less(results["this_command"]["usd"], results["seconds"])
     except (SearchError, GenerationError) as error:
         raise UserError(str(error)) from error
     except LimitReached as limit:
@@ -268,9 +271,12 @@ def main(argv: list[str] | None = None) -> None:
     engines = [make_engine(options, simulator_template) for options in engine_options.each()] if search else []
     todo = list(evaluations(arguments.model, agents, engines))
     found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
-    for engine in engines:
-        close_engine(engine)
     report(found, output_dir)
+    for engine in engines:
+        ledger = getattr(engine, "ledger", None)  # an engine that costs nothing may keep none
+        if ledger is not None and ledger.queries:
+            print(f"\n{cost_table({ledger.engine: ledger.queries}, ledger)}")
+        close_engine(engine)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def test_closed_book_is_the_policy_whose_searches_find_nothing() -> None:
 
 def test_tinyworlds_direct_agent_begins_with_its_answer() -> None:
     trajectory, writer, _ = roll_out(TINYWORLD_AGENTS["direct"], lambda context: " Jane Austen </answer>")
-    assert writer.contexts == [f"{TINYWORLD_POLICY_PROMPT.format(question=QUESTION)}<answer>"]
+    prompt = TINYWORLD_POLICY_PROMPT.format(question=QUESTION)
+    assert writer.contexts == [f"{prompt}<think> Look up. </think> <answer>"]
     assert (trajectory.answer, trajectory.outcome, len(trajectory.turns)) == ("Jane Austen", "answered", 1)
 
 
@@ -152,7 +153,7 @@ def test_tinyworlds_cot_agent_thinks_once_and_must_answer_then() -> None:
     assert trajectory.answer == "Jane Austen" and engine.requests == []
     assert texts(trajectory)[1:] == [
         ("policy", "<think> Emma. </think> <search> Emma </search>"),
-        ("documents", "\n\n<information></information>\n\n<answer>"),
+        ("documents", "\n\n<information></information>\n\n<think> unknown. </think> <answer>"),
         ("policy", " Jane Austen </answer>"),
     ]
     policy_tokens = sum(trajectory.env_mask)

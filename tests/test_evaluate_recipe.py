@@ -8,16 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
-from zerosearch.data import load_questions, read_passages
+from zerosearch.agents import AGENTS, TINYWORLD_AGENTS
+from zerosearch.data import BENCHMARKS, load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.evaluation import load_generator
+from zerosearch.loading import load_generator
 from zerosearch.metrics import exact_match, f1
 from zerosearch.rollout import RolloutSettings, run_rollouts
+from zerosearch.tinyworld import World, question_rows
 
-pytest_plugins = ("recipe_modules",)  # fixtures
+if TYPE_CHECKING:
+    from chat_server import ChatServer, Messages
+
+pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"
@@ -50,14 +56,15 @@ def test_it_prints_a_table_and_leaves_results(
 ) -> None:
     load_recipe("evaluate").main(argv(arguments))
     printed = capsys.readouterr().out.splitlines()
+    results = json.loads((Path(arguments["output_dir"]) / "results.json").read_text())
     assert [line.split("  ")[0] for line in printed if line] == [
         "dataset",
         "nq",
         "musique",
         "mean of datasets",
-        f"{arguments['output_dir']}/results.json, trajectories.jsonl",
+        f"{arguments['output_dir']}/results.json, trajectories.jsonl, table.md, scores.svg",
+        *(["engine", "bm25"] if results["searches"] else []),
     ]
-    results = json.loads((Path(arguments["output_dir"]) / "results.json").read_text())
     described = {"model": arguments["model"], "dataset": arguments["dataset"], "generator": "transformers"}
     assert results | described | {"engine": "bm25", "n": 3, "seed": 0} == results
     assert results["settings"]["temperature"] == 0.0  # greedy by default
@@ -92,6 +99,14 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
         ({"corpus": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
         ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
         ({"corpus": ""}, "--engine bm25 needs --corpus"),
+        ({"agent": "nobody"}, "there is no agent 'nobody', but: policy, direct, cot, rag"),
+        ({"agent": "search-o1", "prompt": "tinyworld"}, "there is no agent 'search-o1', but: policy, direct"),
+        ({"engine": "bing"}, "engine is 'bing': it must be one of"),
+        ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
+        ({"dataset": "nq", "benchmark_source": "FULL"}, "there is no file FULL/nq/test.jsonl"),
+        ({"num_questions": "0"}, "num_questions is 0"),
+        ({"num_samples": "3"}, "num_samples above 1 needs a temperature above 0"),
+        ({"max_usd": "0"}, "the limit of usd is 0.0: it must be above 0"),
         ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: a probability lies in [0, 1]"),
         ({"engine": "simulated", "simulator_url": "http://127.0.0.1:9/v1"}, "--model SIMULATOR --port 9"),
         ({"max_turns": "-1"}, "max_turns is -1"),
@@ -121,6 +136,111 @@ def test_a_mistake_gets_one_sentence(
     assert message.replace("FULL", str(full)) in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.fixture
+def endpoint(chat_server: ChatServer, corpus: Path, questions: Path, tmp_path: Path) -> list[str]:
+    """Return flags for a scripted model behind an endpoint, which looks every question up once."""
+
+    def write(messages: Messages) -> str:
+        asked = messages[0]["content"]
+        may_search = "<search>" in asked and "<information>" not in messages[-1]["content"][:20]
+        return "<search> Emma author </search>" if may_search else "<answer> Jane Austen </answer>"
+
+    chat_server.write = write
+    flags = {"dataset": str(questions), "corpus": str(corpus), "output_dir": str(tmp_path / "out")}
+    return argv(flags | {"generator": "endpoint", "endpoint_url": chat_server.url})
+
+
+def test_one_command_compares_models_and_agents(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = ["--model", "small", "org/large", "--agent", "policy", "direct", "rag"]
+    load_recipe("evaluate").main([*endpoint, *matrix])
+    names = ["small policy", "small direct", "small rag", "large policy", "large direct", "large rag"]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("evaluation  ") :].splitlines()
+    assert [line[:12].strip() for line in table[1:7]] == names
+    assert "bm25" in printed and "USD at Google" in printed
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())["evaluations"]
+    assert list(found) == names
+    assert {name: results["engine"] for name, results in found.items() if "small" in name} == {
+        "small policy": "bm25",
+        "small direct": "none",
+        "small rag": "bm25",
+    }
+    assert [found[name]["searches"] for name in names] == [1.0, 0.0, 1.0] * 2
+    assert {results["em"]["mean"] for results in found.values()} == {1 / 3}
+    assert found["large rag"]["model"] == "org/large"
+    for name in names:
+        folder = out / name.replace(" ", "-")
+        assert json.loads((folder / "results.json").read_text()) == found[name]
+        assert len((folder / "trajectories.jsonl").read_text().splitlines()) == 3
+    assert (out / "table.md").read_text().count("| large rag |") == 2
+    assert "large rag" in (out / "scores.svg").read_text()
+
+
+def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*endpoint, "--model", "m", "--agent", "policy", "direct", "--endpoint_usd_written", "1000000"]
+    evaluate = load_recipe("evaluate")
+    # A question takes 3 dollars for its search and 3 for its answer; the first two are under way at 7.
+    evaluate.main([*flags, "--max_usd", "7", "--endpoint_concurrency", "1"])
+    printed = capsys.readouterr().out
+    assert "policy: stopped at the limit of 7 USD: 2 of 3 trajectories are finished; --resume true goes on" in printed
+    assert len(chat_server.requests) == 4
+    with pytest.raises(SystemExit):
+        evaluate.main(flags)
+    assert "holds an evaluation: --resume true goes on, --overwrite_output_dir" in capsys.readouterr().err
+    evaluate.main([*flags, "--resume", "true"])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert [results["n"] for results in found.values()] == [3, 3]
+    assert all(results["stopped"] is None for results in found.values())
+    assert len(chat_server.requests) == 3 * 2 + 3
+    evaluate.main([*flags, "--resume", "true"])
+    assert len(chat_server.requests) == 9  # all was there
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--resume", "true", "--seed", "1"])
+    assert "holds another evaluation, which cannot be resumed as this one: seed is 0" in capsys.readouterr().err
+
+
+def test_the_benchmarks_are_asked_as_many_of_each_as_wanted(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
+) -> None:
+    for name, benchmark in BENCHMARKS.items():
+        path = tmp_path / "flashrag" / benchmark.path(name)
+        path.parent.mkdir(parents=True)
+        rows = [{"id": f"{n}", "question": f"what is {n}", "golden_answers": ["Jane Austen"]} for n in range(6)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: m\nagent: direct\nnum_questions: 2\nbenchmark_source: {tmp_path / 'flashrag'}\n")
+    load_recipe("evaluate").main(["--config", str(config), *endpoint, "--dataset", "benchmarks"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {name: scores["n"] for name, scores in results["by_dataset"].items()} == dict.fromkeys(BENCHMARKS, 2)
+    assert (results["questions_per_dataset"], results["macro_average"]["em"]["mean"]) == (2, 1.0)
+    head = "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | Avg |"
+    assert head in (tmp_path / "out/table.md").read_text()
+
+
+def test_the_key_is_named_by_its_variable_and_never_written(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret-key")
+    load_recipe("evaluate").main([*endpoint, "--model", "m", "--agent", "direct", "--endpoint_key_env", "SOME_KEY"])
+    assert set(chat_server.keys) == {"Bearer secret-key"}
+    written = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert not any("secret-key" in text for text in [*written, *capsys.readouterr()])
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +314,48 @@ def test_the_recipe_scores_real_questions(generator: str, real_model: Path, tmp_
     observations = [part["text"] for record in records for part in record["segments"] if part["source"] == "documents"]
     found = [text for text in observations if "Doc 1: " in text]
     assert found and all(any(start[:30] in text for start in texts) for text in found)
+
+
+@real_data
+@pytest.mark.slow
+def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_model: Path, tmp_path: Path) -> None:
+    flags = {
+        "model": str(real_model),
+        "generator": "transformers",
+        "dataset": str(SHARED / "qa_multihop.jsonl"),
+        "num_questions": "10",
+        "corpus": str(SHARED / "wiki_passages.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "temperature": "1",
+        "max_turn_tokens": "32",
+    }
+    load_recipe("evaluate").main([*argv(flags), "--agent", *AGENTS])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == list(AGENTS)
+    for name, results in found.items():
+        assert results["n"] == 20 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
+        assert (results["searches"] > 0) == AGENTS[name].searches
+    assert found["rag"]["searches"] == 1.0
+    assert len({results["data_sha256"] for results in found.values()}) == 1
+
+
+@pytest.mark.slow
+def test_tinyworlds_agents_are_compared_by_one_command(load_recipe: LoadRecipe, tmp_path: Path) -> None:
+    world = World.draw(seed=0, n_people=60, held_out=True)
+    for name, rows in (("corpus", world.passages()), ("test", question_rows(world, 60, seed=0))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "config": str(ROOT / "recipes/configs/evaluate-tinyworld.yaml"),
+        "model": str(ROOT / "data/tinyworld/policy"),
+        "generator": "transformers",
+        "dataset": str(tmp_path / "test.jsonl"),
+        "corpus": str(tmp_path / "corpus.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    load_recipe("evaluate").main([*argv(flags), "--agent", *TINYWORLD_AGENTS])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == list(TINYWORLD_AGENTS)
+    em = {name: results["em"]["mean"] for name, results in found.items()}
+    # Without documents nothing is known of this world; comparisons can be guessed.
+    assert max(em["direct"], em["cot"], em["closed-book"]) < 0.2 < em["policy"]
+    assert found["rag"]["searches"] == 1.0 and found["direct"]["answer_rate"] > 0.9

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -304,10 +307,9 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
 
     stopped = pay(20.0)  # a dollar a word written: 2 for a search, 2 for an answer
     assert 0 < stopped["n"] < 12 and "stopped at the limit of 20 USD" in stopped["stopped"]
-    assert 20 <= stopped["this_command"]["usd"] <= 22
+    assert 20 <= stopped["this_command"]["usd"] <= 22  # what was under way is finished
     finished, replies = stopped["n"], len(chat_server.requests)
     whole = pay(None)
-    # Only what was under way is asked again: at most two questions' replies.
     assert len(chat_server.requests) - replies == 2 * (12 - finished)
     assert (whole["usage"]["replies"], whole["usage"]["tokens_written"]) == (24, 48)  # over both commands
     for one in made:
@@ -350,3 +352,52 @@ def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
     (tmp_path / "c/training_args.bin").write_bytes(b"x")
     a, b, c = (model_identity(str(tmp_path / name))["weights_fingerprint"] for name in "abc")
     assert a == c != b
+
+
+EVALUATE = """\
+import sys
+from pathlib import Path
+from zerosearch.data import load_questions
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.evaluation import evaluate
+from zerosearch.loading import load_generator
+from zerosearch.rollout import RolloutSettings
+
+model, questions, corpus, output_dir = sys.argv[1:]
+rows = load_questions(questions).to_list() * 40
+settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
+generator = load_generator(model, "transformers", 2048)
+evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_points_change_nothing(
+    corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    """Each kill is a SIGKILL to the process, somewhere between its first and its last trajectory."""
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", EVALUATE, *map(str, (tiny_policy_dir, questions, corpus, folder))]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    def num_lines(folder: Path) -> int:
+        path = folder / "trajectories.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    assert start(tmp_path / "whole").wait(timeout=300) == 0
+    rng, killed = random.Random(0), tmp_path / "killed"
+    for _ in range(10):
+        target = num_lines(killed) + rng.randint(1, 10)
+        with start(killed) as process:
+            while num_lines(killed) < target:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.001)
+            process.kill()
+    assert 10 <= num_lines(killed) < 120 and not (killed / "results.json").exists()
+    assert start(killed).wait(timeout=300) == 0
+    assert the_same(json.loads((killed / "results.json").read_text())) == the_same(
+        json.loads((tmp_path / "whole/results.json").read_text())
+    )
+    assert trajectories(killed) == trajectories(tmp_path / "whole")

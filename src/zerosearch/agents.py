@@ -89,11 +89,24 @@ AGENTS = _by_name(
 )
 
 # TinyWorld's models read their own prompt's words and nothing else, so here an agent is a way to let the same prompt
-# go on: straight to the answer; to the answer after a turn whose search finds nothing; with documents put first.
+# go on: straight to the answer; to the answer after a turn whose search finds nothing; with documents put first. The
+# thoughts in front of a forced answer are such as stand before their own guesses.
 TINYWORLD_AGENTS = _by_name(
     Agent("policy", TINYWORLD_POLICY_PROMPT),
-    Agent("direct", TINYWORLD_POLICY_PROMPT, max_turns=0, gets_documents=False, last_turn_opening="<answer>"),
-    Agent("cot", TINYWORLD_POLICY_PROMPT, max_turns=1, gets_documents=False, last_turn_opening="<answer>"),
+    Agent(
+        "direct",
+        TINYWORLD_POLICY_PROMPT,
+        max_turns=0,
+        gets_documents=False,
+        last_turn_opening="<think> Look up. </think> <answer>",
+    ),
+    Agent(
+        "cot",
+        TINYWORLD_POLICY_PROMPT,
+        max_turns=1,
+        gets_documents=False,
+        last_turn_opening="<think> unknown. </think> <answer>",
+    ),
     Agent("rag", TINYWORLD_RAG_PROMPT, max_turns=0),
     Agent("closed-book", TINYWORLD_POLICY_PROMPT, gets_documents=False),
 )

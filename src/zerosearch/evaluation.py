@@ -60,7 +60,7 @@ class Limits:
 
 
 class LimitReached(Exception):
-    """Money or time has run out; the message says which, and how much."""
+    """Money or time has run out before anything was finished; the message says which, and how much."""
 
 
 class NoEngine:
@@ -137,9 +137,9 @@ def evaluate(
             if trajectory.error:
                 record["error"] = trajectory.error
             written.append(record)
-        account.check()
 
-    stopped = None
+    if isinstance(generator, RemoteGenerator):
+        max_live = min(max_live, 2 * generator.max_concurrency)  # so that little is under way when a limit is reached
     try:
         run_rollouts(
             [rows[row] for row, _ in missing],
@@ -152,11 +152,13 @@ def evaluate(
             agent=agent,
             max_live=max_live,
             watch=watch,
+            may_go_on=lambda: account.reached() is None,
         )
-    except LimitReached as limit:
-        stopped = f"{limit}: {len(written.records)} of {len(places)} trajectories are finished"
     finally:
         written.close()
+    stopped = None
+    if len(written.records) < len(places):
+        stopped = f"{account.reached()}: {len(written.records)} of {len(places)} trajectories are finished"
     records = written.in_order()
     errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
     if errors:
@@ -229,12 +231,13 @@ class Account:
     def _usd(self) -> float:
         return getattr(self.generator, "cost_usd", 0.0) + (self.ledger.usd_here if self.ledger else 0.0)
 
-    def check(self) -> None:
-        """Raise `LimitReached` if money or time has run out."""
+    def reached(self) -> str | None:
+        """Say which limit is reached, if one is."""
         if self.limits.usd is not None and self.usd >= self.limits.usd:
-            raise LimitReached(f"stopped at the limit of {self.limits.usd:g} USD")
+            return f"stopped at the limit of {self.limits.usd:g} USD"
         if self.limits.seconds is not None and self.seconds >= self.limits.seconds:
-            raise LimitReached(f"stopped at the limit of {self.limits.seconds:g} s")
+            return f"stopped at the limit of {self.limits.seconds:g} s"
+        return None
 
     def to_record(self, num_trajectories: int) -> dict[str, Any]:
         """Return the account as JSON."""
