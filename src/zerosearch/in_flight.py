@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from queue import Empty, SimpleQueue
@@ -41,7 +41,8 @@ class InFlight:
 
     def __init__(self) -> None:
         self.finished: SimpleQueue[Arrival] = SimpleQueue()
-        self.tasks: set[Future[None]] = set()
+        self.to_start: deque[Coroutine[Any, Any, None]] = deque()
+        self.tasks: set[asyncio.Task[None]] = set()
         self.longest_timeout_s = 0.0
 
     def start(
@@ -57,11 +58,16 @@ class InFlight:
         Work that takes longer than `timeout_s` is given up: its outcome is a `TimeoutError`.
         """
         self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
-        task = asyncio.run_coroutine_threadsafe(
-            self._work(kind, trajectory, work, limit, timeout_s), background_loop()
-        )
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.to_start.append(self._work(kind, trajectory, work, limit, timeout_s))
+        if len(self.to_start) == 1:  # else the loop is awake already: waking it costs more than the rest of a start
+            background_loop().call_soon_threadsafe(self._start_all)
+
+    def _start_all(self) -> None:
+        while self.to_start:
+            task = asyncio.get_running_loop().create_task(self.to_start[0])
+            del self.to_start[0]
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
     def done(self) -> list[Arrival]:
         """Return what finished since the last call."""
@@ -78,6 +84,9 @@ class InFlight:
 
     def cancel(self) -> None:
         """Stop what is still under way, when the rollout is left by an error."""
+        background_loop().call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
         for task in list(self.tasks):
             task.cancel()
 
