@@ -1,0 +1,133 @@
+"""Collect real searches for Search Simulation Tuning: a model answers questions with a real engine (Section 3.3).
+
+    python recipes/collect_traces.py --dataset train.jsonl --model qwen2.5-7b-instruct --endpoint_url https://HOST/v1 \
+        --endpoint_key_env OPENAI_API_KEY --engine google --google_max_usd 20 --output_dir outputs/traces
+    python recipes/collect_traces.py --dataset train.jsonl --model Qwen/Qwen2.5-7B-Instruct --generator vllm \
+        --engine retriever --output_dir outputs/traces
+
+The output folder gets traces.jsonl, a line a search: question, golden answers, query, documents, and how the
+trajectory ended. Every line is on the disk as it comes, and every reply of the engine on a cassette: after a kill, an
+error or a limit the same command goes on, and nothing is paid for twice. `--max_usd` counts the endpoint too, by its
+`--endpoint_usd_read` and `--endpoint_usd_written`. Next: recipes/judge_traces.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trl import TrlParser
+
+from zerosearch.collecting import MAX_FAILED, MAX_LIVE, collect_traces
+from zerosearch.data import load_questions
+from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
+from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.evaluation import Limits
+from zerosearch.generation import GenerationError, Generator, RemoteGenerator
+from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.loading import load_generator, model_identity
+from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT
+from zerosearch.rollout import RolloutSettings
+
+# Edit here for an ablation: what the model is asked. The paper does not give the words it collected with.
+PROMPT = POLICY_PROMPT
+GENERATORS = ("endpoint", "vllm", "transformers")
+
+
+@dataclass
+class CollectArguments:
+    """Which questions, and which model answers them."""
+
+    dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub: training questions."})
+    model: str = field(metadata={"help": "The endpoint's model, or a folder or Hub id (paper: Qwen2.5-7B-Instruct)."})
+    output_dir: str = field(metadata={"help": "Folder for the traces; one of an earlier command is gone on with."})
+    generator: Literal["endpoint", "vllm", "transformers"] = field(
+        default="endpoint", metadata={"help": "What runs the model; endpoint: any OpenAI-style server."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    max_usd: float | None = field(default=None, metadata={"help": "Stop when this command has cost so much."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Stop when this command has taken so long."})
+    questions_in_flight: int = field(default=MAX_LIVE, metadata={"help": "Questions under way at once."})
+    max_failed: int = field(default=MAX_FAILED, metadata={"help": "Give up when so many questions lost a search."})
+
+    def __post_init__(self) -> None:
+        if self.generator not in GENERATORS:  # a config file is not checked by the parser
+            raise UserError(f"generator is {self.generator!r}: it must be one of {', '.join(GENERATORS)}")
+        for name in ("questions_in_flight", "max_failed"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass
+class CollectEngine(EngineOptions):
+    """The engine to collect from: a real one."""
+
+    engine: Literal["google", "retriever", "bm25"] = field(  # type: ignore[assignment]
+        default="google", metadata={"help": "The search engine (paper: Google)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.engine == "simulated":
+            raise UserError("--engine simulated has nothing to learn a simulator from: collect from a real engine")
+        super().__post_init__()
+
+
+def load_model(arguments: CollectArguments, options: EndpointOptions, max_tokens: int) -> tuple[Any, dict[str, Any]]:
+    """Return what runs the model, and which model that is."""
+    if arguments.generator == "endpoint":
+        return make_endpoint(options, arguments.model), {"model": arguments.model, "endpoint": options.endpoint_url}
+    return load_generator(arguments.model, arguments.generator, max_tokens), model_identity(arguments.model)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    with user_mistakes():
+        parser = TrlParser((CollectArguments, CollectEngine, EndpointOptions, RolloutSettings))
+        arguments, engine_options, endpoint_options, settings = parser.parse_args_and_config(argv)
+    limits = Limits(arguments.max_usd, arguments.max_seconds)
+    questions = load_questions(arguments.dataset, arguments.dataset_split, PROMPT, arguments.dataset_limit).to_list()
+    output_dir = Path(arguments.output_dir)
+    engine_options.cassette = engine_options.cassette or str(output_dir / "searches.sqlite")
+    engine = make_engine(engine_options, SIMULATOR_PROMPT)
+    generator: Generator | RemoteGenerator
+    generator, identity = load_model(arguments, endpoint_options, settings.max_trajectory_tokens)
+    about = {**identity, "dataset": arguments.dataset, "generator": arguments.generator, "prompt": PROMPT}
+    try:
+        results = collect_traces(
+            questions,
+            generator,
+            engine,
+            settings,
+            output_dir,
+            seed=arguments.seed,
+            about=about,
+            limits=limits,
+            max_live=arguments.questions_in_flight,
+            max_failed=arguments.max_failed,
+        )
+    except GenerationError as error:
+        raise UserError(f"{error}; what was finished is kept, and the same command goes on") from error
+    finally:
+        close_engine(engine)
+        if isinstance(generator, EndpointGenerator):
+            run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
+    spent = results["this_command"]
+    print(
+        f"{results['questions']:,} of {len(questions):,} questions, {results['searches']:,} searches, EM "
+        f"{results['em'] or 0:.3f}; this command cost {spent['usd']:.2f} USD"
+    )
+    if results["missing"]:
+        why = results["stopped"] or f"{results['lost_a_search']} lost a search ({results['last_failure']})"
+        print(f"{results['missing']:,} questions are missing: {why}; the same command goes on")
+    print(
+        f"traces: {output_dir / 'traces.jsonl'}; judge them: python recipes/judge_traces.py --traces "
+        f"{output_dir / 'traces.jsonl'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
