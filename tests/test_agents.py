@@ -112,7 +112,8 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
 
 
 def test_search_r1_shows_titles() -> None:
-    _, writer, _ = roll_out(AGENTS["search-r1"], write_two_searches)
+    trajectory, writer, _ = roll_out(AGENTS["search-r1"], write_two_searches)
+    assert trajectory.cut_observations == 0
     assert writer.contexts[0] == POLICY_PROMPT.format(question=QUESTION)
     assert writer.contexts[1].endswith(
         '\n\n<information>Doc 1(Title: "Emma") Found for Emma author\nDoc 2(Title: "Rain") It rains.</information>\n\n'
@@ -216,3 +217,27 @@ def test_a_template_with_other_fields_is_refused() -> None:
         agent_prompt("Who?", "{question} {answer}")
     with pytest.raises(UserError, match=r"lacks \{documents\}"):
         reading_prompt(question="q", reasoning="r", query="q", documents="d", template="{query}")
+
+
+# Each agent's prompt to the letter: results say nothing when a word of it has changed.
+GOLDEN_PROMPTS = {
+    "direct": "Answer the given question from what you know. Give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "cot": "Answer the given question from what you know. Think step by step inside <think> and </think> first. Then give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "rag": "Answer the given question with the help of the documents between <information> and </information>, some of which may not matter. Give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>.\n\n<information>Doc 1: x</information>\n\nQuestion: Who wrote Emma?\n",  # noqa: E501
+    "ra-agent": "Answer the given question by searching. Work out inside <think> and </think> what has to be looked up, one thing at a time. To look something up, write a short query inside <search> and </search>, and stop: the documents found are returned between <information> and </information>. Search again, with other words or for the next thing, until the documents hold the answer. Then give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "search-o1": "Answer the given question by reasoning step by step inside <think> and </think>. Whenever you are not sure of something, write a short query inside <search> and </search>, and stop: a reader goes through the documents found, and returns what matters for your reasoning between <information> and </information>. Go on from there, and search again whenever you need to. At the end give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "r1": "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+}
+GOLDEN_READING_PROMPT = 'Somebody works on the question below and has searched for something. Read the documents found and write down, in a few sentences, what they say that helps to take the next step; add nothing that they do not say, and do not answer the question itself. If nothing in them helps, write "Nothing helpful was found."\n\nQuestion: Who wrote Emma?\nReasoning so far: R.\nQuery: Emma\nDocuments:\nDoc 1: x\nWhat helps:\n'  # noqa: E501
+
+
+def test_the_agents_prompts_to_the_letter() -> None:
+    for name, golden in GOLDEN_PROMPTS.items():
+        assert AGENTS[name].messages("Who wrote Emma", "Doc 1: x") == [{"role": "user", "content": golden}]
+    template = AGENTS["search-o1"].reading_template or ""
+    fields = {"question": "Who wrote Emma?", "reasoning": "R.", "query": "Emma", "documents": "Doc 1: x"}
+    assert reading_prompt(template=template, **fields) == GOLDEN_READING_PROMPT
+    assert TINYWORLD_AGENTS["rag"].messages("Who wrote Emma?", "Doc 1: x")[0]["content"] == (
+        "Think in <think>, look things up with <search>, then give a short <answer>. Question: Who wrote Emma?\n"
+        "\n\n<information>Doc 1: x</information>\n\n"
+    )
