@@ -10,6 +10,7 @@ configurations for one and several devices. With `--engine simulated`, start a s
 
 from __future__ import annotations
 
+import json
 import os
 
 # Before torch is imported: on a CPU its threads spin while they wait, and beside a busy simulator a step then takes
@@ -20,17 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.data import claim_output_dir, load_questions
 from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.in_flight import close_engine
 from zerosearch.models import load_tokenizer
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT, TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT
 from zerosearch.rewards import f1_reward
-from zerosearch.rollout import close_engine
 from zerosearch.trainer import SearchConfig, SearchTrainer
 
 # --prompt chooses what the policy is asked ({question}) and what the simulator is ({question}, {golden_answer}, ...).
@@ -61,18 +63,6 @@ def choose_engine(options: EngineOptions, prompt: str) -> SearchEngine:
     return make_engine(options, simulator_template=PROMPTS[prompt][1])
 
 
-def checkpoint_to_resume(config: SearchConfig) -> str | None:
-    """Return the checkpoint to go on from: the folder named, or for "true" the last one in the output folder."""
-    asked = config.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    checkpoint = last if asked.lower() == "true" else asked
-    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
-        raise UserError(f"there is no checkpoint to resume from: {checkpoint or config.output_dir}")
-    return checkpoint
-
-
 def claim_output(config: SearchConfig, overwrite: bool) -> None:
     """Claim the output folder, for a run that starts afresh; only one rank does, before any of them writes."""
     if config.process_index != 0:
@@ -99,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
         parser = TrlParser((RecipeArguments, EngineOptions, SearchConfig, ModelConfig), usage=usage)
         arguments, options, config, model_config = parser.parse_args_and_config(argv)
-    checkpoint = checkpoint_to_resume(config)
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
     if checkpoint is None:
         claim_output(config, arguments.overwrite_output_dir)
     model = model_config.model_name_or_path
@@ -126,6 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
+    if config.process_index == 0:
+        queries = json.loads(Path(config.output_dir, "engine_queries.json").read_text(encoding="utf-8"))
+        print(cost_table(queries, getattr(engine, "ledger", None)))
     close_engine(engine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -17,8 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from zerosearch.decoding import TransformersGenerator, draw
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import Generator, SampledTurn, Sampling, TurnEnd, TurnRequest, VLLMGenerator
-from zerosearch.rollout import RolloutSettings, Trajectory, Turn, run_rollouts
+from zerosearch.generation import (
+    Generator,
+    RemoteGenerator,
+    SampledTurn,
+    Sampling,
+    TurnEnd,
+    TurnRequest,
+    VLLMGenerator,
+)
+from zerosearch.in_flight import run_in_background
+from zerosearch.rollout import RolloutSettings, run_rollouts
+from zerosearch.trajectory import Trajectory, Turn
 
 PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
 
@@ -57,7 +68,21 @@ def sample(generator: Generator, requests: list[TurnRequest], temperature: float
     return turns
 
 
-def roll_out(generator: Generator, count: int = 24, temperature: float = 1.0, max_turns: int = 3) -> list[Trajectory]:
+def sample_remotely(
+    generator: RemoteGenerator, requests: list[TurnRequest], sampling: Sampling | None = None
+) -> dict[int, SampledTurn]:
+    """Sample turns elsewhere, all at once, and return them by trajectory."""
+
+    async def all_at_once() -> list[SampledTurn]:
+        return await asyncio.gather(*(generator.sample(request) for request in requests))
+
+    with generator.session(sampling or Sampling()):
+        return {turn.trajectory: turn for turn in run_in_background(all_at_once(), 60)}
+
+
+def roll_out(
+    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_turns: int = 3
+) -> list[Trajectory]:
     rows = [
         {"prompt": PROMPTS[n % 3], "question": PROMPTS[n % 3], "golden_answers": ["rain"], "id": str(n)}
         for n in range(count)

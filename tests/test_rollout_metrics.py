@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zerosearch.rollout import RolloutClock, Trajectory, Turn
 from zerosearch.rollout_metrics import TrajectoryFacts, rollout_metrics
+from zerosearch.trajectory import RolloutClock, Trajectory, Turn
 
 
 def test_rollout_metrics_by_hand() -> None:

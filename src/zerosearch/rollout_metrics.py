@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, median
 
-from zerosearch.rollout import OUTCOMES, Outcome, RolloutClock, Trajectory
+from zerosearch.trajectory import OUTCOMES, Outcome, RolloutClock, Trajectory
 
 
 @dataclass(frozen=True)
