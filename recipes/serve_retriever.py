@@ -78,12 +78,9 @@ def open_index(arguments: RetrieverArguments) -> PassageIndex:
         faiss_index=arguments.faiss_index,
         batch_size=arguments.batch_size,
     )
-    if "recall_against_flat" in index.manifest:
-        print(
-            "{factory}: {index_mib} MiB, finds {recall_against_flat:.1%} of flat's first {recall_depth}".format(
-                factory=arguments.factory, **index.manifest
-            )
-        )
+    if index.recall is not None:
+        size_mib, depth = index.manifest["index_mib"], index.manifest["recall_depth"]
+        print(f"{arguments.factory}: {size_mib:,} MiB, finds {index.recall:.1%} of what flat finds first ({depth})")
     return index
 
 

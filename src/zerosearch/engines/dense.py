@@ -75,11 +75,13 @@ class DenseIndex:
         self.model = _load_model(self.settings)
         self.dimensions = self.model.get_embedding_dimension() or 0
         described = {"kind": "dense", **vars(self.settings)}
+        del described["num_probes"]  # which belongs to a search: other probes need no other index
         if faiss_index is not None:
             described["faiss_index"] = str(Path(faiss_index).resolve())
         self.manifest = built_index(corpus, folder, described, lambda draft: self._build(corpus, draft, faiss_index))
         path = folder / "index.faiss" if faiss_index is None else Path(faiss_index)
         self.index = _read(path)
+        _set_probes(self.index, self.settings.num_probes)
         self.passages = PassageFile(corpus, np.load(folder / "offsets.npy", mmap_mode="r"))
         if self.index.ntotal != len(self.passages):
             raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.passages):,} passages")
@@ -87,8 +89,13 @@ class DenseIndex:
             raise UserError(f"{path} holds vectors of {self.index.d} numbers, {self.settings.model} makes others")
 
     def identity(self) -> dict[str, Any]:
-        """Return what it was built from."""
-        return index_identity(self.manifest)
+        """Return what its results depend on."""
+        return {**index_identity(self.manifest), "num_probes": self.settings.num_probes}
+
+    @property
+    def recall(self) -> float | None:
+        """Return the recall against flat with these probes; `None` if it was not measured with as many."""
+        return self.manifest.get("recall_against_flat", {}).get(str(_probes(self.index)))
 
     def search(self, queries: Sequence[str], count: int) -> list[list[tuple[int, float]]]:
         """Return the numbers and inner products of the `count` passages nearest to each query, best first."""
@@ -157,16 +164,13 @@ class DenseIndex:
         for start in range(0, len(vectors), BLOCK_PASSAGES):
             index.add(np.ascontiguousarray(vectors[start : start + BLOCK_PASSAGES]))
         faiss.write_index(index, str(folder / "index.faiss"))
-        recall = recall_against_flat(index, vectors)
+        recalls = {}
+        for num_probes in _probes_to_measure(index, self.settings.num_probes):
+            _set_probes(index, num_probes)
+            recalls[str(_probes(index))] = recall_against_flat(index, vectors)
         size_mib = (folder / "index.faiss").stat().st_size / 2**20
-        logger.info(
-            "dense index %s: %.1f MiB, recall@%d against flat %.3f",
-            self.settings.factory,
-            size_mib,
-            RECALL_DEPTH,
-            recall,
-        )
-        return {"index_mib": round(size_mib, 2), "recall_against_flat": recall, "recall_depth": RECALL_DEPTH}
+        logger.info("dense index %s: %.1f MiB, recall by probes %s", self.settings.factory, size_mib, recalls)
+        return {"index_mib": round(size_mib, 2), "recall_against_flat": recalls, "recall_depth": RECALL_DEPTH}
 
 
 def recall_against_flat(index: Any, vectors: np.ndarray, depth: int = RECALL_DEPTH) -> float:
@@ -201,18 +205,37 @@ def _empty_index(settings: DenseSettings, dimensions: int) -> Any:
     except RuntimeError as error:
         shown = str(error).splitlines()[-1][-200:]
         raise UserError(f"FAISS makes no index {settings.factory!r} of {dimensions} dimensions: {shown}") from None
-    _set_probes(index, settings.num_probes)
     return index
 
 
-def _set_probes(index: Any, num_probes: int) -> None:
+def _cells(index: Any) -> Any:
+    """Return the part of an index that has cells, or `None`."""
     import faiss
 
     try:
-        cells = faiss.extract_index_ivf(index)
-    except RuntimeError:  # it has none
-        return
-    cells.nprobe = min(num_probes, cells.nlist)
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+
+
+def _set_probes(index: Any, num_probes: int) -> None:
+    cells = _cells(index)
+    if cells is not None:
+        cells.nprobe = min(num_probes, cells.nlist)
+
+
+def _probes(index: Any) -> int:
+    """Return the cells that a query looks into; 1 where there is but one."""
+    cells = _cells(index)
+    return 1 if cells is None else int(cells.nprobe)
+
+
+def _probes_to_measure(index: Any, num_probes: int) -> list[int]:
+    """Return the powers of two up to the number of cells, and what was asked for."""
+    cells = _cells(index)
+    if cells is None:
+        return [1]
+    return sorted({*(2**power for power in range(int(cells.nlist).bit_length())), min(num_probes, int(cells.nlist))})
 
 
 def _read(path: Path) -> Any:

@@ -76,14 +76,17 @@ class Ledger:
         return {"mean": mean, "p50": cuts[49], "p95": cuts[94], "max": max(self.latencies_s)}
 
 
-def cost_table(queries: Mapping[str, int], usd_here: float) -> str:
-    """Return a line an engine: its queries, and what they would have cost at Google's listed price; then a sum.
+def cost_table(queries: Mapping[str, int], ledger: Ledger | None = None) -> str:
+    """Return a line an engine: its queries, what they would have cost at Google's listed price, and what they did.
 
-    `queries` is what `engine_queries.json` of a training run holds; `usd_here` is what all of them cost in fact.
+    `queries` is what `engine_queries.json` of a training run holds, of all ranks and of the run before a resume.
+    `ledger` is the account of one of the engines in this process: its mean price a query counts for all, and its
+    machine for the time that this process took. An engine without an account is free.
     """
     lines = [f"{'engine':<16} {'queries':>9} {'USD at Google':>14} {'USD here':>9}"]
     for engine, count in queries.items():
-        lines.append(f"{engine:<16} {count:>9,} {count * GOOGLE_USD_PER_QUERY:>14,.2f}")
-    total = sum(queries.values())
-    lines.append(f"{'all':<16} {total:>9,} {total * GOOGLE_USD_PER_QUERY:>14,.2f} {usd_here:>9,.2f}")
+        usd = 0.0
+        if ledger is not None and ledger.engine == engine:
+            usd = ledger.usd / max(ledger.sent, 1) * count + ledger.hours * ledger.usd_per_hour
+        lines.append(f"{engine:<16} {count:>9,} {count * GOOGLE_USD_PER_QUERY:>14,.2f} {usd:>9,.2f}")
     return "\n".join(lines)

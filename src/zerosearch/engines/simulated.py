@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
+from zerosearch.engines.ledger import Ledger
 from zerosearch.engines.replicas import Replicas
 from zerosearch.errors import UserError
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
@@ -82,6 +84,7 @@ class SimulatedEngine:
         self.min_documents = min_documents
         self.max_concurrency = max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
+        self.ledger = Ledger(self.name)
         self.client = HTTPClient(
             "the simulator",
             remedy=f"put it right (it is started with: {self.start_command()}) and resume the run",
@@ -115,6 +118,13 @@ class SimulatedEngine:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it cannot be had to."""
+        with self.ledger.search():
+            try:
+                return await self._search(request)
+            finally:
+                self.ledger.sent, self.ledger.retries = self.client.counts.calls, self.client.counts.retries
+
+    async def _search(self, request: SearchRequest) -> SearchResult:
         self.counts.searches += 1
         coins = self._toss(request)  # (num_documents,)
         try:
@@ -142,6 +152,18 @@ class SimulatedEngine:
             noisy_share=noisy_share if self.coin == "document" else None,
             short_replies=sum(short for _, _, short in replies),
         )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its results depend on, wherever it is served; `model` is `None` before `check`."""
+        return {
+            "engine": self.name,
+            "model": self.model,
+            "template_sha256": hashlib.sha256(repr(self.template).encode()).hexdigest(),
+            "coin": self.coin,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "num_documents": self.num_documents,
+        }
 
     async def aclose(self) -> None:
         """Close the connections."""
