@@ -1,0 +1,145 @@
+"""Measure how faithful a simulator is, on queries that it was not tuned on; or a real engine, as the yardstick.
+
+    python recipes/measure_fidelity.py --queries test.jsonl --simulator_url http://127.0.0.1:6001/v1
+    python recipes/measure_fidelity.py --queries test.jsonl --model outputs/simulator     # serves it for the while
+    python recipes/measure_fidelity.py --queries traces.jsonl --engine recorded           # the documents in the file
+
+`--queries` are searches, rows `{question, golden_answers, query, documents}`: the documents are what a real engine
+found, compared with the simulator's, and may be empty. Any OpenAI-style endpoint will do; an untuned model takes
+`--prompt prompted`. TinyWorld, with searches of another world than the simulator was tuned on:
+
+    python data/make_tinyworld.py --output_dir outputs/tinyworld-held-out --seed 7
+    python recipes/measure_fidelity.py --config recipes/configs/fidelity-tinyworld.yaml --model outputs/demo/simulator
+
+Writes OUTPUT.json, OUTPUT.md and OUTPUT.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from trl import TrlParser
+
+from zerosearch.engines.simulated import SimulatedEngine
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.fidelity import FidelityOptions, measure_recorded, measure_simulator
+from zerosearch.fidelity_card import card_markdown, write_card
+from zerosearch.held_out import Rule, read_held_out
+from zerosearch.prompts import PROMPTED_SIMULATOR, SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
+from zerosearch.serving import ServerDied, exit_on_signals, simulator_server
+
+# Edit here for an ablation: what the simulator is asked.
+PROMPTS: dict[str, SimulatorTemplate] = {
+    "paper": SIMULATOR_PROMPT,
+    "tinyworld": TINYWORLD_SIMULATOR_PROMPT,
+    "prompted": PROMPTED_SIMULATOR,
+}
+
+
+@dataclass
+class RecipeArguments:
+    """What to measure, and with what."""
+
+    queries: str = field(metadata={"help": "Held-out searches, JSONL."})
+    engine: Literal["simulated", "recorded"] = field(
+        default="simulated", metadata={"help": "A simulator, or the documents in the file."}
+    )
+    simulator_url: str = field(
+        default="http://127.0.0.1:6001/v1", metadata={"help": "Its address; several with commas between them."}
+    )
+    simulator_model: str | None = field(
+        default=None, metadata={"help": "The model to ask for. Default: the one that is served."}
+    )
+    api_key_variable: str | None = field(
+        default=None, metadata={"help": "Environment variable with the endpoint's key, where it wants one."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Serve this folder or Hub id for the while."})
+    port: int = field(default=6001, metadata={"help": "For model: the port to serve it on."})
+    max_model_len: int = field(default=4096, metadata={"help": "For model: longest prompt plus reply, in tokens."})
+    dtype: str = field(default="auto", metadata={"help": "For model: its number format."})
+    num_threads: int | None = field(default=None, metadata={"help": "For model, on a CPU: threads to use."})
+    prompt: str = field(default="paper", metadata={"choices": list(PROMPTS), "help": "What the simulator is asked."})
+    rule: Rule = field(
+        default="answer",
+        metadata={"help": "Documents answer a query if they hold its answer, or state its fact (TinyWorld)."},
+    )
+    temperature: float = field(default=0.8, metadata={"help": "The simulator's."})
+    max_tokens: int = field(default=600, metadata={"help": "Longest reply, in tokens."})
+    num_documents: int = field(default=5, metadata={"help": "Documents a search."})
+    output: str = field(default="outputs/fidelity/simulator", metadata={"help": "Where to write, without suffix."})
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("simulated", "recorded"):  # a config file is not checked by the parser
+            raise UserError(f"engine is {self.engine!r}: it must be simulated or recorded")
+        if self.prompt not in PROMPTS:
+            raise UserError(f"prompt is {self.prompt!r}: it must be one of {', '.join(PROMPTS)}")
+        if self.api_key_variable and not os.environ.get(self.api_key_variable):
+            raise UserError(f"--api_key_variable names {self.api_key_variable}, which the environment lacks")
+
+
+@contextmanager
+def engine_of(recipe: RecipeArguments) -> Iterator[SimulatedEngine]:
+    """Yield the engine to measure; a model of our own is served meanwhile."""
+    if recipe.model is None:
+        yield make_engine(recipe, recipe.simulator_url)
+        return
+    exit_on_signals()
+    print(f"starting {recipe.model} ...", flush=True)
+    with simulator_server(
+        recipe.model,
+        recipe.port,
+        max_model_len=recipe.max_model_len,
+        dtype=recipe.dtype,
+        num_threads=recipe.num_threads,
+    ) as server:
+        yield make_engine(recipe, server.base_url)
+
+
+def make_engine(recipe: RecipeArguments, url: str) -> SimulatedEngine:
+    """Return the engine that asks the endpoint at `url`."""
+    return SimulatedEngine(
+        url,
+        recipe.simulator_model,
+        PROMPTS[recipe.prompt],
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        num_documents=recipe.num_documents,
+        api_key=os.environ[recipe.api_key_variable] if recipe.api_key_variable else None,
+    )
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write the card, print it."""
+    with user_mistakes():
+        recipe, options = TrlParser((RecipeArguments, FidelityOptions)).parse_args_and_config(argv)
+    queries = read_held_out(recipe.queries, recipe.rule)
+    about = {"queries": recipe.queries, "engine": recipe.engine}
+    if recipe.engine == "recorded":
+        card = measure_recorded(queries, options, about)
+    else:
+        try:
+            with engine_of(recipe) as engine:
+                settings = {"prompt": recipe.prompt, "temperature": recipe.temperature, "seed": options.seed}
+                about |= {"model": recipe.model or recipe.simulator_model or recipe.simulator_url, **settings}
+                card = measure_simulator(engine, queries, options, about)
+        except ServerDied as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    paths = write_card(card, Path(recipe.output))
+    print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
+    headline = {
+        name: card[name] for name in ("useful_answer_rate", "noisy_leak_rate", "max_noise_error") if name in card
+    }
+    print(json.dumps({name: round(value, 4) for name, value in headline.items()}))
+
+
+if __name__ == "__main__":
+    main()
