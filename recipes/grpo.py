@@ -29,6 +29,7 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.generation import GenerationError
 from zerosearch.in_flight import close_engine
 from zerosearch.models import load_tokenizer
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT, TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except SearchError as error:  # the engine is gone: its message says what to do, a traceback would not
+    except (SearchError, GenerationError) as error:  # their message says what to do, a traceback would not
         raise UserError(str(error)) from error
     trainer.save_model(config.output_dir)
     trainer.save_state()
