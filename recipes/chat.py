@@ -37,7 +37,8 @@ from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRe
 from zerosearch.in_flight import close_engine
 from zerosearch.loading import load_generator
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.rollout import Event, RolloutSettings, Trajectory, run_rollouts
+from zerosearch.rollout import Event, RolloutSettings, run_rollouts
+from zerosearch.trajectory import Trajectory
 
 PROMPTS = {
     "paper": (AGENTS, SIMULATOR_PROMPT),

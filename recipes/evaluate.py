@@ -17,6 +17,7 @@ scores.svg to the output folder, and with several evaluations a folder for each.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -195,6 +196,7 @@ def run(
             if one.model != loaded:
                 release(generator)
                 generator = None  # the one before goes first: both might not fit
+                gc.collect()
                 generator, identity = load_model(
                     one.model, arguments, endpoint_options, settings.max_trajectory_tokens
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -287,10 +288,12 @@ def test_trajectories_and_masks_on_real_questions_and_passages(real_model: Path)
 @real_data
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["vllm", "transformers"])
-def test_the_recipe_scores_real_questions(generator: str, real_model: Path, tmp_path: Path) -> None:
+def test_the_recipe_scores_two_models_on_real_questions(generator: str, real_model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(real_model, tmp_path / "other")
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "recipes/evaluate.py"), "--model", str(real_model), "--generator", generator),
+            *(sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", generator),
+            *("--model", str(other), str(real_model)),
             *("--dataset", str(SHARED / "qa_multihop.jsonl"), "--dataset_limit", "60", "--engine", "bm25"),
             *("--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(tmp_path / "out")),
             *("--temperature", "1", "--max_turn_tokens", "48"),
@@ -302,8 +305,12 @@ def test_the_recipe_scores_real_questions(generator: str, real_model: Path, tmp_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hotpotqa" in done.stdout
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    records = [json.loads(line) for line in (tmp_path / "out/trajectories.jsonl").open(encoding="utf-8")]
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == ["other policy", f"{real_model.name} policy"]
+    assert len({results["weights_fingerprint"] for results in found.values()}) == 1
+    folder = tmp_path / "out" / f"{real_model.name}-policy"
+    results = json.loads((folder / "results.json").read_text())
+    records = [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
     assert results["n"] == len(records) == 60 and results["generator"] == generator
     for name, metric in (("em", exact_match), ("f1", f1)):
         scores = [metric(record["answer"], record["golden_answers"]) for record in records]

