@@ -10,7 +10,7 @@ from zerosearch.trajectory import RolloutClock, Trajectory, Turn
 
 def test_rollout_metrics_by_hand() -> None:
     turns = [
-        Turn("", "search", "q", 3, noisy=True, noisy_share=1.0, retries=2, latency_s=0.1),
+        Turn("", "search", "q", 3, noisy=True, noisy_share=1.0, retries=2, short_replies=1, latency_s=0.1),
         Turn("", "invalid", "", 2),
         Turn("", "search", "q", 3, noisy=False, noisy_share=0.2, latency_s=0.3),
         Turn("", "answer", "x", 4),
@@ -31,6 +31,7 @@ def test_rollout_metrics_by_hand() -> None:
             "search/cut_turns": 0.5,
             "search/cut_observations": 1.0,
             "search/retries": 1.0,
+            "search/short_replies": 0.5,
             "search/answered": 0.5,
             "search/turns_exhausted": 0.0,
             "search/truncated": 0.0,

@@ -153,9 +153,8 @@ class _Rollout:
         self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
         self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
         self.turn_starts: dict[int, float] = {}  # of those sampled here
-        self.last_progress = (
-            time.perf_counter()
-        )  # when a turn that is sampled here ended, or one was submitted to none
+        # When a turn that is sampled here last ended, or was submitted while no other was in flight.
+        self.last_progress = time.perf_counter()
         self.num_generating = 0
         self.num_searching = 0
 
@@ -322,7 +321,7 @@ class _Rollout:
             raise outcome
         else:
             turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
-            turn.noisy_share = noisy_share(outcome)
+            turn.noisy_share, turn.short_replies = noisy_share(outcome), outcome.short_replies
             if turn is trajectory.lookup:
                 self._begin_with_documents(index, turn.documents)
             elif self.agent.reading_template:

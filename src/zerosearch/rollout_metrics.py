@@ -21,6 +21,7 @@ class TrajectoryFacts:
     cut_turns: int
     cut_observations: int
     retries: int
+    short_replies: int
     outcome: Outcome | None
     noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
     latencies_s: tuple[float, ...]
@@ -38,6 +39,7 @@ class TrajectoryFacts:
             cut_turns=trajectory.cut_turns,
             cut_observations=trajectory.cut_observations,
             retries=sum(turn.retries for turn in searched),
+            short_replies=sum(turn.short_replies for turn in searched),
             outcome=trajectory.outcome,
             noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),
             latencies_s=tuple(turn.latency_s for turn in searched if turn.latency_s is not None),

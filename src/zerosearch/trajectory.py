@@ -31,6 +31,7 @@ class Turn:
     noisy: bool | None = None
     noisy_share: float | None = None  # of its documents; None where the engine has no such notion
     retries: int = 0
+    short_replies: int = 0  # of a simulator, with too few documents
     latency_s: float | None = None  # of the search, from request to documents; None without one
     observation: str = ""
     num_observation_tokens: int = 0

@@ -141,7 +141,8 @@ class SimulatedEngine:
             found = f"{len(pairs)} documents" if pairs else "no documents"
             raise SearchError(
                 f"the simulator at {self.address} wrote {found} for the query {request.query!r}, asked twice; "
-                "is the model it serves a simulator, and tuned to this prompt?"
+                "is the model it serves a simulator, and tuned to this prompt?",
+                sum(retries for _, retries, _ in replies),
             )
         self.counts.short_searches += len(pairs) < self.num_documents
         noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
