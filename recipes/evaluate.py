@@ -223,6 +223,8 @@ def run(
                 break
     except (SearchError, GenerationError) as error:
         raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command with --resume true goes on") from None
     except LimitReached as limit:
         if not found:
             raise UserError(f"{limit}; raise the limit, and go on with --resume true") from limit

@@ -252,6 +252,13 @@ def test_other_questions_or_settings_are_another_evaluation(tmp_path: Path) -> N
         evaluate(asked(12), Writer(search_then_answer), Library(), longer, tmp_path, agent=RAG_LIKE, resume=True)
 
 
+def test_a_resume_may_have_other_time_limits(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    patient = RolloutSettings(temperature=0.0, search_timeout_s=9.0, turn_timeout_s=9.0)
+    resumed = evaluate(asked(12), Writer(str), Library(), patient, tmp_path, agent=RAG_LIKE, resume=True)
+    assert resumed["by_dataset"] == whole["by_dataset"]
+
+
 def test_a_lost_search_is_tried_again_by_a_resume(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match="12 of 12 questions lost a search"):
         run(tmp_path, engine=Library(broken=True))

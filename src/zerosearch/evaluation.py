@@ -269,13 +269,22 @@ def identity_of(engine: Any) -> dict[str, Any]:
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise `UserError` that names the first difference between the evaluation in a folder and the one asked for."""
+    """Raise `UserError` that names the first difference between the evaluation in a folder and the one asked for.
+
+    Time limits may differ: to raise one is what a resume may be for.
+    """
+    stored, wanted = _without_time_limits(stored), _without_time_limits(wanted)
     for name in {**wanted, **stored}:
         if stored.get(name) != wanted.get(name):
             was, now = _first_difference(name, stored.get(name), wanted.get(name))
             raise UserError(
                 f"{output_dir} holds another evaluation, which cannot be resumed as this one: {was}, {now}"
             )
+
+
+def _without_time_limits(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in manifest["settings"].items() if not name.endswith("_timeout_s")}
+    return {**manifest, "settings": settings}
 
 
 def _first_difference(name: str, stored: Any, wanted: Any) -> tuple[str, str]:
