@@ -136,7 +136,9 @@ def test_the_files_are_those_of_bm25s(tmp_path: Path) -> None:
     BM25Index(corpus, tmp_path / "index")
     loaded = bm25s.BM25.load(tmp_path / "index", load_vocab=False)
     vocabulary = Vocabulary(tmp_path / "index")
-    scores = loaded.get_scores_from_ids([vocabulary["w0"], vocabulary["w7"]])
+    ids = [vocabulary.find("w0"), vocabulary.find("w7")]
+    assert None not in ids and vocabulary.find("w") is None
+    scores = loaded.get_scores_from_ids(ids)
     assert scores.tolist() == pytest.approx(scores_by_bm25s(corpus, "w0 w7"), abs=1e-5)
     assert not [path.name for path in (tmp_path / "index").iterdir() if path.suffix in (".pkl", ".tmp")]
     for path in (tmp_path / "index").glob("*.npy"):

@@ -17,6 +17,8 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from zerosearch.engines import SearchRequest, SearchResult
-from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity
+from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity, mapped
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
 
@@ -52,6 +54,9 @@ WORD = re.compile(r"\w+")
 BLOCK_WORDS = 4_000_000  # words in memory at once while an index is built; some 200 MiB
 PROGRESS_BAR_BLOCKS = 4
 ROUNDING = 1e-3  # more than float32 sums of scores can be off by
+LOOKUP_COST = 40  # to look up a candidate among the passages of a word, as a multiple of adding one passage's score
+REMEMBERED_WORDS = 100_000  # queries share most of their words
+SELECTION_COST = 4  # to find the best among the passages of a word: worth it if a frequent word may be spared
 
 # k1 and b as in Anserini, which Search-R1's and FlashRAG's BM25 run; on real questions, no worse than bm25s's own.
 K1, B = 0.9, 0.4
@@ -107,11 +112,14 @@ class BM25Index:
         corpus, folder = Path(corpus), Path(index_dir)
         settings = {"kind": "bm25", "k1": K1, "b": B}
         self.manifest = built_index(corpus, folder, settings, lambda draft: _IndexBuilder(corpus, draft).build())
-        self.passages = PassageFile(corpus, np.load(folder / "offsets.npy", mmap_mode="r"))
+        self.passages = PassageFile(corpus, mapped(folder / "offsets.npy"))
         self.vocabulary = Vocabulary(folder)
-        self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (words,), no passage scores more for a word
+        self.bounds = mapped(folder / "bounds.npy")  # (words,), no passage scores more for a word
         scores = bm25s.BM25.load(folder, mmap=True, load_vocab=False).scores
-        self._scores, self._numbers, self._starts = scores["data"], scores["indices"], scores["indptr"]
+        # Plain arrays over the same mapped memory: the class that says so makes each access slower.
+        self._scores, self._numbers, self._starts = (
+            np.asarray(scores[name]) for name in ("data", "indices", "indptr")
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return what it was built from."""
@@ -123,51 +131,49 @@ class BM25Index:
 
     def top(self, query: str, count: int) -> list[tuple[int, float]]:
         """Return the numbers and scores of the `count` passages that match best; ties by number."""
-        counts = Counter(word for word in _words(query) if word in self.vocabulary)
-        # Rare words first. They decide who can be among the best, the frequent ones only how they are ordered.
-        words = sorted(((self.vocabulary[word], times) for word, times in counts.items()), key=self._frequency)
-        bounds = [times * float(self.bounds[word]) for word, times in words]
-        total = np.zeros(len(self.passages), dtype=np.float32)  # (passages,), pages that stay 0 take no memory
+        times = Counter(number for word in _words(query) if (number := self.vocabulary.find(word)) is not None)
+        # Rare words first: they decide who can be among the best, the frequent ones only how those are ordered.
+        words = sorted(times, key=self._frequency)
+        rests = [*accumulate((times[word] * float(self.bounds[word]) for word in reversed(words)), initial=0.0)][::-1]
+        total = np.zeros(len(self.passages), dtype=np.float32)  # (passages,); a page that stays 0 takes no memory
+        candidates: np.ndarray | None = None  # who can still be among the best; `None`: anyone
+        minimum = 0.0  # at least `count` passages have this score already
         seen: list[np.ndarray] = []
-        at_least = 0.0  # so many passages have this score already that whoever has less in the end is out
-        for place, (word, times) in enumerate(words):
-            rest = sum(bounds[place:])
-            if at_least > rest + ROUNDING:  # a passage without any of the words so far is out
-                candidates = _passages_with(at_least - rest - ROUNDING, seen, total)
-                self._add(words[place:], candidates, total)
-                return _best(candidates, total, count)
+        for word, rest, rest_after in zip(words, rests, rests[1:], strict=False):
+            if candidates is None and minimum > rest + ROUNDING:  # who has no word so far is out
+                candidates = _with_score(minimum - rest - ROUNDING, seen, total)
             numbers, scores = self._postings(word)
-            total[numbers] += times * scores
-            seen.append(numbers)
-            if len(numbers) >= count and place + 1 < len(words):
-                at_least = max(at_least, float(np.partition(total[numbers], -count)[-count]))
-        return _best(_passages_with(0.0, seen, total), total, count)
-
-    def _add(self, words: Sequence[tuple[int, int]], candidates: np.ndarray, total: np.ndarray) -> None:
-        """Add the scores of words, to the totals of the candidates only."""
-        for word, times in words:
-            numbers, scores = self._postings(word)
-            places = np.minimum(np.searchsorted(numbers, candidates), len(numbers) - 1)
-            has_word = numbers[places] == candidates
-            total[candidates[has_word]] += times * scores[places[has_word]]
+            if candidates is None or len(candidates) * LOOKUP_COST > len(numbers):
+                np.add.at(total, numbers, times[word] * scores)
+                seen.append(numbers)
+            else:
+                places = np.minimum(np.searchsorted(numbers, candidates), len(numbers) - 1)
+                has_word = numbers[places] == candidates
+                total[candidates[has_word]] += times[word] * scores[places[has_word]]
+            if candidates is not None:
+                minimum = max(minimum, _score_at(count, total[candidates]))
+                candidates = candidates[total[candidates] >= minimum - rest_after - ROUNDING]
+            elif len(numbers) * SELECTION_COST < self._frequency(words[-1]):
+                minimum = max(minimum, _score_at(count, total[numbers]))
+        return _best(_with_score(minimum, seen, total) if candidates is None else candidates, total, count)
 
     def _postings(self, word: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the passages that have the word, in order, and their scores for it."""
         start, end = int(self._starts[word]), int(self._starts[word + 1])
         return self._numbers[start:end], self._scores[start:end]
 
-    def _frequency(self, word_and_times: tuple[int, int]) -> int:
-        word, _ = word_and_times
+    def _frequency(self, word: int) -> int:
         return int(self._starts[word + 1] - self._starts[word])
 
 
 class Vocabulary:
-    """The words of an index, sorted and memory-mapped: `word in vocabulary`, and `vocabulary[word]`, its number."""
+    """The words of an index, sorted and memory-mapped. A word's number is its place."""
 
     def __init__(self, folder: Path) -> None:
         with (folder / "words.txt").open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._starts = np.load(folder / "words.npy", mmap_mode="r")  # (words + 1,), where each starts
+        self._starts = mapped(folder / "words.npy")  # (words + 1,), where each starts
+        self.find = lru_cache(REMEMBERED_WORDS)(self._find)
 
     @staticmethod
     def save(folder: Path, words: Sequence[bytes]) -> None:
@@ -175,18 +181,12 @@ class Vocabulary:
         (folder / "words.txt").write_bytes(b"".join(words))
         np.save(folder / "words.npy", np.cumsum([0, *map(len, words)], dtype=np.int64))
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __contains__(self, word: str) -> bool:
-        place = self._place(word)
-        return place < len(self) and self._word(place) == word.encode(errors="surrogatepass")
-
-    def __getitem__(self, word: str) -> int:
-        return self._place(word)
-
-    def _place(self, word: str) -> int:
-        return bisect_left(range(len(self)), word.encode(errors="surrogatepass"), key=self._word)
+    def _find(self, word: str) -> int | None:
+        """Return the number of a word, or `None`."""
+        wanted = word.encode(errors="surrogatepass")
+        size = len(self._starts) - 1
+        place = bisect_left(range(size), wanted, key=self._word)
+        return place if place < size and self._word(place) == wanted else None
 
     def _word(self, place: int) -> bytes:
         return self._bytes[self._starts[place] : self._starts[place + 1]]
@@ -292,11 +292,16 @@ class _IndexBuilder:
         (self.folder / "params.index.json").write_text(json.dumps(parameters, indent=4), encoding="utf-8")
 
 
-def _passages_with(minimum: float, seen: Sequence[np.ndarray], total: np.ndarray) -> np.ndarray:
+def _with_score(minimum: float, seen: Sequence[np.ndarray], total: np.ndarray) -> np.ndarray:
     """Return the passages, in order, whose total is above 0 and at least the minimum; only those in `seen` can be."""
     if sum(map(len, seen)) > len(total) / 16:  # to look at all is quicker than to sort many
         return np.flatnonzero(total >= minimum) if minimum > 0 else np.flatnonzero(total)
     return np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *(some[total[some] >= minimum] for some in seen)]))
+
+
+def _score_at(count: int, scores: np.ndarray) -> float:
+    """Return the score that is in the place `count` from above; 0 if there are fewer."""
+    return float(np.partition(scores, -count)[-count]) if len(scores) >= count else 0.0
 
 
 def _best(candidates: np.ndarray, total: np.ndarray, count: int) -> list[tuple[int, float]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity
+from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity, mapped
 from zerosearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class DenseIndex:
         path = folder / "index.faiss" if faiss_index is None else Path(faiss_index)
         self.index = _read(path)
         _set_probes(self.index, self.settings.num_probes)
-        self.passages = PassageFile(corpus, np.load(folder / "offsets.npy", mmap_mode="r"))
+        self.passages = PassageFile(corpus, mapped(folder / "offsets.npy"))
         if self.index.ntotal != len(self.passages):
             raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.passages):,} passages")
         if self.index.d != self.dimensions:

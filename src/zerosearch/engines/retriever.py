@@ -94,18 +94,22 @@ class RetrieverEngine:
 
     async def _check(self) -> None:
         try:
-            await self.client.call("POST", self.url, body=self._body("test"), read=self._documents, timeout_s=60.0)
+            await self.client.call("POST", self.url, body=self._body("test"), read=self._documents)
+            self.index = await self._served_index()
         except CallFailed as error:
             raise UserError(
                 f"no retriever answers at {self.url} in the protocol {self.protocol} ({error}); start one with: "
                 "python recipes/serve_retriever.py --corpus FILE.jsonl"
             ) from error
-        try:
-            self.index = await self.client.call("GET", urljoin(self.url, "health"), read=_read_index)
-        except CallFailed:
-            self.index = {"url": self.url}
         finally:
             await self.client.aclose()
+
+    async def _served_index(self) -> Any:
+        """Return what the server says of its index, or its address if it says nothing."""
+        try:
+            return await self.client.call("GET", urljoin(self.url, "health"), read=_read_index)
+        except CallFailed:
+            return {"url": self.url}
 
     def _body(self, query: str) -> dict[str, Any]:
         if self.protocol == "zerosearch":
