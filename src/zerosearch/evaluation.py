@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -126,21 +126,9 @@ def evaluate(
         "settings": asdict(settings),
     }
     written = TrajectoryFile(output_dir, manifest, resume)
+    account = Account(generator, engine, limits or Limits())
     places = [(row, sample) for row in range(len(rows)) for sample in range(num_samples)]
     missing = [place for place in places if place not in written.records]
-    account = Account(generator, engine, limits or Limits())
-
-    def watch(index: int, trajectory: Trajectory, event: Event) -> None:
-        if event == "end":
-            row, sample = missing[index]
-            prompt = generator.tokenizer.decode(trajectory.prompt_ids)
-            record = trajectory.to_record(rows[row], prompt) | {"row": row, "sample": sample}
-            if isinstance(generator, EndpointGenerator):
-                record["usage"] = asdict(generator.usage_of([index, index + len(missing)]))
-            if trajectory.error:
-                record["error"] = trajectory.error
-            written.append(record)
-
     if isinstance(generator, RemoteGenerator):
         max_live = min(max_live, 2 * generator.max_concurrency)  # so that little is under way when a limit is reached
     try:
@@ -154,31 +142,39 @@ def evaluate(
             progress=True,
             agent=agent,
             max_live=max_live,
-            watch=watch,
+            watch=written.keeping(missing, rows, generator),
             may_go_on=lambda: account.reached() is None,
         )
     finally:
         written.close()
-    stopped = None
-    if len(written.records) < len(places):
-        stopped = f"{account.reached()}: {len(written.records)} of {len(places)} trajectories are finished"
     records = written.in_order()
-    errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
-    if errors:
-        raise SearchError(f"{len(errors)} of {len(rows)} questions lost a search, so there are no scores: {errors[0]}")
-    if not records:
-        raise LimitReached(stopped)
     results = {
         **manifest,
-        "seconds": round(account.seconds, 1),
-        **summarize(records, seed),
-        "stopped": stopped,
-        "versions": versions(),
+        **score(records, len(places), account, seed),
         "usage": asdict(total_usage(records)) if isinstance(generator, EndpointGenerator) else None,
-        "this_command": account.to_record(len(written.records) + len(missing) - len(places)),
+        "this_command": account.to_record(len(records) + len(missing) - len(places)),
     }
     write_json(output_dir / "results.json", results)
     return results
+
+
+def score(records: Sequence[Record], num_places: int, account: Account, seed: int) -> dict[str, Any]:
+    """Return the scores of what was finished, of `num_places` trajectories in all, and what stopped the rest.
+
+    Raises `LimitReached` or `SearchError` where there are no scores: see `evaluate`.
+    """
+    stopped = None
+    if len(records) < num_places:
+        stopped = f"{account.reached()}: {len(records)} of {num_places} trajectories are finished"
+    if not records:
+        raise LimitReached(stopped)
+    errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
+    if errors:
+        raise SearchError(
+            f"{len(errors)} of {num_places} questions lost a search, so there are no scores: {errors[0]}"
+        )
+    seconds = round(account.seconds, 1)
+    return {"seconds": seconds, **summarize(records, seed), "stopped": stopped, "versions": versions()}
 
 
 class TrajectoryFile:
@@ -197,6 +193,28 @@ class TrajectoryFile:
         (output_dir / "results.json").unlink(missing_ok=True)
         write_records(self.path, list(self.records.values()))
         self.file = self.path.open("a", encoding="utf-8")
+
+    def keeping(
+        self,
+        missing: Sequence[tuple[int, int]],
+        rows: Sequence[Mapping[str, Any]],
+        generator: Generator | RemoteGenerator,
+    ) -> Callable[[int, Trajectory, Event], None]:
+        """Return what keeps each trajectory of a rollout over the missing (row, sample) the moment it ends."""
+
+        def watch(index: int, trajectory: Trajectory, event: Event) -> None:
+            if event != "end":
+                return
+            row, sample = missing[index]
+            prompt = generator.tokenizer.decode(trajectory.prompt_ids)
+            record = trajectory.to_record(rows[row], prompt) | {"row": row, "sample": sample}
+            if isinstance(generator, EndpointGenerator):  # its turns, and its notes on documents
+                record["usage"] = asdict(generator.usage_of([index, index + len(missing)]))
+            if trajectory.error:
+                record["error"] = trajectory.error
+            self.append(record)
+
+        return watch
 
     def append(self, record: Record) -> None:
         """Write a record so that it outlives this process."""
