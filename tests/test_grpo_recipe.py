@@ -125,7 +125,9 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no such checkpoint": (lambda s: s.update(resume_from_checkpoint="/no/such"), "to resume from: /no/such"),
     "unknown engine": (lambda s: s.update(engine="altavista"), "engine is 'altavista': it must be one of"),
     "unknown prompt": (lambda s: s.update(prompt="mine"), "prompt is 'mine': it must be one of paper, tinyworld"),
-    "unknown algorithm": (lambda s: s.update(algorithm="ppo"), "algorithm is 'ppo': it must be reinforce or grpo"),
+    "unknown algorithm": (lambda s: s.update(algorithm="dpo"), "it must be reinforce, rloo, grpo or ppo"),
+    "quantized without LoRA": (lambda s: s.update(load_in_4bit=True), "a quantized policy cannot learn"),
+    "too few questions": (lambda s: s.update(per_device_train_batch_size=80), "has 12 questions, and a step takes 20"),
 }
 
 

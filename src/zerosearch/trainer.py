@@ -6,8 +6,11 @@ this file and in `colocation.py`, and tests/test_trainer.py holds it:
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
 2. `_calculate_rewards` returns the rewards of all ranks, from which the advantages are made;
-3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` save padding and change no result;
-4. `_metrics` and `_logs` take what TRL logs, `_step` and `_buffered_inputs` say where in an optimizer step we are.
+3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` leave out work that changes no result: padding, and the
+   head of the model at tokens that are not learned from;
+4. `_compute_loss` is TRL's, told which tokens those are, with PPO's KL kept out of it (it is in the reward);
+5. `_save_checkpoint` and `_load_optimizer_and_scheduler` take the critic along;
+6. `_metrics` and `_logs` take what TRL logs, `_step` and `_buffered_inputs` say where in an optimizer step we are.
 """
 
 from __future__ import annotations
@@ -23,18 +26,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
 
-from zerosearch.advantages import group_normalized, raw_return
+from zerosearch.advantages import group_normalized, leave_one_out, masked_gae, raw_return, token_rewards, whiten
+from zerosearch.checkpoints import forget_later_steps
+from zerosearch.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
 from zerosearch.colocation import colocated_engine_options
-from zerosearch.config import SearchConfig
+from zerosearch.config import SearchConfig, check_arguments
+from zerosearch.critic import Critic, policy_mask
 from zerosearch.decoding import TransformersGenerator
 from zerosearch.encoding import decoded_text
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.generation import Generator, VLLMGenerator
+from zerosearch.generation import GenerationError, Generator, RemoteGenerator, VLLMGenerator
+from zerosearch.micro_batches import compact_lm_head, sort_micro_batches, trimmed_parts
 from zerosearch.rollout import RolloutClock, Trajectory, run_rollouts
 from zerosearch.rollout_metrics import TrajectoryFacts, rollout_metrics
+from zerosearch.server_generation import VLLMServerGenerator, server_url
+from zerosearch.server_weights import policy_server_client, wait_for_weights
 
 __all__ = ["SearchConfig", "SearchTrainer"]
 
@@ -43,29 +54,50 @@ class SearchTrainer(GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
     Takes GRPOTrainer's arguments and the engine. Rows of the dataset are `{id, prompt, question, golden_answers,
-    dataset}`. Raises `SearchError` when too many searches of a step fail; the last state is saved first.
+    dataset}`. Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine
+    of the policy does; the last state is saved first.
     """
 
     _tag_names = ["trl", "zerosearch"]  # noqa: RUF012 (as in TRL)
     args: SearchConfig
+    beta: float
+    entropy_coef: Any
     _buffered_inputs: list[dict[str, Any]] | None
+    _scored: torch.Tensor  # (B, C): the completion tokens to score in the next forward pass
 
     def __init__(self, *, engine: SearchEngine, args: SearchConfig, **kwargs: Any) -> None:
         self.engine = engine
+        check_arguments(args, **kwargs)
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        with warnings.catch_warnings(), colocated_engine_options(dtype):
+        with warnings.catch_warnings(), colocated_engine_options(dtype), policy_server_client():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(args=args, rollout_func=SearchTrainer._rollout, **kwargs)
+        # On some CPUs bitsandbytes 0.50 packs 4-bit weights when they generate, and has no gradient through them then.
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         self.generator = self._make_generator()
+        self.critic: Critic | None = None
+        if args.algorithm == "ppo":
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
 
-    def _make_generator(self) -> Generator:
-        limit = self.args.max_trajectory_tokens
+    def _make_generator(self) -> Generator | RemoteGenerator:
+        limit, timeout_s = self.args.max_trajectory_tokens, self.args.turn_timeout_s
+        if self.use_vllm and self.args.vllm_mode == "server":
+            ready = partial(wait_for_weights, self.accelerator, self.vllm_generation)
+            return VLLMServerGenerator(server_url(self.args), self._tokenizer, limit, timeout_s=timeout_s, ready=ready)
+        if self.use_vllm and self.args.vllm_tensor_parallel_size > 1:
+            ranks = Ranks(self.args.vllm_tensor_parallel_size, timeout_s)
+            return TensorParallelGenerator(ranks, self.vllm_generation, self._tokenizer)
         if self.use_vllm:
             return VLLMGenerator.of_trainer(self.vllm_generation, self._tokenizer)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return TransformersGenerator(
-            self._load_for_generation, self._tokenizer, self.eos_token_ids, min(limit, positions or limit)
-        )
+        arguments = self._load_for_generation, self._tokenizer, self.eos_token_ids, min(limit, positions or limit)
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation:
+            return ShardedTransformersGenerator(Ranks(self.accelerator.num_processes, timeout_s), *arguments)
+        return TransformersGenerator(*arguments)
 
     def _load_for_generation(self) -> AbstractContextManager[Any]:
         return unwrap_model_for_generation(
@@ -79,27 +111,92 @@ class SearchTrainer(GRPOTrainer):
         """Roll out and score this rank's rows; TRL's advantages give way to those of `args.algorithm`."""
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
-        advantages = self._advantages()
+        weighted = self._rewards_per_function * self.reward_weights.to(self._rewards_per_function.device)
+        rewards = weighted.nansum(1).masked_fill(weighted.isnan().all(1), torch.nan)  # (N,)
+        start = self.accelerator.process_index * len(inputs)
+        own = slice(start, start + len(inputs))
+        if self.critic is not None:
+            batch |= self._ppo_advantages(batch, rewards[own], self.critic)
+            mask = policy_mask(batch)
+            mean = (batch["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+            advantages = self.accelerator.gather(mean)
+        else:
+            advantages = self._advantages(rewards)
+            batch["advantages"] = advantages[own]
         # As many as the log holds: they replace TRL's, which the call above has just written there.
         self._logs["advantages"].extend(advantages.tolist())
-        start = self.accelerator.process_index * len(inputs)
-        batch["advantages"] = advantages[start : start + len(inputs)]
         return batch
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)  # (N, reward functions), of all ranks
         return self._rewards_per_function
 
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return the advantages (N,) of the trajectories of all ranks from their rewards (N,)."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        if self.args.algorithm == "rloo":
+            return leave_one_out(rewards, group)
+        if self.args.algorithm == "grpo":
+            return group_normalized(rewards, group, scale=self.args.scale_rewards)
+        return raw_return(rewards, group, self.args.baseline)
+
+    @torch.no_grad()
+    def _ppo_advantages(self, batch: dict[str, Any], rewards: torch.Tensor, critic: Critic) -> dict[str, Any]:
+        """Return PPO's advantages, values and returns (n, C) of this rank's trajectories, from their rewards (n,)."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        mask = policy_mask(batch)
+        size = self.args.per_device_train_batch_size
+        logps, ref_logps = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
+        if logps is None:
+            logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, mask.shape[1], size)
+        values = critic.values(ids, attention_mask, mask, size)
+        paid = token_rewards(rewards, mask, logps, ref_logps, self.beta)
+        advantages, returns = masked_gae(paid, values, mask, self.args.gae_gamma, self.args.gae_lambda)
+        everyone = self._from_all_ranks(advantages[mask.bool()])
+        logged = {"critic/value": values, "critic/squared_error": (returns - values).square()}
+        if ref_logps is not None:
+            logged["kl"] = logps - ref_logps  # k1, as in the reward
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, per_token in logged.items():
+            metrics[name].append(self._from_all_ranks(per_token[mask.bool()]).mean().item())
+        return {"advantages": whiten(advantages, mask, everyone), "values": values, "returns": returns}
+
+    def _from_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values (n,) of this rank and those of all others, one after another, (M,)."""
+        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
+        gathered: torch.Tensor = self.accelerator.gather(padded)
+        return gathered[~gathered.isnan()]
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """Return the next micro-batch; those of one optimizer step hold rows of like length, for less padding."""
+        """Return the next micro-batch; those of one optimizer step hold rows of like length, for less padding.
+
+        The critic learns here, from a batch just rolled out, step by step as the policy will, before the policy does:
+        so their activations are never held together.
+        """
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        micro_batches = self._buffered_inputs
-        window = self.args.gradient_accumulation_steps
-        if micro_batches is buffered or micro_batches is None or self.args.steps_per_generation != window:
+        fresh = self._buffered_inputs
+        if fresh is buffered or fresh is None:
             return inputs
-        self._buffered_inputs = sort_micro_batches(micro_batches)
-        return self._buffered_inputs[self._step % window]
+        size = min(self.args.gradient_accumulation_steps, len(fresh))
+        windows = [fresh[start : start + size] for start in range(0, len(fresh), size)]
+        if self._sorts_rows():
+            windows = [sort_micro_batches(window) for window in windows]
+            self._buffered_inputs = fresh = [batch for window in windows for batch in window]
+        if self.critic is not None:
+            for window in windows * self.num_iterations:
+                tokens = window[0]["num_items_in_batch"] / self.accelerator.num_processes
+                loss = self.critic.learn(window, tokens * len(window) / len(fresh))
+                self._metrics["train"]["critic/loss"].append(loss)
+        return fresh[self._step % len(fresh)]
+
+    def _sorts_rows(self) -> bool:
+        """Say whether rows may change places within an optimizer step: not where a micro-batch has its own mean."""
+        args = self.args
+        longer = max(args.steps_per_generation, args.gradient_accumulation_steps)
+        shorter = min(args.steps_per_generation, args.gradient_accumulation_steps)
+        return longer % shorter == 0 and args.loss_type != "bnpo" and args.top_entropy_quantile == 1.0
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -108,60 +205,89 @@ class SearchTrainer(GRPOTrainer):
         attention_mask: torch.Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
-        **kwargs: Any,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Compute as TRL does, with rows of like length together and each chunk trimmed to its own longest row.
+        """Compute as TRL does, at the tokens that are learned from alone, in parts trimmed to their own longest row.
 
-        Takes ids and mask (B, P + C) and returns log-probabilities and entropies (B, C), 0 where a chunk was trimmed.
+        Takes ids and mask (B, P + C) and returns log-probabilities and entropies (B, C), 0 at every other token.
         """
-        order = attention_mask.sum(1).argsort()
-        parts = []
-        for rows in order.split(batch_size or len(order)):
-            used = attention_mask[rows].any(0).nonzero().flatten()
-            start, end = int(used[0]), int(used[-1]) + 1
-            kept = logits_to_keep - (input_ids.shape[1] - end)
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, input_ids[rows, start:end], attention_mask[rows, start:end], kept, **kwargs
-            )
-            widen = partial(torch.nn.functional.pad, pad=(0, logits_to_keep - kept))
-            parts.append((widen(logps), None if entropies is None else widen(entropies), aux_loss))
-        all_logps, all_entropies, aux_losses = zip(*parts, strict=True)
-        back = order.argsort()
-        return (
-            torch.cat(all_logps)[back],
-            None if all_entropies[0] is None else torch.cat(all_entropies)[back],
-            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
-        )
+        assert all(value is None for value in images.values()), "text only"
+        prompt_length = input_ids.shape[1] - logits_to_keep
+        # (B, C): the marks that `_rollout` or `_compute_loss` left for these very rows, less what TRL took out since.
+        scored = pad(self._scored, (0, logits_to_keep - self._scored.shape[1])).to(input_ids.device).bool()
+        scored = scored & attention_mask[:, prompt_length:].bool()
+        logps = torch.zeros(scored.shape, device=input_ids.device)
+        entropies = torch.zeros_like(logps)
+        aux_losses = []
+        for part in trimmed_parts(attention_mask, scored, batch_size):
+            columns = slice(part.start, part.end)
+            ids, mask = input_ids[part.rows, columns], attention_mask[part.rows, columns]
+            marks = pad(scored[part.rows], (prompt_length, 0))[:, columns]
+            with self.accelerator.autocast(), compact_lm_head():
+                outputs = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    labels=ids.masked_fill(~marks, -100),
+                    fused_lm_head=True,
+                    **({"output_router_logits": True} if compute_aux_loss else {}),
+                )
+            first = prompt_length - part.start - 1  # the first column says what it makes of the second
+            widen = (0, logits_to_keep - outputs.log_probs[:, first:].shape[1])
+            logps = logps.index_put((part.rows,), pad(outputs.log_probs[:, first:], widen))
+            if compute_entropy:
+                entropies = entropies.index_put((part.rows,), pad(outputs.entropy[:, first:], widen))
+            aux_losses.append(outputs.aux_loss)
+        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
+        return logps, entropies if compute_entropy else None, aux_loss
 
-    def _advantages(self) -> torch.Tensor:
-        """Return the advantages (N,) of the trajectories of all ranks."""
-        weighted = self._rewards_per_function * self.reward_weights.to(self._rewards_per_function.device)
-        rewards = weighted.nansum(1).masked_fill(weighted.isnan().all(1), torch.nan)  # (N,)
-        if self.args.algorithm == "reinforce":
-            return raw_return(rewards)
-        return group_normalized(rewards, self.num_generations if self.model.training else self.num_generations_eval)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute TRL's loss on the policy's tokens, with the entropy bonus averaged over those of the whole step."""
+        self._scored = mask = policy_mask(inputs)
+        beta, coefficient = self.beta, self.entropy_coef
+        if self.args.algorithm == "ppo":
+            self.beta = 0.0
+        weighted = self.model.training and self._entropy_bonus_enabled and not self.args.use_adaptive_entropy
+        if weighted:  # TRL takes the mean of each micro-batch, whatever its share of the tokens
+            parts = self.args.steps_per_generation
+            mean = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes / parts
+            self.entropy_coef = coefficient * mask.sum() / mean
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+            if weighted:
+                self.entropy_coef = coefficient
+                self._metrics["train"].pop("entropy_coef", None)  # the weighted one
 
     @staticmethod
     def _rollout(prompts: list[Any], trainer: SearchTrainer) -> dict[str, list[Any]]:
         """Be TRL's `rollout_func`: one trajectory for each row of this rank, and the fields its rewards read."""
         rows, clock = trainer._rows, RolloutClock()
         assert len(prompts) == len(rows)
-        trajectories = run_rollouts(
-            rows,
-            trainer.generator,
-            trainer.engine,
-            trainer.args.rollout_settings(),
-            p_noise=trainer._p_noise(),
-            keys=trainer._keys(rows),
-            clock=clock,
-        )
-        trainer._log_rollout(trajectories, clock)
+        trajectories, failure = [], ""
+        try:
+            trajectories = run_rollouts(
+                rows,
+                trainer.generator,
+                trainer.engine,
+                trainer.args.rollout_settings(),
+                p_noise=trainer._p_noise(),
+                keys=trainer._keys(rows),
+                clock=clock,
+            )
+        except GenerationError as error:
+            failure = str(error)
+        trainer._log_rollout(trajectories, clock, failure)
         trainer._write_trajectories(rows, trajectories)
+        masks = [trainer._loss_mask(trajectory) for trajectory in trajectories]
+        trainer._scored = torch.nn.utils.rnn.pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
             "prompt_ids": [trajectory.prompt_ids for trajectory in trajectories],
             "completion_ids": [trajectory.completion_ids for trajectory in trajectories],
             "logprobs": [trainer._sampling_logprobs(trajectory) for trajectory in trajectories],
-            "env_mask": [trainer._loss_mask(trajectory) for trajectory in trajectories],
+            "env_mask": masks,
             "answer": [trajectory.answer for trajectory in trajectories],
             "outcome": [trajectory.outcome for trajectory in trajectories],
         }
@@ -190,11 +316,18 @@ class SearchTrainer(GRPOTrainer):
         step = self.state.global_step + 1
         return [(self.args.seed, step, row_number(row), (first + place) % group) for place, row in enumerate(rows)]
 
-    def _log_rollout(self, trajectories: list[Trajectory], clock: RolloutClock) -> None:
-        """Log the rollout over all ranks, count its queries, and stop the run if too many searches failed."""
-        ranks = gather_object([([TrajectoryFacts.of(trajectory) for trajectory in trajectories], clock)])
-        facts = [fact for rank_facts, _ in ranks for fact in rank_facts]
-        metrics = rollout_metrics(facts, [rank_clock for _, rank_clock in ranks])
+    def _log_rollout(self, trajectories: list[Trajectory], clock: RolloutClock, failure: str) -> None:
+        """Log the rollout over all ranks, count its queries, and stop the run if too many searches failed.
+
+        `failure` says why this rank could not generate, "" if it could.
+        """
+        ranks = gather_object([([TrajectoryFacts.of(trajectory) for trajectory in trajectories], clock, failure)])
+        failures = [rank_failure for _, _, rank_failure in ranks if rank_failure]
+        if failures:
+            self._save_progress()
+            raise GenerationError(f"step {self.state.global_step + 1} could not be rolled out: {failures[0]}")
+        facts = [fact for rank_facts, _, _ in ranks for fact in rank_facts]
+        metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, _ in ranks])
         metrics["search/p_noise"] = self._p_noise()
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -213,12 +346,15 @@ class SearchTrainer(GRPOTrainer):
 
     def _stop(self, failed_share: float, error: str) -> None:
         """Save what was learned so far, and raise `SearchError`."""
-        if self.state.global_step:
-            self._save_checkpoint(self.model, trial=None)
+        self._save_progress()
         raise SearchError(
             f"{failed_share:.0%} of the trajectories of step {self.state.global_step + 1} lost a search, more than "
             f"max_failed_search_share ({self.args.max_failed_search_share:.0%}) allows: {error}"
         )
+
+    def _save_progress(self) -> None:
+        if self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
 
     def _write_trajectories(self, rows: Sequence[Mapping[str, Any]], trajectories: list[Trajectory]) -> None:
         """Append a few trajectories, spread over the rows of the first rank, to `trajectories.jsonl`."""
@@ -232,25 +368,28 @@ class SearchTrainer(GRPOTrainer):
                 record = trajectories[place].to_record(rows[place], prompt, step)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save the critic first: a checkpoint is whole once TRL has written its trainer_state.json."""
+        if self.critic is not None and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self.critic.save(folder / "critic")
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.critic is not None:
+            self.critic.load(Path(checkpoint) / "critic")
+        if self.accelerator.is_main_process:
+            forget_later_steps(Path(self.args.output_dir) / "trajectories.jsonl", self.state.global_step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's step time under the name of the other times, too."""
         metrics = self._metrics["train"]
         if "step_time" in metrics:
             metrics["time/step_s"] = list(metrics["step_time"])
         super().log(logs, start_time)
-
-
-def sort_micro_batches(micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Redistribute the rows of equal micro-batches so that each holds rows of like length; the sum of losses stays."""
-    size = len(micro_batches[0]["completion_mask"])
-    joined = {
-        name: torch.cat([batch[name] for batch in micro_batches]) if value.ndim else value
-        for name, value in micro_batches[0].items()
-    }
-    order = (joined["prompt_mask"].sum(1) + joined["completion_mask"].sum(1)).argsort()
-    return [
-        {name: value[rows] if value.ndim else value for name, value in joined.items()} for rows in order.split(size)
-    ]
 
 
 def row_number(row: Mapping[str, Any]) -> int:
