@@ -43,6 +43,9 @@ PROMPTS: dict[str, SimulatorTemplate] = {
 }
 
 
+HEADLINE = ("useful_answer_rate", "noisy_leak_rate", "answer_rate", "max_noise_error")  # the last line printed
+
+
 @dataclass
 class RecipeArguments:
     """What to measure, and with what."""
@@ -135,10 +138,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(1) from None
     paths = write_card(card, Path(recipe.output))
     print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
-    headline = {
-        name: card[name] for name in ("useful_answer_rate", "noisy_leak_rate", "max_noise_error") if name in card
-    }
-    print(json.dumps({name: round(value, 4) for name, value in headline.items()}))
+    print(json.dumps({name: round(card[name], 4) for name in HEADLINE if name in card}))
 
 
 if __name__ == "__main__":
