@@ -18,7 +18,6 @@ from typing import Any
 import aiohttp
 import pytest
 import requests
-from recipe_modules import PASSAGES
 from retriever_parts import asked, serving
 
 from zerosearch.engines.bm25 import BM25Index
@@ -84,8 +83,10 @@ def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
     (_, reply), (_, none), (_, default) = asked(
         index, {"query": "novel by Austen", "top_k": 2}, {"query": "zebra", "top_k": 2}, {"query": "Hampshire"}, topk=1
     )
-    title, text = PASSAGES[0]
-    assert title == "Emma" and reply == [{"text": text}, {"text": PASSAGES[1][1]}]
+    assert reply == [
+        {"text": "Emma is a novel by Jane Austen, published in 1815."},
+        {"text": "Jane Austen was born in Steventon, a village in Hampshire."},
+    ]
     assert none == []
     assert len(default) == 1
 
@@ -93,6 +94,7 @@ def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
 BAD: dict[str, tuple[Any, int, list[str], str]] = {
     "no JSON": (b"{queries: 1}", 400, ["body"], "the body is not JSON"),
     "nothing": (b"", 400, ["body"], "the body is not JSON"),
+    "too deep": (b"[" * 100_000, 400, ["body"], "the body is not JSON"),
     "a list": ([1], 422, ["body"], "must be a JSON object"),
     "no queries": ({"topk": 3}, 422, ["body", "queries"], "needs either queries, a list of texts, or query"),
     "both protocols": ({"queries": ["a"], "query": "a"}, 422, ["body", "queries"], "either queries"),
@@ -121,6 +123,13 @@ def test_no_such_page_other_methods_and_large_bodies_are_json_too(index: BM25Ind
     ((status, reply),) = asked(index, b"x" * (17 * 2**20))
     assert status == 413 and "detail" in reply
     assert asked(index, b'{"queries": ["\xff"]}')[0][0] == 400
+
+    async def post_strange() -> int:
+        headers = {"Content-Type": "application/json; charset=klingon"}
+        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
+            return (await session.post(address, data=b"{}", headers=headers)).status
+
+    assert asyncio.run(post_strange()) == 400
 
     async def get() -> tuple[int, str, Any]:
         async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
@@ -180,6 +189,23 @@ def test_an_index_that_fails_fails_one_request_and_serves_the_next(index: BM25In
     replies = asked(SlowIndex(index.passages), {"queries": ["fail"]}, {"queries": ["go on"]})
     assert replies[0] == (500, {"detail": "the index failed: ZeroDivisionError"})
     assert replies[1] == (200, {"result": [[EMMA]]})
+
+
+def test_a_query_that_fails_takes_no_other_with_it(index: BM25Index) -> None:
+    async def ask() -> list[int]:
+        async with (
+            serving(RetrieverServer(SlowIndex(index.passages, delay_s=0.1))) as address,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def post(query: str) -> int:
+                async with session.post(address, json={"queries": [query]}) as response:
+                    return response.status
+
+            # The first keeps the index busy until the others have arrived, so that they are one batch.
+            return await asyncio.gather(*map(post, ["first", "a", "fail", "b"]))
+
+    assert asyncio.run(ask()) == [200, 200, 500, 200]
 
 
 def test_it_answers_while_it_searches_and_finishes_what_is_under_way(index: BM25Index) -> None:

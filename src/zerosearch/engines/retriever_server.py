@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -58,13 +59,16 @@ class Retrieval:
     is_single: bool  # of the paper's code
 
 
+Waiting = tuple[Retrieval, asyncio.Future[list[Found]]]
+
+
 class RetrieverServer:
     """The web application of an index. `default_count` documents answer a request that does not say how many."""
 
     def __init__(self, index: PassageIndex, default_count: int = 3) -> None:  # 3 as in Search-R1's server
         self.index, self.default_count = index, default_count
         self.num_queries = self.num_batches = 0
-        self._waiting: asyncio.Queue[tuple[Retrieval, asyncio.Future[list[Found]]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
         self.application = web.Application(client_max_size=LARGEST_BODY_BYTES, middlewares=[errors_as_json])
         self.application.add_routes([web.post("/retrieve", self.retrieve), web.get("/health", self.health)])
@@ -107,30 +111,41 @@ class RetrieverServer:
         self._thread.shutdown()
 
     async def _search_batches(self) -> None:
-        """Search what waits, batch by batch, in a thread of its own, so that requests are read meanwhile."""
-        loop = asyncio.get_running_loop()
+        """Search what waits, batch by batch."""
         while True:
             batch = [await self._waiting.get()]
             while not self._waiting.empty() and sum(len(one.queries) for one, _ in batch) < BATCH_QUERIES:
                 batch.append(self._waiting.get_nowait())
-            queries = [query for retrieval, _ in batch for query in retrieval.queries]
-            count = max(retrieval.count for retrieval, _ in batch)
             try:
-                found = await loop.run_in_executor(self._thread, self.index.search, queries, count)
-            except Exception as error:  # whatever an index raises, the requests get an answer and the next is searched
-                logger.exception("the index failed on %d queries", len(queries))
-                for _, done in batch:
-                    if not done.done():
-                        done.set_exception(RuntimeError(f"the index failed: {type(error).__name__}"))
-                continue
-            self.num_queries += len(queries)
-            self.num_batches += 1
-            start = 0
-            for retrieval, done in batch:
-                own = found[start : start + len(retrieval.queries)]
-                start += len(retrieval.queries)
-                if not done.done():  # the client may be gone
-                    done.set_result([best[: retrieval.count] for best in own])
+                await self._search(batch)
+            except Exception:  # whatever an index raises; one query may spoil a batch, but not the others' answers
+                for one in batch:
+                    await self._search_alone(one)
+
+    async def _search_alone(self, one: Waiting) -> None:
+        try:
+            await self._search([one])
+        except Exception as error:
+            logger.exception("the index failed on %d queries", len(one[0].queries))
+            if not one[1].done():
+                one[1].set_exception(IndexFailed(f"the index failed: {type(error).__name__}"))
+
+    async def _search(self, batch: Sequence[Waiting]) -> None:
+        """Search together, in a thread, so that requests are read meanwhile, and hand each request its own."""
+        queries = [query for retrieval, _ in batch for query in retrieval.queries]
+        count = max(retrieval.count for retrieval, _ in batch)
+        loop = asyncio.get_running_loop()
+        found = iter(await loop.run_in_executor(self._thread, self.index.search, queries, count))
+        for retrieval, done in batch:
+            own = [best[: retrieval.count] for best in islice(found, len(retrieval.queries))]
+            if not done.done():  # the client may be gone
+                done.set_result(own)
+        self.num_queries += len(queries)
+        self.num_batches += 1
+
+
+class IndexFailed(Exception):
+    """The index raised something; what, stands in the log."""
 
 
 class InvalidRequest(Exception):
@@ -145,7 +160,7 @@ def read_retrieval(text: str, default_count: int) -> Retrieval:
     """Read the body of a request in either protocol. Raises `InvalidRequest`."""
     try:
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest("", f"the body is not JSON: {error}", 400) from None
     if not isinstance(body, dict):
         raise InvalidRequest("", "the body must be a JSON object with queries (or query)")
@@ -188,9 +203,9 @@ async def errors_as_json(request: web.Request, handler: Callable[[web.Request], 
         return web.json_response({"detail": detail}, status=error.status)
     except web.HTTPException as error:  # no such route, another method, a body too large
         return web.json_response({"detail": error.reason}, status=error.status, headers=_allow(error))
-    except UnicodeDecodeError:
-        return web.json_response({"detail": "the body is not UTF-8"}, status=400)
-    except RuntimeError as error:
+    except (UnicodeDecodeError, LookupError):
+        return web.json_response({"detail": "the body is not in the encoding that it claims"}, status=400)
+    except IndexFailed as error:
         return web.json_response({"detail": str(error)}, status=500)
     return response
 
