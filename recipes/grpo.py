@@ -117,9 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
-    if config.process_index == 0:
-        queries = json.loads(Path(config.output_dir, "engine_queries.json").read_text(encoding="utf-8"))
-        print(cost_table(queries, getattr(engine, "ledger", None)))
+    counted = Path(config.output_dir, "engine_queries.json")
+    if config.process_index == 0 and counted.exists():  # no query was made where nothing was left to train
+        print(cost_table(json.loads(counted.read_text(encoding="utf-8")), getattr(engine, "ledger", None)))
     close_engine(engine)
 
 
