@@ -175,6 +175,23 @@ def test_a_build_that_breaks_leaves_no_index(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.building"))
 
 
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "index.building").mkdir()
+    (tmp_path / "index.building/pairs.tmp").write_text("half")
+    assert BM25Engine(corpus_of(tmp_path, *PASSAGES), index_dir=tmp_path / "index").lookup("skin")
+    assert not (tmp_path / "index.building").exists()
+
+
+def test_a_long_build_for_one_run_is_remarked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bm25, "LONG_BUILD_S", -1.0)
+    BM25Engine(corpus_of(tmp_path, *PASSAGES), index_dir=tmp_path / "index")
+    assert caplog.text == ""
+    BM25Engine(corpus_of(tmp_path, *PASSAGES))
+    assert "an index_dir would keep it" in caplog.text
+
+
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("Years of work.")
     (tmp_path / "in").mkdir()

@@ -233,6 +233,11 @@ def test_a_plan_of_ones_own_has_its_own_price() -> None:
     assert engine.ledger.to_record()["usd"] == engine.ledger.to_record()["usd_at_google"]
 
 
+def test_serper_says_when_a_query_cost_more() -> None:
+    engine, _ = searched(GoogleServer((200, SERPER_PAGE | {"credits": 2})), "serper")
+    assert engine.ledger.usd == pytest.approx(0.002)
+
+
 def test_a_blank_query_is_not_sent() -> None:
     server = GoogleServer((200, SERPAPI_PAGE))
     _, results = searched(server, "serpapi", SearchRequest("  ", "Q?", ("a",)))

@@ -9,6 +9,7 @@ and Flood, 1995).
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import re
 import sys
@@ -50,11 +51,14 @@ def hidden_module(name: str) -> Iterator[None]:
 with hidden_module("numba"):
     import bm25s
 
+logger = logging.getLogger(__name__)
+
 WORD = re.compile(r"\w+")
 BLOCK_WORDS = 4_000_000  # words in memory at once while an index is built; some 200 MiB
 PROGRESS_BAR_BLOCKS = 4
 ROUNDING = 1e-3  # more than float32 sums of scores can be off by
 LOOKUP_COST = 40  # to look up a candidate among the passages of a word, as a multiple of adding one passage's score
+LONG_BUILD_S = 20.0
 REMEMBERED_WORDS = 100_000  # queries share most of their words
 SELECTION_COST = 4  # to find the best among the passages of a word: worth it if a frequent word may be spared
 
@@ -106,12 +110,15 @@ class BM25Index:
     """BM25 scores of every word in every passage of a corpus, on disk. `manifest` says what it was built from."""
 
     def __init__(self, corpus: str | Path, index_dir: str | Path | None = None) -> None:
+        self._temporary: TemporaryDirectory[str] | None = None
         if index_dir is None:
             self._temporary = TemporaryDirectory(prefix="zerosearch-bm25-")  # goes when this object does
             index_dir = Path(self._temporary.name) / "index"
         corpus, folder = Path(corpus), Path(index_dir)
         settings = {"kind": "bm25", "k1": K1, "b": B}
         self.manifest = built_index(corpus, folder, settings, lambda draft: _IndexBuilder(corpus, draft).build())
+        if self._temporary and self.manifest["build_s"] > LONG_BUILD_S:
+            logger.warning("the index of %s took %.0f s; an index_dir would keep it", corpus, self.manifest["build_s"])
         self.passages = PassageFile(corpus, mapped(folder / "offsets.npy"))
         self.vocabulary = Vocabulary(folder)
         self.bounds = mapped(folder / "bounds.npy")  # (words,), no passage scores more for a word

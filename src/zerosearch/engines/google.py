@@ -171,6 +171,9 @@ class GoogleEngine:
             raise CallFailed(f"it reports: {error}", status=200)
         if not isinstance(results, list):
             raise CallFailed(f"its reply holds no list of results: {json.dumps(reply)}", status=200)
+        credits = reply.get("credits", 1)  # Serper's: two for more than ten results
+        if isinstance(credits, int):
+            self.ledger.usd += (credits - 1) * self.usd_per_query
         passages = [
             Passage(str(result.get("title") or "").strip(), str(result.get("snippet") or "").strip())
             for result in results
