@@ -43,7 +43,11 @@ class SearchResult:
 
 
 class SearchEngine(Protocol):
-    """Anything that answers a search. At most `max_concurrency` searches are in flight at once."""
+    """Anything that answers a search. At most `max_concurrency` searches are in flight at once.
+
+    An engine may have more: `identity()`, a dictionary of what its results depend on, for manifests and cassettes;
+    `reads_query_only`, true if they depend on nothing else of a request; and a `ledger`, its account.
+    """
 
     name: str
     max_concurrency: int
