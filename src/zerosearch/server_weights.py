@@ -80,6 +80,9 @@ class PolicyServerClient(VLLMClient):
             "see what it printed last, start it again, and resume the run"
         )
 
+    def _get(self, url: str, **kwargs: Any) -> dict[str, Any]:
+        return super()._get(url, **{"timeout": HEALTH_TIMEOUT_S, **kwargs})
+
     def _post(self, url: str, **kwargs: Any) -> dict[str, Any]:
         return super()._post(url, **{"timeout": CALL_TIMEOUT_S, **kwargs})
 
