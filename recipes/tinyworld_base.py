@@ -1,6 +1,6 @@
 """Make TinyWorld's two base checkpoints from nothing; they stand in for what pretraining gives a real model.
 
-    python recipes/tinyworld_base.py        # about 15 minutes on two cores; writes data/tinyworld/{policy,simulator}
+    python recipes/tinyworld_base.py        # about 35 minutes on two cores; writes data/tinyworld/{policy,simulator}
 
 Both are Llama models of three layers and 0.6 M parameters. The policy reads lists of facts and careless
 demonstrations of the whole method: it can search, read and answer, but often guesses instead, gives up after noise,
@@ -16,7 +16,7 @@ two layers start as that circuit (`install_lookup_circuit`), and training refine
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -56,7 +56,7 @@ class BaseArguments:
     output_dir: str = "data/tinyworld"
     seed: int = 0
     policy_steps: int = 900
-    simulator_steps: int = 900
+    simulator_steps: int = 2400
     texts_per_step: int = 48
     learning_rate: float = 3e-3  # falls linearly to nothing
     hidden_size: int = 128  # four heads of 32, the smallest that vLLM has a CPU kernel for
@@ -245,13 +245,28 @@ def simulator_texts(rng: random.Random) -> Iterator[Text]:
 
 
 def search_log(world: World, question: Question, rng: random.Random) -> Text:
-    """Return a question, a query with the answer looked for, a reader's verdict, and the page the query got."""
-    fact = rng.choice(question.path)
+    """Return a question, a query with the answer looked for, a reader's verdict, and the page the query got.
+
+    A useful page states the fact first, as an engine would rank it; which fact stands where is then no riddle, and
+    what is left to learn is whether to state it. A noisy one names no answer, of the query or of the question.
+    """
+    fact = rng.choice(question.path) if rng.random() < 0.5 else question.path[-1]
     useful = rng.random() < 0.5
-    documents = result_page(world, fact, useful, rng)
+    documents = result_page(world, fact, False, rng)
+    if useful:
+        documents = [fact.sentence, *documents[:4]]
+    else:
+        answers = {fact.object, *(() if question.kind == "comparison" else question.golden_answers)}
+        more = documents + result_page(world, fact, False, rng)
+        documents = [document for document in dict.fromkeys(more) if not names_any(document, answers)][:5]
     verdict = "Useful" if useful else "Noisy"
     asked = f'Question: "{question.text}"\nQuery: {fact.query} {question.golden_answers[0]}\n{verdict} Output:\n'
     return [(asked, False), (format_documents(documents), True)]
+
+
+def names_any(document: str, names: Iterable[str]) -> bool:
+    """Say whether a document holds one of the names, as whole words."""
+    return any(f" {name} " in f" {document.removesuffix('.')} " for name in names)
 
 
 def train(

@@ -138,6 +138,26 @@ def test_judged_searches_are_what_their_label_says(tmp_path: Path):
         documents = search["documents"]
         assert len(documents) == len(set(documents)) == 5
         assert (sentences[search["query"]] in documents) == search["useful"]
+        if search["useful"]:  # in the engine's order: it ranks what the query is the beginning of first
+            assert documents[0] == sentences[search["query"]]
+
+
+def test_noisy_documents_of_the_query_that_answers_the_question_name_no_golden_answer(tmp_path: Path):
+    engine = BM25Engine(corpus_of(EVALUATION, tmp_path), num_documents=12)
+    searches = asyncio.run(judged_searches(EVALUATION, engine, 200, seed=0))
+    sentences = {fact.query: fact.sentence for fact in EVALUATION.facts}
+    answering = [
+        search
+        for search in searches
+        if not search["useful"] and sentences[search["query"]] == f"{search['query']} {search['golden_answers'][0]}."
+    ]
+    assert len(answering) > 60
+    named = [
+        search
+        for search in answering
+        if any(answer in document for answer in search["golden_answers"] for document in search["documents"])
+    ]
+    assert named == []
 
 
 def test_question_rows_have_the_columns_of_a_benchmark():

@@ -299,7 +299,8 @@ async def judged_searches(world: World, engine: SearchEngine, n_questions: int, 
 
     Return rows `{question, golden_answers, query, documents, useful}`, two for each search: the engine's best
     documents, useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with the
-    query's own answer in place of a judge). `engine` must return more documents than the five that a row keeps.
+    query's own answer in place of a judge). Noisy documents name no accepted answer of the question either, where the
+    query is the one that answers it. `engine` must return more documents than the five that a row keeps.
     """
     rng = random.Random(f"searches-{seed}")
     rows: list[dict[str, object]] = []
@@ -308,18 +309,19 @@ async def judged_searches(world: World, engine: SearchEngine, n_questions: int, 
         fact = rng.choice(world.facts if rng.random() < 1 / 8 else question.path)
         request = SearchRequest(fact.query, question.text, question.golden_answers)
         documents = (await engine.search(request)).documents
-        noisy = [document for document in documents if fact.object not in document]
-        useful = list(documents[:5])
-        for kept, is_useful in ((useful, True), (noisy[:5], False)):
+        answers = {fact.object}
+        if fact == question.path[-1] and question.kind != "comparison":
+            answers.update(question.golden_answers)
+        noisy = [document for document in documents if not any(answer in document for answer in answers)]
+        for kept, is_useful in ((documents[:5], True), (noisy[:5], False)):
             if is_useful != any(fact.sentence in document for document in kept) or len(kept) < 5:
                 continue  # the search failed by itself, or found too little to choose from
-            rng.shuffle(kept)
             rows.append(
                 {
                     "question": question.text,
                     "golden_answers": list(question.golden_answers),
                     "query": fact.query,
-                    "documents": kept,
+                    "documents": list(kept),
                     "useful": is_useful,
                 }
             )
