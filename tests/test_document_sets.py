@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
 from typing import Any
 
 import datasets
 import pytest
+from hub_stub import HubStub
 
 from zerosearch.document_sets import SetOptions, build_sets, split_of, statistics
 from zerosearch.errors import UserError
@@ -22,7 +21,7 @@ from zerosearch.metrics import normalize_answer
 from zerosearch.simulation import load_examples
 from zerosearch.traces import read_traces
 
-pytest_plugins = ("recipe_modules",)  # fixtures
+pytest_plugins = ("recipe_modules", "hub_stub")  # fixtures
 
 ROOT = Path(__file__).parent.parent
 TRACES = ROOT.parent / "shared/data/search_traces.jsonl"
@@ -139,47 +138,6 @@ def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions
     assert build_sets(traces, SetOptions()) == sets
 
 
-class HubStub(BaseHTTPRequestHandler):
-    """As much of the Hub as pushing a folder talks to; every file is taken inline, in the commit itself."""
-
-    committed: dict[str, bytes]
-    paths: list[str]
-    refuse: bool
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.paths.append(self.path)
-        reply: dict[str, Any] = {"url": f"http://{self.headers['Host']}/datasets/someone/sft"}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            reply["files"] = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
-        elif "/commit/" in self.path:
-            import base64
-
-            reply |= {"commitUrl": f"{reply['url']}/commit/1", "commitOid": "1"}
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        content = json.dumps({"error": "Invalid username or password."} if self.refuse else reply).encode()
-        self.send_response(401 if self.refuse else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[str]:
-    HubStub.committed, HubStub.paths, HubStub.refuse = {}, [], False
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubStub)
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.fixture
 def traces(tmp_path: Path) -> Path:
     path = tmp_path / "traces.jsonl"
@@ -244,7 +202,7 @@ def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_
     assert set(HubStub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
     assert HubStub.committed["train.jsonl"] == (folder / "train.jsonl").read_bytes()
     assert HubStub.committed["README.md"].startswith(b"---\ntask_categories:")
-    assert "pushed to" in done.stdout and "/datasets/someone/sft" in done.stdout
+    assert "pushed to" in done.stdout and "/someone/sft" in done.stdout
     HubStub.refuse = True
     done = subprocess.run(
         [*command, "--overwrite_output_dir", "true"],

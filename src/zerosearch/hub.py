@@ -98,12 +98,17 @@ def dataset_card(title: str, statistics: Mapping[str, Any], about: Mapping[str, 
 def simulator_card(
     title: str,
     base_model: str | None,
+    prompt: str,
     about: Mapping[str, Any],
     fidelity: str = "",
     serve: Sequence[str] = (),
     adapter: bool = False,
 ) -> str:
-    """Describe a simulator. `fidelity` is its measurement as Markdown, `serve` the commands that serve it."""
+    """Describe a simulator.
+
+    `prompt` is the template it was tuned with, `about` what else it was made with, `fidelity` its measurement as
+    Markdown, `serve` the commands that serve it.
+    """
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -115,9 +120,10 @@ def simulator_card(
     return card(
         header,
         title,
-        f"A language model that plays a search engine: asked in the words of Table 2 of {PAPER}, it writes five "
-        "documents for a query, useful or noisy on demand.",
+        f"A language model that plays a search engine, for training policies as {PAPER} does: asked in the words of "
+        "the prompt below, it writes documents for a query, useful or noisy on demand.",
         f"```bash\n{commands}\n```" if commands else "",
+        f"```text\n{prompt.strip()}\n```",
         f"## Fidelity\n\n{fidelity}" if fidelity else "Its fidelity has not been measured.",
         f"## Training\n\n```json\n{json.dumps(dict(about), indent=2, ensure_ascii=False)}\n```",
     )
