@@ -32,7 +32,7 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import LimitReached, Limits, evaluate, write_json
+from zerosearch.evaluation import LimitReached, Limits, check_samples, evaluate, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.loading import load_generator, model_identity
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments, engine_options, settings, endpoint_options = parser.parse_args_and_config(argv)
     known_agents, simulator_template = PROMPTS[arguments.prompt]
     agents = choose_agents(arguments.agent, known_agents)
+    check_samples(arguments.num_samples, settings)
     output_dir = claim_output(arguments)
     questions = load_question_sets(
         arguments.dataset,

@@ -304,7 +304,8 @@ def test_the_recipe_scores_two_models_on_real_questions(generator: str, real_mod
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "hotpotqa" in done.stdout
+    assert f"{real_model.name} policy" in done.stdout and "2 of 2" in done.stdout
+    assert "| method | HotpotQA |" in (tmp_path / "out/table.md").read_text()
     found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
     assert list(found) == ["other policy", f"{real_model.name} policy"]
     assert len({results["weights_fingerprint"] for results in found.values()}) == 1

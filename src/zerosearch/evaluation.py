@@ -107,10 +107,7 @@ def evaluate(
     written all the same. Raises `LimitReached` if not one trajectory was finished, and `UserError` if `output_dir`
     holds another evaluation than the one to resume.
     """
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}: it must be at least 1")
-    if num_samples > 1 and settings.temperature == 0.0:
-        raise UserError("num_samples above 1 needs a temperature above 0: greedy samples are all the same")
+    check_samples(num_samples, settings)
     engine = engine if engine is not None and agent.searches else NoEngine()
     rows = [{**row, "prompt": agent.messages(row["question"])} if agent is not POLICY else row for row in questions]
     manifest = {
@@ -156,6 +153,14 @@ def evaluate(
     }
     write_json(output_dir / "results.json", results)
     return results
+
+
+def check_samples(num_samples: int, settings: RolloutSettings) -> None:
+    """Raise `UserError` for a number of samples that cannot be, or that would all be the same."""
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}: it must be at least 1")
+    if num_samples > 1 and settings.temperature == 0.0:
+        raise UserError("num_samples above 1 needs a temperature above 0: greedy samples are all the same")
 
 
 def score(records: Sequence[Record], num_places: int, account: Account, seed: int) -> dict[str, Any]:
