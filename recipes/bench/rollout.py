@@ -14,7 +14,7 @@ Arms, all on one colocated vLLM engine, in one process, one after the other:
   the longest chain decodes between its searches are not in it.
 
 All arms sample the same tokens, and that is checked. Each trajectory searches `turns` times and is cut off after one
-more turn. Turns of 8 to 24 tokens stand for longer ones on a faster engine. The prefix cache is emptied before each
+more turn. Turns of 6 to 14 tokens stand for longer ones on a faster engine. The prefix cache is emptied before each
 measurement. A run measures every cell by every arm, in an order of its own, so that a slow spell of the machine hits
 all; another run has other latencies. Ratios are taken run by run.
 
@@ -53,7 +53,7 @@ from zerosearch.rollout import RolloutClock
 TURNS = (1, 3, 5)
 TRAJECTORIES = (32, 128, 320)
 IN_FLIGHT = (32, 64, 128, 256, 512, 1024)
-TURNS_A_SECOND = 60  # of two CPU cores; a first guess, for the progress bar alone
+TURNS_A_SECOND = 280  # of two CPU cores; a first guess, for the progress bar alone
 
 Cells = Mapping[Cell, Mapping[str, list[Measurement]]]
 
@@ -178,7 +178,7 @@ def rows_of(measured: Cells) -> list[dict[str, Any]]:
 
 
 def measure_in_flight(arms: Arms, sizes: Sequence[int], runs: int) -> list[dict[str, Any]]:
-    """Measure the time a trajectory costs, three searches that take no time, with so many in flight."""
+    """Measure the time a trajectory costs, one search that takes no time, with so many in flight."""
     generators: dict[str, Generator] = {"vllm": arms.generator, "instant": InstantGenerator(arms.tokenizer)}
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in product(generators, sizes)}
     work = [
@@ -189,7 +189,7 @@ def measure_in_flight(arms: Arms, sizes: Sequence[int], runs: int) -> list[dict[
     for name, size, run in tqdm(work, desc="more and more in flight"):
         arms.llm.llm_engine.reset_prefix_cache()
         start = time.perf_counter()
-        ours(generators[name], Cell("none", 3, size), World("none", run), RolloutClock())
+        ours(generators[name], Cell("none", 1, size), World("none", run), RolloutClock())
         seconds[name, size].append(round((time.perf_counter() - start) / size, 6))
     return [
         {"generator": name, "trajectories": size, "seconds_per_trajectory": values}

@@ -11,7 +11,7 @@ from rollout_parts.world import LATENCIES, Cell
 
 COLORS = {"ours": "#0b7285", "lockstep": "#e8590c", "lockstep10": "#f59f00", "trl_tools": "#868e96"}
 MARKERS = {"ours": "o", "lockstep": "s", "lockstep10": "D", "trl_tools": "^"}
-TICKS = (1, 1.5, 2, 3, 5, 10, 20, 30)
+TICKS = (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100)
 
 Row = Mapping[str, Any]
 
@@ -80,7 +80,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         right.plot([row["idle_share"] for row in chosen], heights, **style)
     left.axvline(1, color="0.4", linewidth=1)
     left.set(xscale="log", xlabel="time of a rollout, in floors (median; bars from the least to the greatest run)")
-    left.set_xticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+    longest = max(max(to_floor(row, floors[cell_of(row)])) for row in rows)
+    ticks = [tick for tick in TICKS if tick <= longest] or [1]
+    left.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     left.minorticks_off()
     left.set_yticks(range(len(cells)), labels=[str(cell) for cell in cells])
     left.set_ylabel("latency, searches x trajectories")
@@ -88,6 +90,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     right.set(xlim=(-0.03, 1.03), xlabel="share of time the engine is idle")
     for axes in (left, right):
         axes.grid(axis="x", color="0.9")
+        for border in range(1, len(cells)):
+            axes.axhline(border - 0.5, color="0.9", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)

@@ -1,6 +1,6 @@
 """What the rollout bench runs on: keyed questions, documents and latencies, and a policy that searches.
 
-The policy is a small Llama with random layers whose output layer counts down: behind a cue " t17" it samples 17
+The policy is a small Llama with random layers whose output layer counts down: behind a cue " t12" it samples 12
 tokens, the last of which closes a search. A prompt ends in a cue, and so do the documents of each search; the cues are
 keyed by (run, row, turn). So all arms sample the same tokens, whatever the temperature and the seed, and a trajectory
 searches as often as its budget lets it.
@@ -21,8 +21,8 @@ from zerosearch.prompts import POLICY_PROMPT, policy_prompt
 
 LATENCIES = ("none", "constant", "lognormal")
 CONSTANT_S = 0.05
-MEDIAN_S, SIGMA = 0.3, 1.0  # log-normal: 5 % above 1.6 s, 1 % above 3.1 s
-TURN_TOKENS = (8, 24)  # shortest and longest turn, tags included
+MEDIAN_S, SIGMA = 0.3, 0.8  # log-normal: 5 % above 1.1 s, 1 % above 1.9 s
+TURN_TOKENS = (6, 14)  # shortest and longest turn, tags included
 CONTEXT_TOKENS = 2048
 WORDS = POLICY_PROMPT.replace("<", " ").replace(">", " ").split()
 
@@ -114,7 +114,7 @@ RESPONSE_TEMPLATE = {
 
 
 def save_counting_policy(directory: Path) -> None:
-    """Save a policy that counts down from its cue: " t17" is followed by " t16" to " t3", then a search."""
+    """Save a policy that counts down from its cue: " t12" is followed by " t11" to " t3", then a search."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
