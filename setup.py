@@ -23,6 +23,7 @@ REQUIRES = [
     "numpy",
     "peft",
     "pyarrow",
+    "pyyaml",
     "tokenizers",
     "torch",
     "tqdm",

@@ -36,16 +36,7 @@ def simulator(tinyworld: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A simulator tuned for a few steps by the recipe, with LoRA, and served by a vLLM of its own."""
     directory = tmp_path_factory.mktemp("simulator")
     config = ("--config", "recipes/configs/sft-tinyworld.yaml", "--searches", tinyworld / "searches.jsonl")
-    lora = (
-        "--use_peft",
-        "true",
-        "--lora_target_modules",
-        "all-linear",
-        "--max_steps",
-        20,
-        "--overwrite_output_dir",
-        "true",
-    )
+    lora = ("--tuning", "lora", "--merge", "true", "--max_steps", 20, "--overwrite_output_dir", "true")
     run("recipes/sft_simulator.py", *config, "--output_dir", directory, *lora)
     with simulator_server(str(directory), 6177, max_model_len=1024, dtype="float32", num_threads=1) as server:
         yield server
