@@ -18,6 +18,7 @@ scores.svg to the output folder, and with several evaluations a folder for each.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -145,10 +146,19 @@ def claim_output(arguments: EvaluationArguments) -> Path:
     return claim_output_dir(path, arguments.overwrite_output_dir)
 
 
+def model_labels(models: list[str]) -> list[str]:
+    """Return a short name for each model: as few of the last parts of its path as tell all apart."""
+    parts = [Path(model).parts for model in models]
+    for count in range(1, max(map(len, parts))):
+        labels = ["/".join(part[-count:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return models
+
+
 def evaluations(models: list[str], agents: list[Agent], engines: list[SearchEngine]) -> Iterator[Evaluation]:
     """Yield what is to be evaluated, model by model; names say what differs."""
-    names = [Path(model).name for model in models]
-    for model, label in zip(models, names if len(set(names)) == len(names) else models, strict=True):
+    for model, label in zip(models, model_labels(models), strict=True):
         for agent in agents:
             for engine in engines if agent.searches else [None]:
                 parts = [label] if len(models) > 1 else []
@@ -201,7 +211,7 @@ def run(
                     one.model, arguments, endpoint_options, settings.max_trajectory_tokens
                 )
                 loaded = one.model
-            folder = output_dir if len(todo) == 1 else output_dir / one.name.replace(" ", "-")
+            folder = output_dir if len(todo) == 1 else output_dir / re.sub(r"[^\w.-]+", "-", one.name).strip("-.")
             if len(todo) > 1:
                 print(f"\n{one.name} ({len(found) + 1} of {len(todo)})", flush=True)
             results = evaluate(

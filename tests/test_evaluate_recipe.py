@@ -211,6 +211,18 @@ def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
     assert "holds another evaluation, which cannot be resumed as this one: seed is 0" in capsys.readouterr().err
 
 
+def test_models_are_told_apart_by_as_little_of_their_paths_as_need_be(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
+) -> None:
+    evaluate = load_recipe("evaluate")
+    assert evaluate.model_labels(["/a/one", "two"]) == ["one", "two"]
+    assert evaluate.model_labels(["/a/run/policy", "data/policy"]) == ["run/policy", "data/policy"]
+    assert evaluate.model_labels(["x/a/p", "y/a/p", "p"]) == ["x/a/p", "y/a/p", "p"]
+    evaluate.main([*endpoint, "--model", "/a/policy", "/b/policy", "--agent", "direct"])
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["a-policy-direct", "b-policy-direct"]  # all of them in the output folder
+
+
 def test_the_benchmarks_are_asked_as_many_of_each_as_wanted(
     load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
 ) -> None:
