@@ -16,13 +16,14 @@ ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN = 26, 280, 420, 12  # pixels
 
 def results_table(results: Results) -> str:
     """Return the results as a short table: a line a dataset, and their mean where there are several."""
+    width = max(18, *map(len, results["by_dataset"]))
     scores_head = f"{'EM [95 %]':<20} {'F1 [95 %]':<20} {'cover-EM':>8}"
-    lines = [f"{'dataset':<18} {'n':>6}  {scores_head} {'answered':>8} {'searches':>8}"]
+    lines = [f"{'dataset':<{width}} {'n':>6}  {scores_head} {'answered':>8} {'searches':>8}"]
     for name, scores in results["by_dataset"].items():
         rates = f"{scores['answer_rate']:>8.3f} {scores['searches']:>8.2f}"
-        lines.append(f"{name:<18} {scores['n']:>6}  {_scores_text(scores)} {rates}")
+        lines.append(f"{name:<{width}} {scores['n']:>6}  {_scores_text(scores)} {rates}")
     if len(results["by_dataset"]) > 1:
-        lines.append(f"{'mean of datasets':<18} {'':>6}  {_scores_text(results['macro_average'])}")
+        lines.append(f"{'mean of datasets':<{width}} {'':>6}  {_scores_text(results['macro_average'])}")
     return "\n".join(lines)
 
 
@@ -117,15 +118,16 @@ def scores_plot(evaluations: Mapping[str, Results]) -> str:
 
 def comparison_table(differences: Results) -> str:
     """Return a paired comparison as a table, a line a dataset, then all: how much better the second run is."""
+    width = max(18, *map(len, differences["by_dataset"]))
     heads = f"{'EM difference [95 %]':<24} {'F1 difference [95 %]':<24}"
-    lines = [f"{'dataset':<18} {'n':>6}  {heads} {'better':>6} {'worse':>6} {'same':>6}"]
+    lines = [f"{'dataset':<{width}} {'n':>6}  {heads} {'better':>6} {'worse':>6} {'same':>6}"]
     rows = [*differences["by_dataset"].items(), ("all questions", differences)]
     for name, scores in rows:
         won = f"{scores['better']:>6} {scores['worse']:>6} {scores['same']:>6}"
-        lines.append(f"{name:<18} {scores['n']:>6}  {_signed(scores['em']):<24} {_signed(scores['f1']):<24} {won}")
+        lines.append(f"{name:<{width}} {scores['n']:>6}  {_signed(scores['em']):<24} {_signed(scores['f1']):<24} {won}")
     if len(differences["by_dataset"]) > 1:
         macro = differences["macro_average"]
-        lines.append(f"{'mean of datasets':<18} {'':>6}  {_signed(macro['em']):<24} {_signed(macro['f1'])}")
+        lines.append(f"{'mean of datasets':<{width}} {'':>6}  {_signed(macro['em']):<24} {_signed(macro['f1'])}")
     return "\n".join(lines)
 
 
