@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.curriculum import NoiseSchedule
+from zerosearch.curriculum import NoiseSchedule, keyed_uniform
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.http import ServiceError
 from zerosearch.engines.simulated import SimulatedEngine
@@ -36,12 +36,13 @@ from zerosearch.likeness import (
     rouge_n,
     shape,
 )
-from zerosearch.scores import INTERVAL, NUM_RESAMPLES, resampled_means
+from zerosearch.scores import INTERVAL, NUM_RESAMPLES
 
 Card = dict[str, Any]
 Documents = tuple[str, ...]
 QUALITIES = ("useful", "noisy")
 TOTAL_STEPS = 200  # of the paper's run, over which the schedule is laid
+NUM_COINS = 64_000  # as many searches as the paper's run makes (Table 8)
 
 
 @dataclass(frozen=True)
@@ -225,22 +226,35 @@ def _noise(
 ) -> Card:
     """Return requested against realised noise.
 
-    `realised` is the share of searches whose documents do not answer their query, whatever was asked of the simulator;
-    `coin` is the share that it was asked to write noisy documents for.
+    `coin` is the share of NUM_COINS searches for which the keyed coin falls on noisy. `realised` is what the documents
+    come to: the share of searches that do not answer their query, those asked to be noisy and those asked to be useful
+    weighted by the coin. `observed` is that share in the searches made here, where few coins were tossed.
     """
     schedule = options.schedule()
-    unanswered = np.zeros((len(decidable), len(schedule)))
-    coins = np.zeros(len(schedule))
+    made = np.zeros((len(decidable), 2, len(schedule)))  # useful and noisy
+    unanswered = np.zeros_like(made)
     for (_, (row, point)), result in zip(asks, results, strict=True):
-        unanswered[row, point] += not decidable[row].is_answered_by(result.documents)
-        coins[point] += bool(result.noisy)
-    unanswered /= options.noise_samples
-    coins /= len(decidable) * options.noise_samples
+        quality = int(bool(result.noisy))
+        made[row, quality, point] += 1
+        unanswered[row, quality, point] += not decidable[row].is_answered_by(result.documents)
     requested = np.array([p_noise for _, p_noise in schedule])
-    realised = unanswered.mean(axis=0)  # (points,)
-    resampled = resampled_means(unanswered, rng)  # (resamples, points)
+    coins = np.array([_coin_share(options.seed, step, p_noise) for step, p_noise in schedule])
+
+    def realised_by(weights: np.ndarray) -> np.ndarray:
+        """Return the realised noise, (..., points), with each query counted `weights` times, (..., queries)."""
+        asked = np.tensordot(weights, made, axes=1)  # (..., 2, points)
+        missed = np.tensordot(weights, unanswered, axes=1)
+        # Where the coin never fell on one side, that side's share at the other points.
+        overall = missed.sum(axis=-1, keepdims=True) / np.maximum(asked.sum(axis=-1, keepdims=True), 1)
+        shares = np.where(asked > 0, missed / np.maximum(asked, 1), overall)
+        return coins * shares[..., 1, :] + (1 - coins) * shares[..., 0, :]
+
+    size = len(decidable)
+    realised = realised_by(np.ones(size))  # (points,)
+    resampled = realised_by(rng.multinomial(size, np.full(size, 1 / size), NUM_RESAMPLES))  # (resamples, points)
     low, high = np.percentile(resampled, INTERVAL, axis=0)
     errors = np.abs(resampled - requested).max(axis=1)  # (resamples,)
+    searches = size * options.noise_samples
     return {
         "max_noise_error": float(np.abs(realised - requested).max()),
         "max_noise_error_interval": [float(bound) for bound in np.percentile(errors, INTERVAL)],
@@ -252,11 +266,17 @@ def _noise(
                 "coin": float(coins[point]),
                 "realised": float(realised[point]),
                 "realised_interval": [float(low[point]), float(high[point])],
-                "searches": len(decidable) * options.noise_samples,
+                "observed": float(unanswered[:, :, point].sum() / searches),
+                "searches": searches,
             }
             for point, (step, p_noise) in enumerate(schedule)
         ],
     }
+
+
+def _coin_share(seed: int, step: int, p_noise: float) -> float:
+    """Return how often the coin of a search falls on noisy."""
+    return fmean(keyed_uniform(seed, step, row, 0, 0) < p_noise for row in range(NUM_COINS))
 
 
 def _describe(

@@ -93,15 +93,17 @@ SUFFIXES = (
 
 def _noise_table(card: Card) -> list[str]:
     lines = [
-        "Realised noise: the share of searches whose documents do not answer the query, whatever was asked for.",
+        "Realised noise: the share of searches whose documents do not answer the query, those asked to be noisy and "
+        "those asked to be useful weighted by the share of the keyed coin in 64,000 searches; observed: the plain "
+        "share in the searches made.",
         "",
-        "| step | requested | coin | realised | searches |",
-        "|---|---|---|---|---|",
+        "| step | requested | coin | realised | observed | searches |",
+        "|---|---|---|---|---|---|",
     ]
     for point in card["noise"]:
         lines.append(
             f"| {point['step']} | {point['requested']:.3f} | {point['coin']:.3f} | {_shown(point, 'realised')} "
-            f"| {point['searches']:,} |"
+            f"| {point['observed']:.3f} | {point['searches']:,} |"
         )
     return lines
 
