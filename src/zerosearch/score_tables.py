@@ -124,7 +124,9 @@ def comparison_table(differences: Results) -> str:
     rows = [*differences["by_dataset"].items(), ("all questions", differences)]
     for name, scores in rows:
         won = f"{scores['better']:>6} {scores['worse']:>6} {scores['same']:>6}"
-        lines.append(f"{name:<{width}} {scores['n']:>6}  {_signed(scores['em']):<24} {_signed(scores['f1']):<24} {won}")
+        lines.append(
+            f"{name:<{width}} {scores['n']:>6}  {_signed(scores['em']):<24} {_signed(scores['f1']):<24} {won}"
+        )
     if len(differences["by_dataset"]) > 1:
         macro = differences["macro_average"]
         lines.append(f"{'mean of datasets':<{width}} {'':>6}  {_signed(macro['em']):<24} {_signed(macro['f1'])}")
