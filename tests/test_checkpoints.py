@@ -85,12 +85,14 @@ def command(output: Path, algorithm: str, policy: Path, data: Path, *flags: str)
     return [sys.executable, str(ROOT / "recipes/grpo.py"), *pairs, *flags]
 
 
-def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[str]]:
-    """Return the weights, the log without its clock times, and the trajectories."""
+def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the weights, and log and trajectories without their clock times."""
     timed = ("time/", "search/latency", "step_time", "train_")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     log = [{name: value for name, value in entry.items() if not name.startswith(timed)} for entry in log]
-    return load_file(output / "model.safetensors"), log, (output / "trajectories.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
+    return load_file(output / "model.safetensors"), log, records
 
 
 @pytest.mark.slow
