@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch import serving
-from zerosearch.engines import SearchError, SearchRequest
+from zerosearch.engines import SearchError, SearchRequest, replicas
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
-from zerosearch.serving import ServerDied, SimulatorServer, simulator_server
+from zerosearch.protocol import split_documents
+from zerosearch.serving import ServerDied, SimulatorServer, simulator_server, simulator_servers
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -136,6 +140,51 @@ def test_a_reply_that_cannot_fit_is_refused_in_words(server: SimulatorServer) ->
     engine = SimulatedEngine(server.base_url, max_tokens=2000)
     with pytest.raises(SearchError, match=r"attempt 1 of 6: HTTP status 400.*2000"):
         search(engine, SearchRequest("q", "Q?", ("a",), key=(1,)))
+
+
+@pytest.fixture(scope="module")
+def adapter(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes what the random model writes."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(random_model)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False))
+    directory = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(directory)
+    return directory
+
+
+def greedy_of_peft(adapter: Path, base: Path, prompt: str, num_tokens: int) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        generated = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_replicas_of_an_adapter_share_the_work_and_outlive_one_of_them(
+    adapter: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "PROBE_EVERY_S", 0.1)
+    options = {"max_model_len": 512, "dtype": "float32", "num_threads": 1}
+    with simulator_servers(str(adapter), 6190, replicas=2, **options) as servers:
+        assert [server.base_url for server in servers] == [f"http://127.0.0.1:{port}/v1" for port in (6190, 6191)]
+        engine = SimulatedEngine(
+            [server.base_url for server in servers], template="{query}", temperature=0.0, max_tokens=12
+        )
+        engine.check()
+        assert engine.model == "simulator"  # the adapter, which is listed after its base
+        expected = split_documents(greedy_of_peft(adapter, random_model, "Emma author", 12), 5)
+        requests = [SearchRequest("Emma author", "Q?", ("a",), key=(row,)) for row in range(8)]
+        assert search(engine, *requests) == [expected] * 8
+        assert [replica.calls for replica in engine.replicas.replicas] == [8, 8]  # each search was short, and repeated
+
+        os.killpg(servers[0].process.pid, signal.SIGKILL)
+        servers[0].process.wait()
+        assert search(engine, *requests) == [expected] * 8
+        assert engine.replicas.down == [servers[0].base_url]
 
 
 @pytest.mark.slow
