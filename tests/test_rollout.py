@@ -492,7 +492,7 @@ def test_a_failed_search_ends_its_own_trajectory_only(tiny_tokenizer: PreTrained
 def test_a_search_without_a_reply_is_given_up(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     engine = ScriptedEngine(delay=lambda: 60.0)
     trajectory = roll_out(tiny_tokenizer, ["<search> q </search>"], engine, search_timeout_s=0.05)
-    assert trajectory.outcome == "failed_search"
+    assert (trajectory.outcome, trajectory.turns[0].latency_s) == ("failed_search", pytest.approx(0.05, abs=1.0))
     assert trajectory.error == "the engine scripted gave no reply within 0.05 s"
 
 
