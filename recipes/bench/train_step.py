@@ -1,0 +1,305 @@
+"""Time and peak memory of a training step: SearchTrainer against stock GRPOTrainer, on the same batch in the same run.
+
+    python recipes/bench/train_step.py                                                    # minutes on a CPU
+    python recipes/bench/train_step.py --shape qwen2.5-3b --num_questions 64 \\
+        --micro_batch 8 --warmup_steps 1                                                  # on a GPU, random weights
+
+Trajectories are shaped like the paper's: a prompt of about 200 tokens, 1 to 4 turns of about 60 policy tokens, five
+30-word documents a search, a vocabulary of 151,936. A step is scored by policy and reference model, with a group-
+normalised advantage, and updates the weights; rollouts are replayed and cost nothing. Each trainer runs in processes
+of its own, turn and turn about. Memory is the process's peak within the step, weights included (on a GPU, the
+allocator's). `forward_token_ratio` counts the tokens, padding included, that went through the layers.
+
+On a CPU stock TRL projects every token to the vocabulary, prompts and padding too, which makes up most of the small
+shape's arithmetic. "compact" is stock TRL told to leave those out, as it does on a GPU: `time_ratio_to_compact_stock`
+is against that, and the nearer to what a GPU will show.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import zerosearch.trainer
+from zerosearch.errors import exit_on_user_error
+from zerosearch.micro_batches import compact_lm_head
+from zerosearch.models import load_tokenizer
+from zerosearch.rewards import f1_reward
+from zerosearch.rollout import Trajectory
+from zerosearch.trainer import SearchConfig, SearchTrainer
+
+VOCABULARY = 151_936  # Qwen2.5
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 2},
+    "qwen2.5-3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+    },
+}
+GROUP = 5  # Table 8
+
+
+@dataclass
+class BenchArguments:
+    """What to measure, and how often."""
+
+    shape: Literal["small", "qwen2.5-3b"] = "small"
+    num_questions: int = field(default=1, metadata={"help": "Of a step; 5 trajectories each."})
+    micro_batch: int = field(default=1, metadata={"help": "Trajectories a micro-batch."})
+    rounds: int = field(default=2, metadata={"help": "Processes of each trainer."})
+    warmup_steps: int = field(
+        default=0, metadata={"help": "Steps a process that are not timed; on a GPU, 1 at least."}
+    )
+    steps: int = field(default=1, metadata={"help": "Timed steps a process."})
+    tokenizer: str = field(default="data/tinyworld/policy", metadata={"help": "Any; no text is made of the ids."})
+    output: str = "outputs/bench/train_step.json"
+    child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
+
+
+def trajectories(num_questions: int) -> list[Trajectory]:
+    """Make a step's trajectories of random ids, `GROUP` to a question; one in three answers right."""
+    rng = random.Random(0)
+
+    def ids(mean: int, spread: int) -> list[int]:
+        return [rng.randrange(1000, VOCABULARY) for _ in range(rng.randint(mean - spread, mean + spread))]
+
+    made = []
+    for _ in range(num_questions):
+        prompt = ids(200, 20)
+        for _ in range(GROUP):
+            trajectory = Trajectory(prompt, p_noise=0.0, outcome="answered")
+            trajectory.answer = "gold" if rng.random() < 1 / 3 else "lead"
+            turns = rng.randint(1, 4)
+            for turn in range(turns):
+                policy = ids(60, 25)
+                trajectory.completion_ids += policy
+                trajectory.env_mask += [1] * len(policy)
+                if turn < turns - 1:
+                    documents = ids(230, 30)  # 150 words, the tags and "Doc 1:" to "Doc 5:"
+                    trajectory.completion_ids += documents
+                    trajectory.env_mask += [0] * len(documents)
+            trajectory.append_environment([0])  # end of sequence
+            trajectory.logprobs = [0.0] * len(trajectory.completion_ids)
+            made.append(trajectory)
+    return made
+
+
+def replay(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+    """Be stock TRL's `rollout_func`: the same trajectories, with their mask."""
+    made = trajectories(len(prompts) // GROUP)
+    return {
+        "prompt_ids": [trajectory.prompt_ids for trajectory in made],
+        "completion_ids": [trajectory.completion_ids for trajectory in made],
+        "logprobs": [trajectory.logprobs for trajectory in made],
+        "env_mask": [trajectory.env_mask for trajectory in made],
+        "answer": [trajectory.answer for trajectory in made],
+        "outcome": [trajectory.outcome for trajectory in made],
+    }
+
+
+def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPOTrainer:
+    """Return the trainer that this process measures, both with the same settings."""
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": arguments.micro_batch,
+        "gradient_accumulation_steps": arguments.num_questions * GROUP // arguments.micro_batch,
+        "num_generations": GROUP,
+        "max_steps": arguments.warmup_steps + arguments.steps,
+        "learning_rate": 1e-6,
+        "beta": 0.001,
+        "use_bias_correction_kl": False,
+        "max_completion_length": 4096,
+        "gradient_checkpointing": arguments.shape != "small",
+        "bf16": torch.accelerator.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    rows = [
+        {"id": str(n), "dataset": "bench", "prompt": "?", "question": "?", "golden_answers": ["gold"]}
+        for n in range(arguments.num_questions)
+    ]
+    common: dict[str, Any] = {
+        "model": model,
+        "reward_funcs": f1_reward,
+        "train_dataset": datasets.Dataset.from_list(rows),
+        "processing_class": load_tokenizer(arguments.tokenizer),
+    }
+    if arguments.child != "ours":
+        return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=replay, **common)
+    zerosearch.trainer.run_rollouts = lambda rows, *_, **__: trajectories(len(rows) // GROUP)  # type: ignore[attr-defined]
+    config = SearchConfig(algorithm="grpo", logged_trajectories=0, **settings)
+    return SearchTrainer(engine=NoEngine(), args=config, **common)  # type: ignore[arg-type]
+
+
+class NoEngine:
+    """Stands where a search engine would; replayed rollouts ask nothing."""
+
+    name, max_concurrency = "none", 1
+
+
+class Watch(TrainerCallback):
+    """Time the steps, keep their peak memory, and write down the first step's gradient."""
+
+    def __init__(self, model: torch.nn.Module, gradients: Path) -> None:
+        self.model, self.gradients = model, gradients
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+        self.start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        reset_peak()
+        self.start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and not self.gradients.exists():
+            found = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+            torch.save({name: grad.float().cpu() for name, grad in found.items() if grad is not None}, self.gradients)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        self.peak_bytes = max(self.peak_bytes, peak_bytes())
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak resident set starts over
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def count_forward_tokens(model: torch.nn.Module, counted: list[int]) -> None:
+    """Count the tokens, padding included, that go through the first layer of a model."""
+    model.model.layers[0].register_forward_pre_hook(  # type: ignore[union-attr, index, operator]
+        lambda module, args, kwargs: counted.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
+        with_kwargs=True,
+    )
+
+
+def measure(arguments: BenchArguments) -> None:
+    """Run one trainer and print what it took, as one line of JSON."""
+    folder = Path(arguments.output)
+    counted: list[int] = []
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = make_trainer(arguments, str(folder / "model"), output_dir)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # away from the reference, or the KL would have no gradient
+            for parameter in trainer.model.parameters():
+                parameter += 1e-3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        watch = Watch(trainer.model, folder / f"{arguments.child}.pt")
+        trainer.add_callback(watch)
+        for model in (trainer.model, trainer.ref_model):
+            count_forward_tokens(model, counted)
+        with compact_lm_head() if arguments.child == "compact" else nullcontext():
+            trainer.train()
+    timed = watch.seconds[arguments.warmup_steps :]
+    tokens = sum(counted) // len(watch.seconds)
+    print(json.dumps({"seconds": timed, "peak_bytes": watch.peak_bytes, "forward_tokens": tokens}))
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the largest ||g - g'|| / ||g'|| over the parameters."""
+    return max(((ours[name] - grad).norm() / grad.norm().clamp(min=1e-12)).item() for name, grad in theirs.items())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def compare(arguments: BenchArguments) -> dict[str, Any]:
+    """Run both trainers, turn and turn about, each in a process of its own."""
+    runs: dict[str, list[dict[str, Any]]] = {"stock": [], "compact": [], "ours": []}
+    with tempfile.TemporaryDirectory() as directory:
+        torch.manual_seed(0)
+        shape = SHAPES[arguments.shape]
+        config = Qwen2Config(
+            vocab_size=VOCABULARY,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            **shape,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
+        flags = [f"--{name}={value}" for name, value in vars(arguments).items() if name not in ("output", "child")]
+        for child in tqdm([*runs] * arguments.rounds, desc="processes"):
+            command = [sys.executable, __file__, *flags, f"--output={directory}", f"--child={child}"]
+            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs[child].append(json.loads(finished.stdout.splitlines()[-1]))
+        gradients = [torch.load(Path(directory) / f"{child}.pt") for child in ("ours", "stock")]
+    seconds = {child: [statistics.median(one["seconds"]) for one in done] for child, done in runs.items()}
+    peaks = {child: [one["peak_bytes"] for one in done] for child, done in runs.items()}
+    tokens = {child: runs[child][0]["forward_tokens"] for child in runs}
+    ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["stock"], strict=True)]
+    compact = [ours / stock for ours, stock in zip(seconds["ours"], seconds["compact"], strict=True)]
+    memory = [ours / stock for ours, stock in zip(peaks["ours"], peaks["stock"], strict=True)]
+    made = trajectories(arguments.num_questions)
+    return {
+        "time_ratio": statistics.median(ratios),
+        "memory_ratio": statistics.median(memory),
+        "max_relative_gradient_difference": largest_difference(*gradients),
+        "forward_token_ratio": tokens["ours"] / tokens["stock"],
+        "time_ratio_to_compact_stock": statistics.median(compact),
+        "spread": {
+            "time_ratio": spread(ratios),
+            "time_ratio_to_compact_stock": spread(compact),
+            "memory_ratio": spread(memory),
+        },
+        "seconds_a_step": {child: spread(values) for child, values in seconds.items()},
+        "peak_GiB": {child: spread([value / 2**30 for value in values]) for child, values in peaks.items()},
+        "batch": {
+            "trajectories": len(made),
+            "micro_batch": arguments.micro_batch,
+            "tokens": sum(len(one.prompt_ids) + len(one.completion_ids) for one in made),
+            "policy_tokens": sum(sum(one.env_mask) for one in made),
+            "longest": max(len(one.prompt_ids) + len(one.completion_ids) for one in made),
+        },
+        "shape": {"name": arguments.shape, "vocabulary": VOCABULARY, **shape},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+    if arguments.child is not None:
+        measure(arguments)
+        return
+    result = compare(arguments)
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
