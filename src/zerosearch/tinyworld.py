@@ -297,10 +297,10 @@ def question_rows(world: World, n_questions: int, seed: int) -> list[dict[str, o
 async def judged_searches(world: World, engine: SearchEngine, n_questions: int, seed: int) -> list[dict[str, object]]:
     """Search with a real engine for what each question needs, and judge what comes back.
 
-    Return rows `{question, golden_answers, query, documents, useful}`, two for each search: the engine's best
-    documents, useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with the
-    query's own answer in place of a judge). Noisy documents name no accepted answer of the question either, where the
-    query is the one that answers it. `engine` must return more documents than the five that a row keeps.
+    Return rows `{question, golden_answers, query, answer, documents, useful}`, two for each search: the engine's best
+    documents, useful if one of them answers the query, and the best that do not, noisy (paper, Section 3.3, with
+    `answer`, the query's own, in place of a judge). Noisy documents name no accepted answer of the question either,
+    where the query is the one that answers it. `engine` must return more documents than the five that a row keeps.
     """
     rng = random.Random(f"searches-{seed}")
     rows: list[dict[str, object]] = []
@@ -321,6 +321,7 @@ async def judged_searches(world: World, engine: SearchEngine, n_questions: int, 
                     "question": question.text,
                     "golden_answers": list(question.golden_answers),
                     "query": fact.query,
+                    "answer": fact.object,
                     "documents": list(kept),
                     "useful": is_useful,
                 }
