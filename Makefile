@@ -24,6 +24,8 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c '$(FITS)' 2>/dev/null; then echo $$python; break; fi; done)
 
+REAL_DATA := $(if $(PASSAGES),--corpus $(PASSAGES)) $(if $(QUESTIONS),--questions $(QUESTIONS))
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo real test lint bench clean
 
@@ -56,10 +58,11 @@ lint: $(STAMP) ## check style, format and types (to repair: .venv/bin/ruff check
 	$(BIN)/mypy src
 	$(BIN)/mypy recipes  # apart, for recipes/evaluate.py would pass for the package of that name
 
-bench: $(STAMP) ## run the measurements of recipes/bench, one after the other
-	@set -e; for script in $(or $(wildcard recipes/bench/*.py),none); do \
-		if [ $$script = none ]; then echo "recipes/bench holds no measurement yet"; break; fi; \
-		echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP) ## run the measurements of recipes/bench one after the other (BM25's on real data: QUESTIONS=..., PASSAGES=...)
+	@set -e; for script in recipes/bench/*.py; do \
+		echo "== $$script"; \
+		case $$script in */bm25.py) flags="$(REAL_DATA)";; *) flags="";; esac; \
+		$(BIN)/python $$script $$flags; done
 
 clean: ## remove caches and build files (.venv and outputs/ stay)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
