@@ -94,23 +94,16 @@ def test_a_real_vllm_in_two_parts_samples_what_transformers_do(on_two_ranks: Any
 
 
 ZERO3_SCRIPT = """
-import os, sys
-import datasets
+import sys
 sys.path.insert(0, "tests")
 from collective_ranks import UnevenEngine
-from test_trainer import ROWS
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from rain import rain_trainer
 
 policy, output, gathered = sys.argv[1:]
-config = SearchConfig(
-    output_dir=output, use_vllm=False, ds3_gather_for_generation=gathered == "gathered", max_steps=2,
-    num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_turns=2, max_turn_tokens=24,
-    max_observation_tokens=64, max_trajectory_tokens=400, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-    gradient_checkpointing=False, report_to="none", disable_tqdm=True, logged_trajectories=8,
+trainer = rain_trainer(
+    policy, output, UnevenEngine(), ds3_gather_for_generation=gathered == "gathered", learning_rate=1e-3,
+    per_device_train_batch_size=4, gradient_accumulation_steps=2, logged_trajectories=8,
 )
-rows = datasets.Dataset.from_list(ROWS)
-trainer = SearchTrainer(model=policy, reward_funcs=f1_reward, args=config, engine=UnevenEngine(), train_dataset=rows)
 print(type(trainer.generator).__name__)
 trainer.train()
 trainer.save_state()

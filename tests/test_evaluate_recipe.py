@@ -189,13 +189,13 @@ def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = [*endpoint, "--model", "m", "--agent", "policy", "direct", "--endpoint_usd_written", "1000000"]
+    flags = [*endpoint, "--model", "m", "--agent", "direct", "policy", "--endpoint_usd_written", "1000000"]
     evaluate = load_recipe("evaluate")
-    # A question takes 3 dollars for its search and 3 for its answer; the first two are under way at 7.
-    evaluate.main([*flags, "--max_usd", "7", "--endpoint_concurrency", "1"])
+    # An answer takes 3 dollars. At one request at a time two questions are under way, and the first reaches the limit.
+    evaluate.main([*flags, "--max_usd", "2", "--endpoint_concurrency", "1"])
     printed = capsys.readouterr().out
-    assert "policy: stopped at the limit of 7 USD: 2 of 3 trajectories are finished; --resume true goes on" in printed
-    assert len(chat_server.requests) == 4
+    assert "direct: stopped at the limit of 2 USD: 2 of 3 trajectories are finished; --resume true goes on" in printed
+    assert len(chat_server.requests) == 2
     with pytest.raises(SystemExit):
         evaluate.main(flags)
     assert "holds an evaluation: --resume true goes on, --overwrite_output_dir" in capsys.readouterr().err

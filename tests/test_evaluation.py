@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from scripted import Library, Writer
 
-from zerosearch import loading
+from zerosearch import evaluation, loading
 from zerosearch.agents import AGENTS
 from zerosearch.data import load_questions, read_passages
 from zerosearch.endpoint import EndpointGenerator, Prices
@@ -291,18 +292,22 @@ def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
     assert (results["engine"], results["em"]["mean"], results["searches"]) == ("none", 1.0, 0.0)
 
 
-def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path) -> None:
+def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0  # a clock that only turns advance
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: now))
+
     def slow(context: str) -> str:
-        time.sleep(0.02)
+        nonlocal now
+        now += 1.0
         return search_then_answer(context)
 
-    results = run(tmp_path, slow, limits=Limits(seconds=0.2))
+    results = run(tmp_path, slow, limits=Limits(seconds=10.0), max_live=2)
     assert 0 < results["n"] < 12
-    assert results["stopped"] == f"stopped at the limit of 0.2 s: {results['n']} of 12 trajectories are finished"
+    assert results["stopped"] == f"stopped at the limit of 10 s: {results['n']} of 12 trajectories are finished"
     whole = run(tmp_path, resume=True)
     assert (whole["n"], whole["stopped"]) == (12, None)
     with pytest.raises(LimitReached, match="0 of 12 trajectories are finished"):
-        run(tmp_path, slow, limits=Limits(seconds=0.001))
+        run(tmp_path, slow, limits=Limits(seconds=0.5))
 
 
 def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: ChatServer, tmp_path: Path) -> None:

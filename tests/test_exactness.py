@@ -5,37 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from test_trainer import ROWS, RainEngine
-
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from rain import ROWS, RainEngine, rain_trainer
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_of_the_rollout_are_those_of_the_trainers_forward_pass(
     temperature: float, tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SearchConfig(
-        output_dir=str(tmp_path),
-        num_generations=4,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=1,
-        max_steps=1,
-        max_turns=4,
-        max_turn_tokens=24,
-        max_observation_tokens=64,
-        max_trajectory_tokens=600,
-        temperature=temperature,
-        gradient_checkpointing=False,
-        report_to="none",
-    )
-    rows = datasets.Dataset.from_list(ROWS)
-    trainer = SearchTrainer(
-        model=str(tiny_policy_dir), reward_funcs=f1_reward, args=config, engine=RainEngine(), train_dataset=rows
-    )
+    settings = {"max_steps": 1, "max_turns": 4, "max_trajectory_tokens": 600, "temperature": temperature}
+    trainer = rain_trainer(tiny_policy_dir, tmp_path, RainEngine(), **settings)
     rollouts: list[dict[str, Any]] = []
     roll_out = trainer.rollout_func
     monkeypatch.setattr(trainer, "rollout_func", lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1])

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import pytest
-from test_trainer import ROWS
+from rain import rain_trainer
 
 from zerosearch.engines import SearchError
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.in_flight import close_engine
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from zerosearch.trainer import SearchTrainer
 
 if TYPE_CHECKING:
     from chat_server import ChatServer
@@ -33,32 +31,7 @@ def make_trainer(
     engine = SimulatedEngine(chat_server.url, max_retries=1, timeout_s=2.0)
 
     def make(**settings: Any) -> SearchTrainer:
-        config = SearchConfig(
-            **{
-                "output_dir": str(tmp_path / "policy"),
-                "num_generations": 4,
-                "per_device_train_batch_size": 16,
-                "gradient_accumulation_steps": 1,
-                "max_steps": 4,
-                "max_turns": 2,
-                "max_turn_tokens": 24,
-                "max_observation_tokens": 64,
-                "max_trajectory_tokens": 400,
-                "gradient_checkpointing": False,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        return SearchTrainer(
-            model=str(tiny_policy_dir),
-            reward_funcs=f1_reward,
-            args=config,
-            engine=engine,
-            train_dataset=datasets.Dataset.from_list(ROWS),
-        )
+        return rain_trainer(tiny_policy_dir, tmp_path / "policy", engine, **{"max_steps": 4, **settings})
 
     yield make
     close_engine(engine)

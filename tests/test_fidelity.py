@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from http_servers import serving
 
 from zerosearch.engines import http
 from zerosearch.engines.simulated import SimulatedEngine
@@ -68,26 +67,12 @@ class Simulator:
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
     monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
     played = Simulator()
-    loop = asyncio.new_event_loop()
-
-    async def start() -> web.AppRunner:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", played.chat)
-        app.router.add_get("/v1/models", played.models)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        played.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-        return runner
-
-    runner = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield played
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
-    loop.close()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", played.chat)
+    app.router.add_get("/v1/models", played.models)
+    with serving(app) as address:
+        played.url = f"{address}/v1"
+        yield played
 
 
 def test_a_faithful_simulator_is_found_faithful(simulator: Simulator) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from http_servers import running
 
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, http
 from zerosearch.engines.cassette import CassetteEngine
@@ -86,18 +87,11 @@ class GoogleServer:
         status, reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         return web.json_response(reply, status=status)
 
-    @asynccontextmanager
-    async def running(self) -> Any:
-        application = web.Application()
-        application.router.add_get("/search.json", self.answer)
-        application.router.add_post("/search", self.answer)
-        runner = web.AppRunner(application, access_log=None)  # it would hold the key
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+    def running(self) -> AbstractAsyncContextManager[str]:
+        app = web.Application()
+        app.router.add_get("/search.json", self.answer)
+        app.router.add_post("/search", self.answer)
+        return running(app, access_log=None)  # it would hold the key
 
 
 def searched(

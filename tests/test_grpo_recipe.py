@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from chat_server import ChatServer
+from hub_stub import HubStub
 
 from zerosearch.prompts import POLICY_PROMPT
 
-pytest_plugins = ("recipe_modules",)  # fixtures
+pytest_plugins = ("chat_server", "hub_stub", "recipe_modules")  # fixtures
 
 LoadRecipe = Callable[[str], ModuleType]
 
@@ -181,55 +179,18 @@ def test_a_run_by_plain_python(settings: dict[str, Any], load_recipe: LoadRecipe
     assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1, 2}
 
 
-class SimulatorStub(BaseHTTPRequestHandler):
-    """An OpenAI-style chat endpoint that plays the engine; every fifth call fails first."""
-
-    prompts: list[str]
-
-    def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": "stub"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.prompts.append(body["messages"][-1]["content"])
-        if len(self.prompts) % 5 == 0:
-            self.reply(503, {})
-            return
-        text = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
-        self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-    def reply(self, status: int, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Serve on a free port; yield the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
-def test_a_run_with_a_colocated_vllm_and_a_simulator(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_a_colocated_vllm_and_a_simulator(
+    algorithm: str, settings: dict[str, Any], chat_server: ChatServer, tmp_path: Path
+) -> None:
     pytest.importorskip("vllm")
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml"))
-    SimulatorStub.prompts = []
-    with serving(SimulatorStub) as address:
-        settings |= {"engine": "simulated", "simulator_url": f"{address}/v1", "noise_start": 0.5}
-        settings |= {"use_vllm": True, "algorithm": algorithm, "max_steps": 3}
-        done = run(settings, tmp_path, launcher=launcher)
+    documents = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
+    chat_server.write = lambda messages: 503 if len(chat_server.requests) % 5 == 0 else documents
+    settings |= {"engine": "simulated", "simulator_url": chat_server.url, "noise_start": 0.5}
+    settings |= {"use_vllm": True, "algorithm": algorithm, "max_steps": 3}
+    done = run(settings, tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     first, _, third, _ = log_of(settings)
     assert third["kl"] > 1e-4, "the policy has moved"
@@ -239,8 +200,8 @@ def test_a_run_with_a_colocated_vllm_and_a_simulator(algorithm: str, settings: d
     assert first["search/failed_search"] == 0 and sum(entry.get("search/retries", 0) for entry in log_of(settings)) > 0
     assert first["search/p_noise"] == 0.5 and 0 < first["search/noisy_share"] < 1
     queries = json.loads((Path(settings["output_dir"]) / "engine_queries.json").read_text())
-    assert queries == {"simulated": len(SimulatorStub.prompts)}
-    for prompt in SimulatorStub.prompts:
+    assert queries == {"simulated": len(chat_server.requests)}
+    for prompt in (request["messages"][-1]["content"] for request in chat_server.requests):
         number = re.search(r'question: "Who wrote (\d+)\?" whose answer is gold (\d+)\.', prompt)
         assert number is not None and number[1] == number[2], "each search has its own question and answer"
 
@@ -267,40 +228,12 @@ def test_two_ranks_roll_out_what_one_does(
     assert [alone[name] for name in names] == pytest.approx([first[name] for name in names])
 
 
-class HubStub(BaseHTTPRequestHandler):
-    """As much of the Hub as `push_to_hub` talks to; every file is taken inline, in the commit itself."""
-
-    committed: dict[str, bytes]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        reply: dict[str, Any] = {"url": f"http://{self.headers['Host']}/someone/policy"}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            reply["files"] = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
-        elif "/commit/" in self.path:
-            reply |= {"commitUrl": f"{reply['url']}/commit/1", "commitOid": "1"}
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        content = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.mark.slow
-def test_push_to_hub(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    HubStub.committed = {}
+def test_push_to_hub(settings: dict[str, Any], hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings |= {"push_to_hub": True, "hub_model_id": "someone/policy", "max_steps": 1}
-    with serving(HubStub) as address:
-        for name, value in {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
-            monkeypatch.setenv(name, value)
-        done = run(settings, tmp_path)
+    for name, value in {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
+        monkeypatch.setenv(name, value)
+    done = run(settings, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"model.safetensors", "tokenizer.json", "README.md", "trajectories.jsonl"} <= HubStub.committed.keys()
     weights = Path(settings["output_dir"]) / "model.safetensors"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 from aiohttp import web
+from http_servers import serving
 
 from zerosearch.engines import http
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
@@ -37,7 +38,6 @@ class Server:
 @pytest.fixture
 def server() -> Iterator[Server]:
     state = Server()
-    loop = asyncio.new_event_loop()
 
     async def handle(request: web.Request) -> web.Response:
         place = len(state.requests)
@@ -55,32 +55,11 @@ def server() -> Iterator[Server]:
         finally:
             state.in_flight -= 1
 
-    async def start() -> web.AppRunner:
-        app = web.Application()
-        app.router.add_route("*", "/api", handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        state.url = f"http://127.0.0.1:{runner.addresses[0][1]}/api"
-        return runner
-
-    runner = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield state
-
-    async def stop() -> None:
-        await runner.cleanup()
-        late = asyncio.all_tasks() - {asyncio.current_task()}  # a handler that still sleeps
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-
-    asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
-    loop.close()
+    app = web.Application()
+    app.router.add_route("*", "/api", handle)
+    with serving(app, shutdown_timeout=0.1) as address:
+        state.url = f"{address}/api"
+        yield state
 
 
 @pytest.fixture(autouse=True)

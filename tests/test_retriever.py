@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from http_servers import running
 from retriever_parts import serving
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult, http
@@ -63,16 +65,11 @@ class Foreign:
         return web.Response(text=json.dumps(reply), status=status, content_type="application/json")
 
     @asynccontextmanager
-    async def running(self) -> Any:
-        application = web.Application()
-        application.router.add_post("/retrieve", self.answer)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}/retrieve"
-        finally:
-            await runner.cleanup()
+    async def running(self) -> AsyncIterator[str]:
+        app = web.Application()
+        app.router.add_post("/retrieve", self.answer)
+        async with running(app) as address:
+            yield f"{address}/retrieve"
 
 
 def searched(server: Foreign, protocol: Protocol, **options: Any) -> tuple[Any, RetrieverEngine]:

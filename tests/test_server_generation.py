@@ -13,39 +13,41 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from http_servers import serving
 from test_generation import largest_difference, load, roll_out, sample_remotely
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.engines.http import CallFailed
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
-from zerosearch.in_flight import background_loop
 from zerosearch.server_generation import VLLMServerGenerator, read_turn, serve_arguments, serve_command
 
 MODELS = {"object": "list", "data": [{"id": "policy", "max_model_len": 512}]}
 
 
 class CompletionServer:
-    """As much of vLLM's server as a generator talks to; `reply` says what a completion request gets."""
+    """As much of vLLM's server as a generator talks to; `reply` says what a completion request gets.
 
-    def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
+    No request gets its reply before `gathers` of them are under way.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Any], gathers: int = 1) -> None:
         self.reply = reply
+        self.gathers, self.gathered = gathers, asyncio.Event()
         self.logprobs_mode = "raw_logprobs"
         self.bodies: list[dict[str, Any]] = []
-        self.in_flight = self.most_in_flight = 0
 
     async def completions(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.bodies.append(body)
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        await asyncio.sleep(0.01)
-        self.in_flight -= 1
+        if len(self.bodies) == self.gathers:
+            self.gathered.set()
+        await asyncio.wait_for(self.gathered.wait(), 30)
         reply = self.reply(body)
         return reply if isinstance(reply, web.Response) else web.json_response(reply)
 
@@ -56,26 +58,11 @@ class CompletionServer:
         assert request.query["config_format"] == "json"
         return web.json_response({"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}})
 
-
-@contextmanager
-def serving(server: CompletionServer) -> Iterator[str]:
-    """Serve on a free port, on the background loop, and yield the address."""
-    app = web.Application()
-    app.add_routes([web.get("/v1/models", server.models), web.get("/server_info", server.info)])
-    app.add_routes([web.post("/v1/completions", server.completions)])
-    runner = web.AppRunner(app)
-
-    async def start() -> int:
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return runner.addresses[0][1]
-
-    port = asyncio.run_coroutine_threadsafe(start(), background_loop()).result(10)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), background_loop()).result(10)
+    def serving(self) -> AbstractContextManager[str]:
+        app = web.Application()
+        app.add_routes([web.get("/v1/models", self.models), web.get("/server_info", self.info)])
+        app.add_routes([web.post("/v1/completions", self.completions)])
+        return serving(app)
 
 
 def completion(ids: list[int], reason: str = "stop", stop_reason: Any = "</answer>") -> dict[str, Any]:
@@ -90,7 +77,7 @@ def make(url: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> VLLMSe
 
 def test_a_turn_is_asked_for_by_its_ids_and_read_as_sampled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     server = CompletionServer(lambda body: completion([5, 6, 7]))
-    with serving(server) as url:
+    with server.serving() as url:
         generator = make(url + "/", tiny_tokenizer)
         assert isinstance(generator, RemoteGenerator)
         server.logprobs_mode = "processed_logprobs"
@@ -144,18 +131,17 @@ def test_a_reply_without_a_turn_is_none(reply: Any, may_pass: bool, message: str
 
 
 def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    server = CompletionServer(lambda body: completion([5]))
-    with serving(server) as url:
+    server = CompletionServer(lambda body: completion([5]), gathers=40)
+    with server.serving() as url:
         requests = [TurnRequest(number, (1,), 4, seed=number) for number in range(40)]
         turns = sample_remotely(make(url, tiny_tokenizer), requests)
     assert sorted(turns) == list(range(40))
-    assert server.most_in_flight == 40
 
 
 def test_a_turn_that_fails_on_its_way_is_asked_for_again(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     replies = [web.Response(status=503, text="overloaded"), completion([5])]
     server = CompletionServer(lambda body: replies.pop(0))
-    with serving(server) as url:
+    with server.serving() as url:
         turns = sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=11)])
     assert turns[0].token_ids == [5]
     assert [body["seed"] for body in server.bodies] == [11, 11]
@@ -167,7 +153,7 @@ def test_a_server_that_fails_for_good_is_named_with_its_remedy(
 ) -> None:
     server = CompletionServer(lambda body: web.Response(status=status, text="no memory left"))
     with (
-        serving(server) as url,
+        server.serving() as url,
         pytest.raises(
             GenerationError, match=rf"the vLLM server at {url}.*HTTP status {status}: no memory left"
         ) as caught,
@@ -183,7 +169,7 @@ def test_log_probabilities_of_another_distribution_are_refused(
 ) -> None:
     server = CompletionServer(lambda body: completion([5]))
     with (
-        serving(server) as url,
+        server.serving() as url,
         pytest.raises(GenerationError, match=r"reports raw_logprobs, .*--logprobs-mode processed_logprobs"),
     ):
         sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)], sampling)
@@ -203,7 +189,7 @@ def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast
         told.append("turn")
         return completion([5])
 
-    with serving(CompletionServer(reply)) as url:
+    with CompletionServer(reply).serving() as url:
         generator = make(url, tiny_tokenizer, ready=lambda: told.append("weights are there"))
         sample_remotely(generator, [TurnRequest(0, (1,), 4, seed=0)])
     assert told == ["weights are there", "turn"]
@@ -212,27 +198,19 @@ def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast
 TRAINING_SCRIPT = """
 import sys
 from pathlib import Path
-import datasets
 sys.path.insert(0, "tests")
-from test_trainer import ROWS, RainEngine
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from rain import RainEngine, rain_trainer
 
 policy, output, url = sys.argv[1:]
-config = SearchConfig(
-    output_dir=output, use_vllm=True, vllm_mode="server", vllm_server_base_url=url, max_steps=10_000,
-    num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_turns=2, max_turn_tokens=24,
-    max_observation_tokens=64, max_trajectory_tokens=400, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-    gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-)
 class Engine(RainEngine):
     async def search(self, request):
         Path(output, f"step-{request.key[1]}").touch()
         return await super().search(request)
 
-rows = datasets.Dataset.from_list(ROWS)
-trainer = SearchTrainer(model=policy, reward_funcs=f1_reward, args=config, engine=Engine(), train_dataset=rows)
-trainer.train()
+rain_trainer(
+    policy, output, Engine(), use_vllm=True, vllm_mode="server", vllm_server_base_url=url, max_steps=10_000,
+    per_device_train_batch_size=8, learning_rate=1e-3,
+).train()
 """
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
+from rain import ROWS, RainEngine, rain_trainer
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from zerosearch.curriculum import NoiseSchedule
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchError
 from zerosearch.errors import UserError
 from zerosearch.micro_batches import sort_micro_batches
 from zerosearch.rewards import f1_reward
@@ -27,70 +28,15 @@ from zerosearch.trainer import SearchConfig, SearchTrainer, row_number
 
 ALGORITHMS = ("reinforce", "rloo", "grpo", "ppo")
 
-ROWS = [
-    {
-        "id": str(n),
-        "dataset": "rain",
-        "prompt": [{"role": "user", "content": f"Who wrote {n}?"}],
-        "question": f"Who wrote {n}?",
-        "golden_answers": "Emma Jane Austen rain novel born who where".split(),  # all that the tiny policy can say
-    }
-    for n in range(12)
-]
-
-
-class RainEngine:
-    """Answers every query; fails for those that `fails` picks."""
-
-    name, max_concurrency = "rain", 16
-
-    def __init__(self, fails: Callable[[SearchRequest], bool] = lambda request: False) -> None:
-        self.fails = fails
-        self.requests: list[SearchRequest] = []
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.requests.append(request)
-        if self.fails(request):
-            raise SearchError("the engine rain at http://rain is gone; restart it")
-        return SearchResult(("It rains.", "Emma rain."), noisy=request.p_noise > 0.5, retries=1)
-
-    async def aclose(self) -> None:
-        pass
-
 
 @pytest.fixture
 def make_trainer(tiny_policy_dir: Path, tmp_path: Path) -> Callable[..., SearchTrainer]:
     def make(
         engine: RainEngine | None = None, arguments: dict[str, Any] | None = None, **settings: Any
     ) -> SearchTrainer:
-        config = SearchConfig(
-            **{
-                "output_dir": str(tmp_path / "policy"),
-                "num_generations": 4,
-                "per_device_train_batch_size": 8,
-                "gradient_accumulation_steps": 1,
-                "max_steps": 2,
-                "max_turns": 2,
-                "max_turn_tokens": 24,
-                "max_observation_tokens": 64,
-                "max_trajectory_tokens": 400,
-                "learning_rate": 1e-3,
-                "gradient_checkpointing": False,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        return SearchTrainer(
-            model=str(tiny_policy_dir),
-            reward_funcs=f1_reward,
-            args=config,
-            engine=engine or RainEngine(),
-            train_dataset=datasets.Dataset.from_list(ROWS),
-            **(arguments or {}),
-        )
+        output_dir = Path(settings.pop("output_dir", tmp_path / "policy"))
+        settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, **settings}
+        return rain_trainer(tiny_policy_dir, output_dir, engine or RainEngine(), arguments, **settings)
 
     return make
 
