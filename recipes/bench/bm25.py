@@ -134,19 +134,16 @@ def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw speed, build time and memory over the size of the corpus."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3)
     names = (("queries_per_s", "queries per second"), ("build_s", "seconds to build"), ("peak_mib", "peak MiB"))
     for axes, (name, label) in zip(panels, names, strict=True):
         axes.plot([row["passages"] for row in rows], [row[name] for row in rows], marker="o", color="#2a6f97")
         axes.set(xscale="log", yscale="log", xlabel="passages", title=label)
         axes.grid(alpha=0.3)
     figure.savefig(path)
-    plt.close(figure)
 
 
 @exit_on_user_error

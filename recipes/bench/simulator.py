@@ -152,13 +152,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw queries per second over queries in flight."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    figure, panels = plt.subplots(1, len(prompts), figsize=(8, 3.2), layout="constrained", sharey=True, squeeze=False)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(prompts), sharey=True, squeeze=False)
     for axes, prompt in zip(panels.flat, prompts, strict=True):
         chosen = [row for row in rows if row["prompt"] == prompt]
         in_flight = [row["in_flight"] for row in chosen]
@@ -174,7 +172,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels[0, 0].set_ylim(bottom=0)
     panels[0, 0].legend(frameon=False)
     figure.savefig(path)
-    plt.close(figure)
 
 
 @exit_on_user_error

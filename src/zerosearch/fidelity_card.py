@@ -116,16 +116,12 @@ def _shown(part: Mapping[str, Any], name: str, digits: int = 3) -> str:
 
 def draw_card(card: Card, path: Path) -> None:
     """Draw requested against realised noise, and the rates with their intervals, as SVG."""
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "zerosearch"  # the same card, the same file
     shown = [(name, words) for name, words in RATES[:3] if name in card]
-    figure, panels = plt.subplots(
-        1, 2 if "noise" in card else 1, figsize=(9, 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if "noise" in card else 1, squeeze=False)
     rates = panels[0, 0]
     places = range(len(shown))
     values = [card[name] for name, _ in shown]
@@ -151,5 +147,5 @@ def draw_card(card: Card, path: Path) -> None:
         noise.legend(frameon=False)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with rc_context({"svg.hashsalt": "zerosearch"}):  # the same card, the same file
+        figure.savefig(path, metadata={"Date": None})

@@ -37,11 +37,14 @@ def spread(values: Sequence[float]) -> str:
 def print_rows(rows: Sequence[Row]) -> None:
     """Print a line for each arm in each cell."""
     floors = floors_of(rows)
-    print(f"{'latency, searches x trajectories':<33}{'arm':<11}{'seconds':<21}{'x ours':<21}{'x floor':<21}idle")
+    print(
+        f"{'latency, searches x trajectories':<33}{'arm':<11}{'seconds':<21}{'x ours':<21}{'x floor':<21}idle  steps"
+    )
     for row in rows:
         columns = (row["seconds"], row["ratio_to_ours"], to_floor(row, floors[cell_of(row)]))
         texts = "".join(f"{spread(values):<21}" for values in columns)
-        print(f"{cell_of(row)!s:<33}{row['arm']:<11}{texts}{row['idle_share']:.2f}")
+        steps = f"{median(row['engine_steps']):g}" if any(row["engine_steps"]) else ""
+        print(f"{cell_of(row)!s:<33}{row['arm']:<11}{texts}{row['idle_share']:.2f}  {steps}")
 
 
 def print_in_flight(rows: Sequence[Row]) -> None:
@@ -53,19 +56,15 @@ def print_in_flight(rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw how many floors each arm takes, and how much of that time the engine stands idle."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     cells = sorted(
         {cell_of(row) for row in rows},
         key=lambda cell: (LATENCIES.index(cell.latency), cell.turns, cell.trajectories),
     )
     floors = floors_of(rows)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.6 + 0.5 * len(cells)), width_ratios=(3, 1), sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(cells)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     for place, arm in enumerate(COLORS):
         chosen = [row for row in rows if row["arm"] == arm]
         heights = [cells.index(cell_of(row)) + 0.16 * (place - 1.5) for row in chosen]
@@ -95,4 +94,3 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
