@@ -24,9 +24,9 @@ from zerosearch.data import load_questions
 from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import Limits
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.limits import Limits
 from zerosearch.loading import load_generator, model_identity
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT
 from zerosearch.rollout import RolloutSettings

@@ -11,7 +11,8 @@ and every engine it can use, and one table compares them. The paper's seven benc
 
 Writes results.json (scores with 95 % intervals and a manifest), trajectories.jsonl (every question), table.md and
 scores.svg to the output folder, and with several evaluations a folder for each. One that was killed, or stopped at
-`--max_usd` or `--max_seconds`, goes on with `--resume true`. A value comes from the defaults, then
+`--max_usd`, `--max_seconds` or a limit of `--engine google`, goes on with `--resume true`. What Google answers stays
+there, too, in searches.sqlite: no query is paid for twice. A value comes from the defaults, then
 `--config FILE.yaml`, then flags. With `--engine simulated`, start a simulator first (recipes/serve_simulator.py).
 """
 
@@ -33,11 +34,12 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import LimitReached, Limits, check_samples, evaluate, write_json
+from zerosearch.evaluation import check_samples, evaluate, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.limits import LimitReached, Limits
 from zerosearch.loading import load_generator, model_identity
-from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
+from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
 from zerosearch.rollout import RolloutSettings
 from zerosearch.score_tables import markdown_tables, matrix_table, results_table, scores_plot
 
@@ -47,6 +49,7 @@ PROMPTS = {
     "tinyworld": (TINYWORLD_AGENTS, TINYWORLD_SIMULATOR_PROMPT),
 }
 
+PAID_SEARCHES = "searches.sqlite"  # the cassette in the output folder, for an engine that costs money
 
 LoadedModel = tuple[Generator | RemoteGenerator, dict[str, Any]]  # what runs it; which model it is
 
@@ -116,6 +119,14 @@ class EvaluationEngines(EngineOptions):
         """Return the options of each engine. Raises `UserError` for one that cannot work."""
         shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "engine"}
         return [EngineOptions(engine=kind, **shared) for kind in self.engine]  # type: ignore[arg-type]
+
+    def ready(self, output_dir: Path, template: SimulatorTemplate) -> list[SearchEngine]:
+        """Return the engines. What Google answers is recorded in any case: it is paid for once."""
+        options = self.each()
+        for one in options:
+            if one.engine == "google":
+                one.cassette = one.cassette or str(output_dir / PAID_SEARCHES)
+        return [make_engine(one, template) for one in options]
 
 
 @dataclass(frozen=True)
@@ -283,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.benchmark_source,
     )
     search = any(agent.searches for agent in agents)
-    engines = [make_engine(options, simulator_template) for options in engine_options.each()] if search else []
+    engines = engine_options.ready(output_dir, simulator_template) if search else []
     todo = list(evaluations(arguments.model, agents, engines))
     found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
     report(found, output_dir)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from scripted import Library, Writer
 
 from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.data import Passage, passage_of
+from zerosearch.engines import result_of
 from zerosearch.errors import UserError
 from zerosearch.prompts import POLICY_PROMPT, TINYWORLD_POLICY_PROMPT, agent_prompt, reading_prompt
-from zerosearch.protocol import format_titled_observation
+from zerosearch.protocol import format_titled_observation, titled_documents
 from zerosearch.rollout import RolloutSettings, Trajectory, run_rollouts
 
+PASSAGES = Path(__file__).parent.parent.parent / "shared/data/wiki_passages.jsonl"
 SETTINGS = RolloutSettings(max_turns=2, temperature=0.0)
 QUESTION = "Who wrote Emma?"
 ROW = {"id": "q", "question": QUESTION, "golden_answers": ["Jane Austen"]}
@@ -120,11 +125,40 @@ def test_search_r1_shows_titles() -> None:
     )
 
 
-def test_a_document_without_a_title_has_an_empty_one() -> None:
-    long = "This sentence goes on for quite a while before it ends: here"
-    assert format_titled_observation(["No title", long]) == (
-        f'\n\n<information>Doc 1(Title: "") No title\nDoc 2(Title: "") {long}</information>\n\n'
+def test_titles_that_an_engine_tells_apart_are_shown_as_they_are() -> None:
+    passages = [
+        Passage("Emma", "Emma is a novel.\nBy Jane Austen."),
+        Passage("Three Colours: Red", "Three Colors: Red (French: Rouge) is a film."),
+        Passage("", "Note: it rains."),
+    ]
+    documents = AGENTS["search-r1"].documents_of(result_of(passages))
+    assert AGENTS["search-r1"].write_observation(documents) == (
+        '\n\n<information>Doc 1(Title: "Emma") Emma is a novel. By Jane Austen.\n'
+        'Doc 2(Title: "Three Colours: Red") Three Colors: Red (French: Rouge) is a film.\n'
+        "Doc 3: Note: it rains.</information>\n\n"
     )
+    assert AGENTS["policy"].documents_of(result_of(passages))[0] == "Emma is a novel.\nBy Jane Austen."
+
+
+def test_a_document_without_a_title_is_shown_without_one() -> None:
+    long = "This sentence goes on for quite a while before it ends: here"
+    assert format_titled_observation(titled_documents(["No title", long, "Emma: A novel."], ())) == (
+        f'\n\n<information>Doc 1: No title\nDoc 2: {long}\nDoc 3(Title: "Emma") A novel.</information>\n\n'
+    )
+
+
+@pytest.mark.skipif(not PASSAGES.is_file(), reason=f"{PASSAGES} is not here")
+def test_real_passages_look_as_search_r1_shows_them() -> None:
+    rows = [json.loads(line) for line in PASSAGES.open(encoding="utf-8")]
+    others = []
+    for row in rows:
+        title, _, text = row["contents"].partition("\n")
+        documents = AGENTS["search-r1"].documents_of(result_of([passage_of(row, "here")]))
+        expected = f"\n\n<information>Doc 1(Title: {title}) {' '.join(text.split())}</information>\n\n"
+        if AGENTS["search-r1"].write_observation(documents) != expected:
+            others.append((title.strip('"'), text))
+    assert len(rows) > 10_000 and len(others) < 10
+    assert all(text.startswith(f"{title}: ") for title, text in others)  # once is enough
 
 
 def test_closed_book_is_the_policy_whose_searches_find_nothing() -> None:

@@ -247,7 +247,7 @@ def test_a_search_is_booked(tmp_path: Path) -> None:
     engine = BM25Engine(corpus_of(tmp_path, *PASSAGES))
     asyncio.run(engine.search(SearchRequest("skin", "Q?", ("a",))))
     record = engine.ledger.to_record()
-    assert (record["queries"], record["sent"], record["usd"]) == (1, 0, 0.0)
+    assert (record["queries"], record["sent"], record["usd"]) == (1, 1, 0.0)
     assert record["usd_at_google"] == pytest.approx(275 / 30_000, abs=1e-6)
 
 

@@ -138,7 +138,7 @@ def test_searches_are_booked_once(tmp_path: Path) -> None:
     rain.ledger = Ledger("rain")  # type: ignore[attr-defined]
     engine = CassetteEngine(tmp_path / "c.sqlite", Rain())
     searched(engine, REQUEST, REQUEST)
-    assert (engine.ledger.queries, engine.ledger.replayed) == (2, 1)
+    assert (engine.ledger.queries, engine.ledger.sent, engine.ledger.replayed) == (2, 1, 1)
     assert CassetteEngine(tmp_path / "c.sqlite", rain).ledger is rain.ledger  # type: ignore[attr-defined]
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import web
+from http_servers import serving
 from scripted import Library, Writer
 
-from zerosearch import evaluation, loading
+from zerosearch import limits, loading
 from zerosearch.agents import AGENTS
 from zerosearch.data import load_questions, read_passages
 from zerosearch.endpoint import EndpointGenerator, Prices
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.engines.google import GoogleEngine
 from zerosearch.errors import UserError
-from zerosearch.evaluation import LimitReached, Limits, evaluate
-from zerosearch.in_flight import run_in_background
+from zerosearch.evaluation import evaluate
+from zerosearch.in_flight import close_engine, run_in_background
+from zerosearch.limits import LimitReached, Limits
 from zerosearch.loading import load_generator, model_identity
 from zerosearch.rollout import RolloutSettings
 
@@ -280,7 +285,7 @@ def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Pat
     results = run(tmp_path, engine=BM25Engine(corpus))
     engine = results["this_command"]["engine"]
     # No passage holds such a number, so every question is searched for in both turns that may search.
-    assert engine == {"queries": 24, "sent": 0, "replayed": 0, "retries": 0, "failures": 0}
+    assert engine == {"queries": 24, "sent": 24, "replayed": 0, "retries": 0, "failures": 0}
     assert results["this_command"]["usd_at_google"] == pytest.approx(24 * 275 / 30_000)
     assert results["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
@@ -294,7 +299,7 @@ def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
 
 def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0  # a clock that only turns advance
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def slow(context: str) -> str:
         nonlocal now
@@ -330,6 +335,98 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
     assert (whole["usage"]["replies"], whole["usage"]["tokens_written"]) == (24, 48)  # over both commands
     for one in made:
         run_in_background(one.aclose(), 30)
+
+
+class PaidSearch:
+    """SerpAPI as far as an evaluation needs it; `refuses` picks queries that it has no answer to."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.engines: list[GoogleEngine] = []
+        self.queries: list[str] = []
+        self.refuses: Callable[[str], int] = lambda query: 200
+
+    async def answer(self, request: web.Request) -> web.Response:
+        query = request.query["q"]
+        self.queries.append(query)
+        await asyncio.sleep(int(query) * 7 % 5 * 0.01)  # they come back in another order
+        status = self.refuses(query)
+        found = {"organic_results": [{"title": query, "snippet": "It rains."}]}
+        return web.json_response(found if status == 200 else {"error": "refused"}, status=status)
+
+    def engine(self, **options: Any) -> GoogleEngine:
+        self.engines.append(GoogleEngine("s3cret", url=self.url, queries_per_s=10_000, **options))
+        return self.engines[-1]
+
+
+@pytest.fixture
+def google() -> Iterator[PaidSearch]:
+    state = PaidSearch()
+    app = web.Application()
+    app.router.add_get("/search.json", state.answer)
+    with serving(app) as address:
+        state.url = f"{address}/search.json"
+        yield state
+        for engine in state.engines:
+            close_engine(engine)
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"max_queries": 5}, "stopped: the limit of 5 queries to Google is reached"),
+        ({"max_usd": 0.005, "usd_per_query": 0.001}, "stopped: the limit of 0.005 USD for Google is reached: 0.0050"),
+    ],
+)
+def test_a_budget_that_is_spent_stops_and_is_no_failure(
+    google: PaidSearch, tmp_path: Path, budget: dict[str, Any], reason: str
+) -> None:
+    stopped = run(tmp_path, engine=google.engine(**budget))
+    # Whatever comes back first: five searches are paid for, the sixth stops it, and two had to end before that one.
+    assert len(google.queries) == 5 and 2 <= stopped["n"] <= 5
+    assert stopped["stopped"].startswith(reason)
+    assert stopped["stopped"].endswith(f": {stopped['n']} of 12 trajectories are finished")
+    assert stopped["outcomes"]["answered"] == stopped["n"] == len(trajectories(tmp_path))
+    counts = {"queries": 5, "sent": 5, "replayed": 0, "retries": 0, "failures": 0}
+    assert stopped["this_command"]["engine"] == counts
+    resumed = run(tmp_path, engine=google.engine(), resume=True)
+    assert resumed["this_command"]["trajectories"] == 12 - stopped["n"]
+    (tmp_path / "whole").mkdir()
+    assert the_same(resumed) == the_same(run(tmp_path / "whole", engine=google.engine()))
+    assert trajectories(tmp_path) == trajectories(tmp_path / "whole")
+
+
+def test_a_budget_for_nothing_leaves_nothing(google: PaidSearch, tmp_path: Path) -> None:
+    with pytest.raises(LimitReached, match="the limit of 0 queries to Google is reached: 0 of 12 trajectories"):
+        run(tmp_path, engine=google.engine(max_queries=0))
+    assert google.queries == [] and trajectories(tmp_path) == []
+
+
+def test_a_failure_before_the_budget_is_spent_stays_a_failure(google: PaidSearch, tmp_path: Path) -> None:
+    google.refuses = lambda query: 400 if query == "0" else 200
+    with pytest.raises(SearchError, match="1 of 12 questions lost a search, so there are no scores: Google through"):
+        run(tmp_path, engine=google.engine(max_queries=5))
+    outcomes = [record["outcome"] for record in trajectories(tmp_path)]
+    assert outcomes.count("failed_search") == 1 and outcomes.count("answered") == len(outcomes) - 1
+
+
+def test_a_refusal_ends_an_evaluation_that_cannot_go_on(google: PaidSearch, tmp_path: Path) -> None:
+    google.refuses = lambda query: 401
+    with pytest.raises(SearchError, match=r"of 12 questions lost a search.*check the key in SERPAPI_API_KEY"):
+        run(tmp_path, engine=google.engine())
+    assert len(google.queries) <= 4  # those under way, and not all twelve
+    google.refuses = lambda query: 200
+    assert run(tmp_path, engine=google.engine(), resume=True)["n"] == 12
+
+
+def test_a_limit_stays_reached_though_a_search_is_paid_back() -> None:
+    ledger = SimpleNamespace(usd_here=0.0, queries=0, sent=0, replayed=0, retries=0, failures=0)
+    account = limits.Account(None, SimpleNamespace(name="google", max_concurrency=1, ledger=ledger), Limits(usd=1.0))
+    assert account.may_go_on()
+    ledger.usd_here = 1.0
+    assert not account.may_go_on()
+    ledger.usd_here = 0.9
+    assert not account.may_go_on() and account.stopped() == "stopped at the limit of 1 USD"
 
 
 @pytest.mark.parametrize("limits", [{"usd": 0.0}, {"seconds": -1.0}, {"usd": float("nan")}])

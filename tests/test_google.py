@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from http_servers import running
 
-from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, http
+from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, google, http
 from zerosearch.engines.cassette import CassetteEngine
 from zerosearch.engines.google import GoogleEngine, ProviderName, read_key
 from zerosearch.errors import UserError
@@ -54,6 +55,7 @@ DOCUMENTS = (
     "No title here.",
     "Six: 6",
 )
+FOUND = SearchResult(DOCUMENTS, titles=("Emma (novel) - Wikipedia", "Emma", "", "", "Six"))
 # What SerpAPI answers to a query that Google finds nothing for: status 200, and an error.
 SERPAPI_NOTHING = {
     "search_metadata": {"status": "Success"},
@@ -71,7 +73,6 @@ class GoogleServer:
     def __init__(self, *replies: Reply) -> None:
         self.replies = list(replies)
         self.queries: list[str] = []
-        self.times: list[float] = []
 
     async def answer(self, request: web.Request) -> web.Response:
         if request.path == "/search.json":
@@ -83,7 +84,6 @@ class GoogleServer:
             key, query, num = request.headers["X-API-KEY"], body["q"], body["num"]
         assert (key, num) == (KEY, 5)
         self.queries.append(query)
-        self.times.append(time.monotonic())
         status, reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         return web.json_response(reply, status=status)
 
@@ -126,7 +126,7 @@ both = pytest.mark.parametrize(
 def test_title_and_snippet_of_five_results(provider: ProviderName, page: dict[str, Any], nothing: Any) -> None:
     server = GoogleServer((200, page))
     engine, results = searched(server, provider)
-    assert results == [SearchResult(DOCUMENTS)]
+    assert results == [FOUND]
     assert server.queries == ["emma author & more"]
     assert engine.identity() == {"engine": "google", "provider": provider, "num_documents": 5}
 
@@ -180,7 +180,7 @@ def test_what_may_pass_is_tried_again_within_a_bound(case: str) -> None:
     page = SERPAPI_PAGE if provider == "serpapi" else SERPER_PAGE
     server = GoogleServer(reply, reply, (200, page))
     engine, results = searched(server, provider)
-    assert results == [SearchResult(DOCUMENTS, retries=2)]
+    assert results == [replace(FOUND, retries=2)]
     assert (engine.ledger.sent, engine.ledger.retries, engine.ledger.queries) == (3, 2, 1)
 
     server = GoogleServer(reply)
@@ -197,11 +197,18 @@ def test_a_reply_of_another_form_is_a_failure(provider: ProviderName, page: Any,
         assert isinstance(error, SearchError)
 
 
-def test_the_rate_holds_for_searches_in_flight() -> None:
+def test_the_rate_holds_for_searches_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = 100.0, list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(google, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(google, "asyncio", SimpleNamespace(sleep=sleep))
     server = GoogleServer((200, SERPER_PAGE))
     searched(server, "serper", *[REQUEST] * 8, queries_per_s=20.0)
-    # Eight calls at 20 a second take seven pauses of 50 ms; a timer may be a little late, never early.
-    assert max(server.times) - min(server.times) >= 7 * 0.05 - 0.03
+    assert len(server.queries) == 8
+    assert sorted(pauses) == pytest.approx([place / 20 for place in range(8)])
 
 
 def test_the_limit_on_queries_counts_retries() -> None:
@@ -218,6 +225,7 @@ def test_the_limit_on_money_holds_for_searches_in_flight() -> None:
     assert len(server.queries) == 10
     assert sum(isinstance(result, BudgetSpent) for result in results) == 20
     assert engine.ledger.usd == pytest.approx(0.010)
+    assert (engine.ledger.queries, engine.ledger.sent, engine.ledger.failures) == (10, 10, 0)
 
 
 def test_a_plan_of_ones_own_has_its_own_price() -> None:

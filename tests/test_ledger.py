@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from zerosearch.engines import BudgetSpent
 from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY, Ledger, cost_table
 
 
@@ -14,16 +15,18 @@ def test_the_paper_s_run_costs_what_the_paper_says() -> None:
     assert round(64_000 * GOOGLE_USD_PER_QUERY, 1) == 586.7  # Table 8
 
 
-def test_a_search_is_booked_with_its_time_and_a_failure_as_such() -> None:
+def test_a_search_is_booked_with_its_time_and_a_failure_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger("rain")
+    clock = iter([0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0])  # two searches of half a second, one of two seconds
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     for _ in range(3):
         with ledger.search():
-            time.sleep(0.01)
+            pass
     with pytest.raises(OSError), ledger.search():
         raise OSError
     record = ledger.to_record()
     assert (record["queries"], record["failures"]) == (4, 1)
-    assert 0.01 <= record["latency_s"]["p50"] <= record["latency_s"]["p95"] <= record["latency_s"]["max"] < 1
+    assert (record["latency_s"]["mean"], record["latency_s"]["p50"], record["latency_s"]["max"]) == (1.0, 0.5, 2.0)
     assert len(ledger.latencies_s) == 3, "a failure has no latency"
 
 
@@ -39,14 +42,22 @@ def test_a_search_that_is_cancelled_has_failed() -> None:
     assert (ledger.queries, ledger.failures) == (1, 1)
 
 
+def test_a_search_that_there_is_no_budget_for_is_neither_a_query_nor_a_failure() -> None:
+    ledger = Ledger("rain")
+    with pytest.raises(BudgetSpent), ledger.search():
+        raise BudgetSpent("the limit of 3 queries is reached")
+    assert (ledger.queries, ledger.failures, ledger.latencies_s) == (0, 0, [])
+
+
 def test_nothing_booked_is_nothing_spent() -> None:
     record = Ledger("rain").to_record()
     assert (record["latency_s"], record["usd"], record["usd_at_google"]) == (None, 0.0, 0.0)
 
 
-def test_a_machine_costs_by_the_hour() -> None:
-    ledger = Ledger("simulated", usd=0.5, usd_per_hour=3600.0, opened=time.monotonic() - 2.0)
-    assert ledger.usd_here == pytest.approx(2.5, abs=0.2)
+def test_a_machine_costs_by_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger("simulated", usd=0.5, usd_per_hour=3600.0, opened=100.0)
+    monkeypatch.setattr("time.monotonic", lambda: 102.0)
+    assert ledger.usd_here == pytest.approx(2.5)
 
 
 def test_the_table_sets_both_bills_side_by_side() -> None:

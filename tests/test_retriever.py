@@ -89,12 +89,13 @@ ROWS = [
     {"id": "9", "contents": '"Steventon"\nA village.'},
 ]
 DOCUMENTS = ("Emma: A novel.", "No title, only text.", "Steventon: A village.")
+FOUND = SearchResult(DOCUMENTS, titles=("Emma", "", "Steventon"))
 
 
 def test_search_r1_s_format() -> None:
     reply = {"result": [[{"document": row, "score": 1.5} for row in ROWS]]}
     server = Foreign((200, reply))
-    assert searched(server, "search-r1")[0] == SearchResult(DOCUMENTS)
+    assert searched(server, "search-r1")[0] == FOUND
     # Its own server fails without scores.
     assert server.bodies == [{"queries": ["novel by Austen"], "topk": 5, "return_scores": True}]
     assert searched(Foreign((200, {"result": [ROWS]})), "search-r1")[0].documents == DOCUMENTS
@@ -128,7 +129,7 @@ def test_another_format_fails_at_once_and_is_shown(protocol: Protocol, reply: An
 def test_what_may_pass_is_tried_again_within_a_bound() -> None:
     good = (200, {"result": [[{"document": ROWS[0], "score": 1.0}]]})
     result, engine = searched(Foreign((503, {}), (500, {}), good), "search-r1")
-    assert result == SearchResult(DOCUMENTS[:1], retries=2)
+    assert result == SearchResult(DOCUMENTS[:1], retries=2, titles=("Emma",))
     assert (engine.ledger.sent, engine.ledger.retries) == (3, 2)
     error, engine = searched(Foreign((503, {})), "search-r1", max_retries=2)
     assert isinstance(error, SearchError) and "recipes/serve_retriever.py serves one" in str(error)

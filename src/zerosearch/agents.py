@@ -16,9 +16,10 @@ serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zerosearch.engines import SearchResult
 from zerosearch.errors import UserError
 from zerosearch.prompts import (
     COT_PROMPT,
@@ -33,7 +34,7 @@ from zerosearch.prompts import (
     TINYWORLD_RAG_PROMPT,
     agent_prompt,
 )
-from zerosearch.protocol import format_observation, format_titled_observation
+from zerosearch.protocol import format_observation, format_titled_observation, titled_documents
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Agent:
     answer. With `gets_documents` false its searches are not sent, and find nothing. `last_turn_opening` is written for
     it at the start of the turn that may only answer, and read as its own. `reading_template` asks the same model,
     apart from the trajectory, for notes on the documents of a search; it then goes on with the notes in their place.
+    With `shows_titles` it reads each document behind its title, as Search-R1's policies do.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Agent:
     gets_documents: bool = True
     last_turn_opening: str = ""
     reading_template: str | None = None
-    write_observation: Callable[[Sequence[str]], str] = format_observation
+    shows_titles: bool = False
 
     @property
     def looks_up_question(self) -> bool:
@@ -64,6 +66,14 @@ class Agent:
     def searches(self) -> bool:
         """Say whether a search engine is ever asked."""
         return self.looks_up_question or (self.gets_documents and self.max_turns != 0)
+
+    def documents_of(self, result: SearchResult) -> tuple[str, ...]:
+        """Return what a search has found, as it is written for this agent."""
+        return titled_documents(result.documents, result.titles) if self.shows_titles else result.documents
+
+    def write_observation(self, documents: Sequence[str]) -> str:
+        """Write such documents as what the environment appends after a search."""
+        return format_titled_observation(documents) if self.shows_titles else format_observation(documents)
 
     def messages(self, question: str, documents: str = "") -> list[dict[str, str]]:
         """Return the prompt as chat messages."""
@@ -84,7 +94,7 @@ AGENTS = _by_name(
     Agent("ra-agent", RA_AGENT_PROMPT),
     Agent("search-o1", SEARCH_O1_PROMPT, reading_template=SEARCH_O1_READING_PROMPT),
     Agent("r1", R1_PROMPT, max_turns=0, gets_documents=False),
-    Agent("search-r1", POLICY_PROMPT, write_observation=format_titled_observation),
+    Agent("search-r1", POLICY_PROMPT, shows_titles=True),
     Agent("closed-book", POLICY_PROMPT, gets_documents=False),
 )
 

@@ -17,44 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch.data import data_hash, read_jsonl
-from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
-from zerosearch.engines.http import ServiceError
+from zerosearch.engines import SearchEngine, engine_identity
 from zerosearch.errors import UserError
-from zerosearch.evaluation import Account, Limits, check_same, versions, write_json
+from zerosearch.evaluation import check_same, versions, write_json
 from zerosearch.generation import Generator, RemoteGenerator
+from zerosearch.limits import Account, Limits
 from zerosearch.metrics import exact_match, f1
 from zerosearch.rollout import Event, RolloutSettings, Trajectory, run_rollouts
 from zerosearch.traces import JsonlLog, sole_writer, write_jsonl
 
-REFUSALS = frozenset({401, 402, 403, 429})  # a wrong key, an empty balance: the next search would fail as well
 MAX_FAILED = 10  # questions that lost a search before the run is given up
 MAX_LIVE = 64
-
-
-class WatchedEngine:
-    """Pass searches on, and notice where none can succeed any more: `spent` says why, or `refused` does."""
-
-    def __init__(self, engine: SearchEngine) -> None:
-        self.engine = engine
-        self.name, self.max_concurrency = engine.name, engine.max_concurrency
-        self.spent: str | None = None
-        self.refused: str | None = None
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        """Return the engine's documents. Raises `SearchError`."""
-        try:
-            return await self.engine.search(request)
-        except BudgetSpent as error:
-            self.spent = f"stopped: {error}"
-            raise
-        except SearchError as error:
-            if isinstance(error.__cause__, ServiceError) and error.__cause__.status in REFUSALS:
-                self.refused = str(error)
-            raise
-
-    async def aclose(self) -> None:
-        """Close the engine."""
-        await self.engine.aclose()
 
 
 def collect_traces(
@@ -90,21 +63,16 @@ def collect_traces(
         collection = Collection(output_dir, manifest, engine.name)
         missing = [place for place in range(len(questions)) if place not in collection.finished]
         account = Account(generator, engine, limits or Limits())
-        watched = WatchedEngine(engine)
         failures: list[str] = []
 
         def watch(index: int, trajectory: Trajectory, event: Event) -> None:
             if event == "end" and trajectory.outcome == "failed_search":
-                if watched.spent is None:  # a search that there was no money for has not failed
-                    failures.append(trajectory.error)
+                failures.append(trajectory.error)
             elif event == "end":
                 collection.add(missing[index], questions[missing[index]], trajectory)
 
-        def why_stopped() -> str | None:
-            return watched.spent or account.reached()
-
         def may_go_on() -> bool:
-            return why_stopped() is None and watched.refused is None and len(failures) < max_failed
+            return account.may_go_on() and len(failures) < max_failed
 
         if isinstance(generator, RemoteGenerator):
             max_live = min(max_live, 2 * generator.max_concurrency)  # so that little is under way at a limit
@@ -112,7 +80,7 @@ def collect_traces(
             run_rollouts(
                 [questions[place] for place in missing],
                 generator,
-                watched,
+                account.engine,
                 settings,
                 keys=[(seed, 0, place, 0) for place in missing],
                 progress=True,
@@ -122,8 +90,8 @@ def collect_traces(
             )
         finally:
             collection.close()
-        if watched.refused:
-            raise UserError(f"{watched.refused}; what was collected is kept, and the same command goes on")
+        if account.engine.refused:
+            raise UserError(f"{account.engine.refused}; what was collected is kept, and the same command goes on")
         if len(failures) >= max_failed:
             raise UserError(f"{len(failures)} questions lost a search, the last one so: {failures[-1]}")
         results = {
@@ -131,7 +99,7 @@ def collect_traces(
             "missing": len(questions) - len(collection.finished),
             "lost_a_search": len(failures),
             "last_failure": failures[-1] if failures else None,
-            "stopped": why_stopped(),
+            "stopped": account.stopped(),
             "this_command": account.to_record(len(missing) - (len(questions) - len(collection.finished))),
             "versions": versions(),
         }

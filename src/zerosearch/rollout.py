@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from zerosearch.agents import POLICY, Agent
 from zerosearch.curriculum import keyed_uniform
 from zerosearch.encoding import decoded_text, fit_observation, plain_text, prompt_token_ids, text_token_ids
-from zerosearch.engines import SearchEngine, SearchError, SearchRequest
+from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest
 from zerosearch.errors import UserError
 from zerosearch.generation import (
     CollectiveGenerator,
@@ -99,7 +99,7 @@ def run_rollouts(
     turns go; the prompt is the row's, except where it holds documents. At most `max_live` trajectories are under way,
     the first rows first. `watch` is told of each turn, observation and end; what it raises ends the rollout. Once
     `may_go_on` says no, nothing more is started: what is under way comes to its end, and a trajectory that would need
-    another turn stays without an outcome.
+    another turn stays without an outcome; so does one whose search was over the engine's budget by then.
     A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
@@ -313,6 +313,8 @@ class _Rollout:
         if isinstance(outcome, TimeoutError):
             limit_s = self.settings.search_timeout_s
             outcome = SearchError(f"the engine {self.engine.name} gave no reply within {limit_s:g} s")
+        if isinstance(outcome, BudgetSpent) and not self.may_go_on():
+            return
         if isinstance(outcome, SearchError):
             turn.retries = outcome.retries
             trajectory.error = str(outcome)
@@ -320,7 +322,7 @@ class _Rollout:
         elif isinstance(outcome, Exception):
             raise outcome
         else:
-            turn.documents, turn.noisy, turn.retries = outcome.documents, outcome.noisy, outcome.retries
+            turn.documents, turn.noisy, turn.retries = self.agent.documents_of(outcome), outcome.noisy, outcome.retries
             turn.noisy_share, turn.short_replies = noisy_share(outcome), outcome.short_replies
             if turn is trajectory.lookup:
                 self._begin_with_documents(index, turn.documents)

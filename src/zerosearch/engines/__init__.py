@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from zerosearch.data import Passage
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class SearchResult:
     """The documents, best first; whether they were asked to be noisy (`None`: the engine has no such notion).
 
     Where each document has a coin of its own, `noisy` is what most of them are and `noisy_share` says how many.
-    `short_replies` counts the replies that held too few documents and were asked for again.
+    `short_replies` counts the replies that held too few documents and were asked for again. `titles` are those of the
+    documents, "" for one that has none; an engine that does not tell titles from texts gives no titles at all.
     """
 
     documents: tuple[str, ...]
@@ -40,6 +44,7 @@ class SearchResult:
     retries: int = 0
     noisy_share: float | None = None
     short_replies: int = 0
+    titles: tuple[str, ...] = ()
 
 
 class SearchEngine(Protocol):
@@ -74,6 +79,13 @@ class SearchError(RuntimeError):
 
 class BudgetSpent(SearchError):
     """The limit on queries or money is reached: the search was not sent, and no further one will be."""
+
+
+def result_of(passages: Sequence[Passage]) -> SearchResult:
+    """Return passages as what a search has found."""
+    return SearchResult(
+        documents=tuple(passage.document for passage in passages), titles=tuple(passage.title for passage in passages)
+    )
 
 
 def engine_identity(engine: SearchEngine) -> dict[str, Any]:

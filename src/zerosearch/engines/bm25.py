@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.data import Passage
+from zerosearch.engines import SearchRequest, SearchResult, result_of
 from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity, mapped
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
@@ -91,15 +92,19 @@ class BM25Engine:
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the passages that match the query; a query without a known word matches none."""
         with self.ledger.search():
-            return SearchResult(self.lookup(request.query))
+            self.ledger.sent += 1
+            return result_of(self.find(request.query))
 
     async def aclose(self) -> None:
         """Do nothing: there is no connection."""
 
     def lookup(self, query: str) -> tuple[str, ...]:
         """Return the documents for a query."""
-        found = self.index.top(query, self.num_documents)
-        return tuple(self.index.passages.passage(number).document for number, _ in found)
+        return result_of(self.find(query)).documents
+
+    def find(self, query: str) -> list[Passage]:
+        """Return the passages for a query, best first."""
+        return [self.index.passages.passage(number) for number, _ in self.index.top(query, self.num_documents)]
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on."""

@@ -99,7 +99,8 @@ class CassetteEngine:
         self.ledger.replayed += 1
         self.ledger.latencies_s.append(time.perf_counter() - start)
         result = json.loads(row[0])
-        return SearchResult(**{**result, "documents": tuple(result["documents"]), "retries": 0})
+        lists = {name: tuple(value) for name, value in result.items() if isinstance(value, list)}
+        return SearchResult(**{**result, **lists, "retries": 0})
 
     async def _record(self, key: str, described: str, request: SearchRequest) -> SearchResult:
         start = time.perf_counter()
@@ -107,6 +108,7 @@ class CassetteEngine:
             result = await self.engine.search(request)
         else:
             with self.ledger.search():
+                self.ledger.sent += 1
                 result = await self.engine.search(request)
         recorded = json.dumps(asdict(result), ensure_ascii=False)
         identity = json.dumps(self._identity, sort_keys=True)

@@ -8,12 +8,12 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from zerosearch.data import Passage
-from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult
+from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, result_of
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY, Ledger
 from zerosearch.errors import UserError
@@ -109,14 +109,14 @@ class GoogleEngine:
             if not request.query.strip():
                 return SearchResult(())  # both services refuse it
             try:
-                documents, retries = await self.client.with_retries(
+                result, retries = await self.client.with_retries(
                     lambda: self._call(request.query), self.url, request.key
                 )
             except ServiceError as error:
                 self.ledger.retries += error.retries
                 raise SearchError(str(error), error.retries) from error
             self.ledger.retries += retries
-            return SearchResult(documents, retries=retries)
+            return replace(result, retries=retries)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -126,17 +126,17 @@ class GoogleEngine:
         """Return what its results depend on."""
         return {"engine": self.name, "provider": self.provider_name, "num_documents": self.num_documents}
 
-    async def _call(self, query: str) -> tuple[str, ...]:
+    async def _call(self, query: str) -> SearchResult:
         """Make one call, when it is its turn and there is money for it."""
         self._book()
         try:
             await asyncio.sleep(self._wait_s())
             if self.provider_name == "serper":
                 body = {"q": query, "num": self.num_documents}
-                return await self.client.call("POST", self.url, body=body, read=self._documents)
+                return await self.client.call("POST", self.url, body=body, read=self._result)
             params: dict[str, str | int] = {"engine": "google", "q": query, "num": self.num_documents}
             params["api_key"] = self._key
-            return await self.client.call("GET", self.url, params=params, read=self._documents)
+            return await self.client.call("GET", self.url, params=params, read=self._result)
         except CallFailed as error:
             if error.status not in (None, 200):  # refused: neither service charges for that
                 self.ledger.usd -= self.usd_per_query
@@ -161,7 +161,7 @@ class GoogleEngine:
             self._next_call = max(self._next_call + self._pause_s, now)
             return self._next_call - now
 
-    def _documents(self, reply: Any) -> tuple[str, ...]:
+    def _result(self, reply: Any) -> SearchResult:
         """Read a reply of either service."""
         if not isinstance(reply, dict):
             raise CallFailed(f"its reply is no result page: {json.dumps(reply)}", status=200)
@@ -174,13 +174,13 @@ class GoogleEngine:
         credits = reply.get("credits", 1)  # Serper's: two for more than ten results
         if isinstance(credits, int):
             self.ledger.usd += (credits - 1) * self.usd_per_query
-        passages = [
-            Passage(str(result.get("title") or "").strip(), str(result.get("snippet") or "").strip())
-            for result in results
-            if isinstance(result, dict)
-        ]
-        documents = (passage.document if passage.text else passage.title for passage in passages)
-        return tuple(document for document in documents if document)[: self.num_documents]
+        passages = [_passage(result) for result in results if isinstance(result, dict)]
+        return result_of([passage for passage in passages if passage.text][: self.num_documents])
+
+
+def _passage(result: dict[str, Any]) -> Passage:
+    title, snippet = (str(result.get(name) or "").strip() for name in ("title", "snippet"))
+    return Passage(title, snippet) if snippet else Passage("", title)
 
 
 def read_key(provider: ProviderName, key_file: str | Path | None = None) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
+from zerosearch.engines import BudgetSpent
+
 # SerpAPI's list: 275 USD a month for 30,000 searches. 64,000 queries, a run of the paper's, are 586.7 USD (Table 8).
 GOOGLE_USD_PER_QUERY = 275 / 30_000
 
@@ -17,8 +19,9 @@ GOOGLE_USD_PER_QUERY = 275 / 30_000
 class Ledger:
     """The account of one engine in one process. An engine books every search; `usd` is what they cost.
 
-    `queries` were asked of the engine, `sent` went over a network, repeated ones included, `replayed` came from a
-    cassette. `usd_per_hour` is what the machine behind the engine costs while the account is open.
+    `queries` were asked of the engine, `sent` reached what answers, repeated ones included, `replayed` came from a
+    cassette. A search that there was no budget for is no query. `usd_per_hour` is what the machine behind the engine
+    costs while the account is open.
     """
 
     engine: str
@@ -39,6 +42,9 @@ class Ledger:
         self.queries += 1
         try:
             yield
+        except BudgetSpent:
+            self.queries -= 1
+            raise
         except BaseException:  # a search that is cancelled at its time limit has failed, too
             self.failures += 1
             raise
@@ -71,7 +77,8 @@ class Ledger:
     def _latency_s(self) -> dict[str, float] | None:
         if not self.latencies_s:
             return None
-        cuts = quantiles([*self.latencies_s, self.latencies_s[-1]], n=100, method="inclusive")
+        latencies_s = self.latencies_s * 2 if len(self.latencies_s) == 1 else self.latencies_s  # quantiles needs two
+        cuts = quantiles(latencies_s, n=100, method="inclusive")
         mean = sum(self.latencies_s) / len(self.latencies_s)
         return {"mean": mean, "p50": cuts[49], "p95": cuts[94], "max": max(self.latencies_s)}
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import urljoin
 
 from zerosearch.data import Passage, passage_of
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchError, SearchRequest, SearchResult, result_of
 from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
@@ -66,14 +67,14 @@ class RetrieverEngine:
         """Return the documents the retriever finds."""
         with self.ledger.search():
             try:
-                documents, retries = await self.client.post(
-                    self.url, self._body(request.query), read=self._documents, key=request.key
+                result, retries = await self.client.post(
+                    self.url, self._body(request.query), read=self._result, key=request.key
                 )
             except ServiceError as error:
                 self._count(error.retries)
                 raise SearchError(str(error), error.retries) from error
             self._count(retries)
-            return SearchResult(documents, retries=retries)
+            return replace(result, retries=retries)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -94,7 +95,7 @@ class RetrieverEngine:
 
     async def _check(self) -> None:
         try:
-            await self.client.call("POST", self.url, body=self._body("test"), read=self._documents)
+            await self.client.call("POST", self.url, body=self._body("test"), read=self._result)
             self.index = await self._served_index()
         except CallFailed as error:
             raise UserError(
@@ -117,17 +118,15 @@ class RetrieverEngine:
         # Search-R1's own server fails without scores, unless there are exactly two queries.
         return {"queries": [query], "topk": self.num_documents, "return_scores": True}
 
-    def _documents(self, reply: Any) -> tuple[str, ...]:
+    def _result(self, reply: Any) -> SearchResult:
         try:
             if self.protocol == "zerosearch":
-                documents = [str(found["text"]) for found in reply]
-            else:
-                (found_for_query,) = reply["result"]
-                documents = [_passage(found).document for found in found_for_query]
+                return SearchResult(tuple(str(found["text"]) for found in reply)[: self.num_documents])
+            (found_for_query,) = reply["result"]
+            return result_of([_passage(found) for found in found_for_query][: self.num_documents])
         except (AttributeError, KeyError, TypeError, ValueError, UserError):
             shown = json.dumps(reply)
             raise CallFailed(f"its reply is not of the protocol {self.protocol}: {shown}", False, 200) from None
-        return tuple(documents)[: self.num_documents]
 
 
 def _passage(found: Any) -> Passage:

@@ -122,7 +122,7 @@ class SimulatedEngine:
             try:
                 return await self._search(request)
             finally:
-                self.ledger.sent, self.ledger.retries = self.client.counts.calls, self.client.counts.retries
+                self.ledger.retries = self.client.counts.retries
 
     async def _search(self, request: SearchRequest) -> SearchResult:
         self.counts.searches += 1
@@ -213,6 +213,7 @@ class SimulatedEngine:
             replica = await self.replicas.pick()
             with self.replicas.calling(replica):
                 self.model = self.model or _model_of(await self._models(replica.url))
+                self.ledger.sent += 1
                 return await self.client.call(
                     "POST", f"{replica.url}/chat/completions", body={"model": self.model, **body}, read=read_chat_text
                 )
