@@ -49,6 +49,13 @@ def test_a_search_that_there_is_no_budget_for_is_neither_a_query_nor_a_failure()
     assert (ledger.queries, ledger.failures, ledger.latencies_s) == (0, 0, [])
 
 
+def test_what_was_sent_is_told_once() -> None:
+    ledger = Ledger("rain", sent=3)
+    assert ledger.newly_sent() == 3
+    ledger.sent += 2
+    assert (ledger.newly_sent(), ledger.newly_sent()) == (2, 0)
+
+
 def test_nothing_booked_is_nothing_spent() -> None:
     record = Ledger("rain").to_record()
     assert (record["latency_s"], record["usd"], record["usd_at_google"]) == (None, 0.0, 0.0)

@@ -321,23 +321,26 @@ class SearchTrainer(GRPOTrainer):
 
         `failure` says why this rank could not generate, "" if it could.
         """
-        ranks = gather_object([([TrajectoryFacts.of(trajectory) for trajectory in trajectories], clock, failure)])
-        failures = [rank_failure for _, _, rank_failure in ranks if rank_failure]
+        own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
+        ledger = getattr(self.engine, "ledger", None)
+        sent = ledger.newly_sent() if ledger else sum(fact.searches + fact.retries for fact in own_facts)
+        ranks = gather_object([(own_facts, clock, failure, sent)])
+        self._count_queries(sum(rank_sent for *_, rank_sent in ranks))
+        failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure]
         if failures:
             self._save_progress()
             raise GenerationError(f"step {self.state.global_step + 1} could not be rolled out: {failures[0]}")
-        facts = [fact for rank_facts, _, _ in ranks for fact in rank_facts]
-        metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, _ in ranks])
+        facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
+        metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
         metrics["search/p_noise"] = self._p_noise()
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-        self._count_queries(sum(fact.searches + fact.retries for fact in facts))
         failed = metrics["search/failed_search"]
         if failed > self.args.max_failed_search_share:
             self._stop(failed, next(fact.error for fact in facts if fact.error))
 
     def _count_queries(self, sent: int) -> None:
-        """Add queries sent, retries included, to `engine_queries.json`: what was really asked of which engine."""
+        """Add what all ranks sent, retries included, to `engine_queries.json`: what was really asked of whom."""
         if not self.accelerator.is_main_process:
             return
         path = Path(self.args.output_dir) / "engine_queries.json"

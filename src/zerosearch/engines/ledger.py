@@ -34,6 +34,7 @@ class Ledger:
     usd_per_hour: float = 0.0
     latencies_s: list[float] = field(default_factory=list, repr=False)  # of searches that came back with documents
     opened: float = field(default_factory=time.monotonic, repr=False)
+    _sent_before: int = field(default=0, repr=False)
 
     @contextmanager
     def search(self) -> Iterator[None]:
@@ -49,6 +50,11 @@ class Ledger:
             self.failures += 1
             raise
         self.latencies_s.append(time.perf_counter() - start)
+
+    def newly_sent(self) -> int:
+        """Return how many were sent since this was last asked."""
+        newly, self._sent_before = self.sent - self._sent_before, self.sent
+        return newly
 
     @property
     def hours(self) -> float:

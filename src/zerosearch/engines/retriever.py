@@ -67,13 +67,13 @@ class RetrieverEngine:
         """Return the documents the retriever finds."""
         with self.ledger.search():
             try:
-                result, retries = await self.client.post(
-                    self.url, self._body(request.query), read=self._result, key=request.key
+                result, retries = await self.client.with_retries(
+                    lambda: self._call(request.query), self.url, request.key
                 )
             except ServiceError as error:
-                self._count(error.retries)
+                self.ledger.retries += error.retries
                 raise SearchError(str(error), error.retries) from error
-            self._count(retries)
+            self.ledger.retries += retries
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
@@ -89,9 +89,9 @@ class RetrieverEngine:
             "num_documents": self.num_documents,
         }
 
-    def _count(self, retries: int) -> None:
-        self.ledger.sent += retries + 1
-        self.ledger.retries += retries
+    async def _call(self, query: str) -> SearchResult:
+        self.ledger.sent += 1
+        return await self.client.call("POST", self.url, body=self._body(query), read=self._result)
 
     async def _check(self) -> None:
         try:
