@@ -82,8 +82,8 @@ def test_arms_that_are_too_slow_are_left_out_and_named(bench: ModuleType, capsys
 
 def test_ratios_are_taken_run_by_run_and_idle_time_is_that_outside_the_engine(bench: ModuleType) -> None:
     taken = {
-        "lockstep": [bench.Measurement(4.0, 1.0, []), bench.Measurement(6.0, 1.5, [])],
-        "ours": [bench.Measurement(2.0, 1.0, []), bench.Measurement(4.0, 2.0, [])],
+        "lockstep": [bench.Measurement(4.0, 1.0, 7, []), bench.Measurement(6.0, 1.5, 9, [])],
+        "ours": [bench.Measurement(2.0, 1.0, 5, []), bench.Measurement(4.0, 2.0, 5, [])],
     }
     rows = bench.rows_of({bench.Cell("none", 3, 32): taken})
     assert rows[0] == {
@@ -94,6 +94,7 @@ def test_ratios_are_taken_run_by_run_and_idle_time_is_that_outside_the_engine(be
         "seconds": [4.0, 6.0],
         "ratio_to_ours": [2.0, 1.5],
         "idle_share": 0.75,
+        "engine_steps": [7, 9],
     }
     assert (rows[1]["ratio_to_ours"], rows[1]["idle_share"]) == ([1.0, 1.0], 0.5)
 
@@ -121,7 +122,7 @@ def test_the_recipe_measures_every_arm_and_keeps_other_rows(tmp_path: Path) -> N
     pytest.importorskip("vllm")
     pytest.importorskip("matplotlib")
     output = tmp_path / "rollout.json"
-    numbers = {"seconds": [1.0], "ratio_to_ours": [1.0], "idle_share": 0.0}
+    numbers = {"seconds": [1.0], "ratio_to_ours": [1.0], "idle_share": 0.0, "engine_steps": [1]}
     kept = [{"arm": arm, "latency": "none", "turns": 5, "trajectories": 9, **numbers} for arm in ("ours", "floor")]
     output.write_text(json.dumps({"rows": kept, "in_flight": []}))
     flags = "--latency constant --turns 2 --trajectories 3 --runs 1 --in_flight 2 --keep true".split()
@@ -137,6 +138,7 @@ def test_the_recipe_measures_every_arm_and_keeps_other_rows(tmp_path: Path) -> N
         assert (row["latency"], row["turns"], row["trajectories"]) == ("constant", 2, 3)
         assert len(row["seconds"]) == len(row["ratio_to_ours"]) == 1
         assert 0.0 <= row["idle_share"] < 1.0
+    assert all(rows[arm]["engine_steps"][0] >= 3 * 6 for arm in ("lockstep10", "lockstep", "trl_tools", "ours"))
     # Two searches of 50 ms cannot overlap in a trajectory; TRL's do not even overlap between trajectories.
     assert rows["floor"]["seconds"][0] >= 0.1
     assert all(rows[arm]["seconds"][0] > 0.1 for arm in ("lockstep10", "lockstep", "ours"))

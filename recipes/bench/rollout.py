@@ -9,14 +9,16 @@ Arms, all on one colocated vLLM engine, in one process, one after the other:
 - `lockstep10`: every trajectory generates a turn, then all search in 10 threads, then the next turn begins;
 - `lockstep`: the same with as many searches at once as there are trajectories;
 - `trl_tools`: `GRPOTrainer._generate` of TRL 1.16 with `tools=`, its own loop untouched;
-- `ours`: `zerosearch.rollout.run_rollouts`, with a seed for each turn as in training;
+- `ours`: `zerosearch.rollout.run_rollouts`, with a seed for each turn as in training, which lockstep turns have too;
 - `floor`: max(longest chain of searches, engine time of ours at zero latency). No loop can be faster. The turns that
   the longest chain decodes between its searches are not in it.
 
 All arms sample the same tokens, and that is checked. Each trajectory searches `turns` times and is cut off after one
 more turn. Turns of 6 to 14 tokens stand for longer ones on a faster engine. The prefix cache is emptied before each
 measurement. A run measures every cell by every arm, in an order of its own, so that a slow spell of the machine hits
-all; another run has other latencies. Ratios are taken run by run.
+all; another run has other latencies. Ratios are taken run by run. `engine_steps` counts how often the engine advanced
+what was in flight by a token: time goes by it where decoding is slow, while the policy here is so small that the
+work between the steps weighs as much.
 
 Without `--full true` the matrix is a Latin square, in which each pair of values of two axes meets once, and an arm is
 left out of a cell where its searches alone take longer than `max_search_s`; the output says so.
@@ -145,7 +147,7 @@ def measure_cells(arms: Arms, planned: Mapping[Cell, Sequence[str]], runs: int) 
             for cell, by_arm in measured.items():
                 engine_s = taken["ours", without_latency(cell)].generating_s
                 chain_s = World(cell.latency, run).longest_chain_s(cell)
-                by_arm["floor"].append(Measurement(max(chain_s, engine_s), engine_s, []))
+                by_arm["floor"].append(Measurement(max(chain_s, engine_s), engine_s, 0, []))
                 for arm in planned[cell]:
                     assert taken[arm, cell].completions == taken["ours", cell].completions, f"{arm} sampled others"
                     by_arm[arm].append(taken[arm, cell])
@@ -172,6 +174,7 @@ def rows_of(measured: Cells) -> list[dict[str, Any]]:
                     "seconds": [round(one.seconds, 4) for one in taken],
                     "ratio_to_ours": [round(one.seconds / our.seconds, 4) for one, our in pairs],
                     "idle_share": round(idle_s / sum(one.seconds for one in taken), 4),
+                    "engine_steps": [one.engine_steps for one in taken],
                 }
             )
     return rows

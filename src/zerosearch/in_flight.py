@@ -53,19 +53,21 @@ class InFlight:
         limit: asyncio.Semaphore,
         timeout_s: float,
     ) -> None:
-        """Start work for a trajectory, as soon as `limit` lets it through; returns at once.
+        """Queue work for a trajectory. It is under way from the next `send_off`, as soon as `limit` lets it through.
 
         Work that takes longer than `timeout_s` is given up: its outcome is a `TimeoutError`.
         """
         self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
         self.to_start.append(self._work(kind, trajectory, work, limit, timeout_s))
-        if len(self.to_start) == 1:  # else the loop is awake already: waking it costs more than the rest of a start
+
+    def send_off(self) -> None:
+        """Start all that is queued; returns at once. To wake the loop costs more than all the rest of a start."""
+        if self.to_start:
             background_loop().call_soon_threadsafe(self._start_all)
 
     def _start_all(self) -> None:
         while self.to_start:
-            task = asyncio.get_running_loop().create_task(self.to_start[0])
-            del self.to_start[0]
+            task = asyncio.get_running_loop().create_task(self.to_start.popleft())
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
@@ -87,6 +89,8 @@ class InFlight:
         background_loop().call_soon_threadsafe(self._cancel_all)
 
     def _cancel_all(self) -> None:
+        while self.to_start:
+            self.to_start.popleft().close()
         for task in list(self.tasks):
             task.cancel()
 

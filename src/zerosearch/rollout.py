@@ -189,7 +189,8 @@ class _Rollout:
         self._start_turn(index)
 
     def _arrivals(self) -> list[Arrival]:
-        """Return what has arrived; wait for it only when there is nothing to do here meanwhile."""
+        """Send off what is queued, and return what has arrived; wait for it only when there is nothing to do here."""
+        self.in_flight.send_off()
         if self.local and self.num_generating:
             return self.in_flight.done()
         with self.clock.timing("generating_s" if self.num_generating else "waiting_s"):

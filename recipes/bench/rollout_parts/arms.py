@@ -26,10 +26,11 @@ ARMS = ("lockstep10", "lockstep", "trl_tools", "ours")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One rollout by one arm: wall time, time inside the engine, and the ids of each completion."""
+    """One rollout by one arm: wall time, time inside the engine and its steps, and the ids of each completion."""
 
     seconds: float
     generating_s: float
+    engine_steps: int
     completions: list[list[int]]
 
 
@@ -81,11 +82,20 @@ class Arms:
         self.llm = self.trainer.vllm_generation.llm
         self.tokenizer = self.trainer.processing_class
         self.generator = VLLMGenerator.of_trainer(self.trainer.vllm_generation, self.tokenizer)
+        self.engine_steps = 0
+        step = self.llm.llm_engine.step
+
+        def counted_step() -> list[Any]:
+            self.engine_steps += 1
+            return step()
+
+        self.llm.llm_engine.step = counted_step
 
     def measure(self, arm: str, cell: Cell, run: int) -> Measurement:
         """Roll out one cell by one arm, with an empty prefix cache."""
         self.llm.llm_engine.reset_prefix_cache()
         world = World(cell.latency, run)
+        steps_before = self.engine_steps
         start = time.perf_counter()
         if arm == "ours":
             generating_s, completions = self._ours(cell, world)
@@ -93,7 +103,8 @@ class Arms:
             generating_s, completions = self._trl_tools(cell, world)
         else:
             generating_s, completions = self._lockstep(cell, world, in_threads if arm == "lockstep10" else at_once)
-        return Measurement(time.perf_counter() - start, generating_s, completions)
+        seconds = time.perf_counter() - start
+        return Measurement(seconds, generating_s, self.engine_steps - steps_before, completions)
 
     def _ours(self, cell: Cell, world: World) -> tuple[float, list[list[int]]]:
         clock = RolloutClock()
@@ -107,12 +118,16 @@ class Arms:
         from vllm import SamplingParams
 
         rows = range(cell.trajectories)
-        params = SamplingParams(
-            max_tokens=RolloutSettings.max_turn_tokens,
-            stop=list(STOP_STRINGS),
-            include_stop_str_in_output=True,
-            logprobs=0,
-        )
+        params = [
+            SamplingParams(
+                seed=row,  # as ours, so that the engine's work is the same
+                max_tokens=RolloutSettings.max_turn_tokens,
+                stop=list(STOP_STRINGS),
+                include_stop_str_in_output=True,
+                logprobs=0,
+            )
+            for row in rows
+        ]
         prompts = [prompt_token_ids(self.tokenizer, world.row(row)["prompt"]) for row in rows]
         completions: list[list[int]] = [[] for _ in rows]
         clock = RolloutClock()

@@ -44,7 +44,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         columns = (row["seconds"], row["ratio_to_ours"], to_floor(row, floors[cell_of(row)]))
         texts = "".join(f"{spread(values):<21}" for values in columns)
         steps = f"{median(row['engine_steps']):g}" if any(row["engine_steps"]) else ""
-        print(f"{cell_of(row)!s:<33}{row['arm']:<11}{texts}{row['idle_share']:.2f}  {steps}")
+        print(f"{cell_of(row)!s:<33}{row['arm']:<11}{texts}{row['idle_share']:.2f} {steps}")
 
 
 def print_in_flight(rows: Sequence[Row]) -> None:
