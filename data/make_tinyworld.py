@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import exit_on_user_error
+from zerosearch.errors import UserError, exit_on_user_error
 from zerosearch.tinyworld import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
-N_SEARCHED_WORLDS = 40
+MOST_SEARCHED_WORLDS = 1000  # the worlds of one seed are numbered apart from those of the next
 
 
 @dataclass
@@ -37,7 +37,16 @@ class TinyWorldArguments:
     n_train: int = 2000
     n_test: int = 300
     n_searches: int = 6000
+    n_searched_worlds: int = 40
     n_people: int = 400
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_searched_worlds <= MOST_SEARCHED_WORLDS:
+            raise UserError(f"n_searched_worlds is {self.n_searched_worlds}: choose 1 to {MOST_SEARCHED_WORLDS}")
+        if self.n_searches < 2 * self.n_searched_worlds:
+            raise UserError(
+                f"n_searches is {self.n_searches}: {self.n_searched_worlds} worlds need two each, useful and noisy"
+            )
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
@@ -48,14 +57,14 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
 def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]:
     """Search many small training worlds with BM25: from a single one the simulator would learn its facts by heart."""
     searches: list[dict[str, object]] = []
-    for number in tqdm(range(N_SEARCHED_WORLDS), desc="searching"):
-        seed = 1000 * (arguments.seed + 1) + number
+    for number in tqdm(range(arguments.n_searched_worlds), desc="searching"):
+        seed = MOST_SEARCHED_WORLDS * (arguments.seed + 1) + number
         world = World.draw(seed, n_people=100)
         with TemporaryDirectory() as directory:
             corpus = Path(directory) / "corpus.jsonl"
             corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()), encoding="utf-8")
             engine = BM25Engine(corpus, num_documents=12)
-        n_questions = arguments.n_searches // (2 * N_SEARCHED_WORLDS)
+        n_questions = arguments.n_searches // (2 * arguments.n_searched_worlds)
         searches += asyncio.run(judged_searches(world, engine, n_questions, seed))
     return searches
 

@@ -73,12 +73,17 @@ class RecipeArguments:
         metadata={"help": "Searches to measure with, JSONL. Default: test.jsonl in the folder --searches."},
     )
     fidelity_queries: int = field(default=300, metadata={"help": "Held-out queries to measure with."})
+    leave_out_held_out: bool = field(
+        default=False, metadata={"help": "Tune on no search whose query is held out, whatever its question is."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into a folder that is not empty."})
 
     def __post_init__(self) -> None:
         for name, choices in (("tuning", TUNINGS), ("prompt", tuple(PROMPTS))):
             if getattr(self, name) not in choices:  # a config file is not checked by the parser
                 raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        if self.leave_out_held_out and not self.measure_fidelity:
+            raise UserError("--leave_out_held_out is for --measure_fidelity true, which names what is held out")
         if self.merge and self.tuning == "full":
             raise UserError("--merge is for --tuning lora or qlora: full tuning has no adapter to merge")
         if self.tuning == "qlora" and find_spec("bitsandbytes") is None:
@@ -294,7 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         claim_output_dir(training.output_dir, recipe.overwrite_output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     held_out = recipe.held_out_queries() if recipe.measure_fidelity else []
-    examples = load_examples(recipe.searches, recipe.searches_split, PROMPTS[recipe.prompt][0])
+    left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
+    examples = load_examples(recipe.searches, recipe.searches_split, PROMPTS[recipe.prompt][0], left_out)
     folder, repository = Path(training.output_dir), None
     if training.push_to_hub and is_first:
         repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)

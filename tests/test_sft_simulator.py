@@ -214,14 +214,17 @@ def test_the_card_tells_the_fidelity_that_was_measured(
     monkeypatch.setattr(recipe, "simulator_server", already_there)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as a launcher does
     folder = tmp_path / "out"
-    changes = {"measure_fidelity": True, "held_out": searches, "fidelity_queries": 3, "tuning": "lora"}
-    recipe.main(arguments(searches, folder, **changes))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(searches.read_text().splitlines(keepends=True)[:4]))  # two of the three queries
+    changes = {"measure_fidelity": True, "held_out": held_out, "fidelity_queries": 3, "tuning": "lora"}
+    recipe.main(arguments(searches, folder, leave_out_held_out=True, **changes))
+    assert json.loads((folder / "simulator.json").read_text())["examples"] == 2
     assert served == [str(folder)]
     card = json.loads((folder / "fidelity.json").read_text())
-    assert card["queries"] == 3 and card["rule"] == "statement" and 0 <= card["useful_answer_rate"] <= 1
+    assert card["queries"] == 2 and card["rule"] == "statement" and 0 <= card["useful_answer_rate"] <= 1
     readme = (folder / "README.md").read_text()
-    assert "## Fidelity\n\n3 held-out queries; 3 of them" in readme and "has not been measured" not in readme
-    assert "3 held-out queries" in capsys.readouterr().out
+    assert "## Fidelity\n\n2 held-out queries; 2 of them" in readme and "has not been measured" not in readme
+    assert "2 held-out queries" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -253,6 +256,7 @@ def test_without_held_out_searches_it_says_so_before_it_starts(
     [
         ({"tuning": "half"}, "half"),
         ({"merge": True}, "--merge is for --tuning lora or qlora"),
+        ({"leave_out_held_out": True}, "--leave_out_held_out is for --measure_fidelity true"),
         ({"use_peft": True}, "say --tuning lora instead of --use_peft"),
         ({"searches": "none.jsonl"}, "there is no file none.jsonl"),
         ({"model_name_or_path": "/none"}, "there is no model '/none'"),

@@ -72,6 +72,17 @@ def test_instruction_and_input_are_joined_and_a_system_message_is_kept(tmp_path:
     assert [message["content"] for message in example["prompt"]] == ["You search.", "Be an engine.\nQuery: Emma"]
 
 
+def test_searches_for_held_out_queries_are_left_out_whatever_their_question(tmp_path: Path) -> None:
+    others = [SEARCH | {"question": "Who is behind Emma?"}, SEARCH | {"query": "Emma's author"}]
+    published = {"prompt": PROMPT, "completion": DOCUMENTS}  # names no query
+    path = write(tmp_path / "s.jsonl", SEARCH, *others, published)
+    examples = load_examples(path, "train", TEMPLATE, {"Emma author"}).to_list()
+    prompts = [example["prompt"][1]["content"] for example in examples]
+    assert prompts == ["Emma's author? useful / Useful / Jane Austen", PROMPT]
+    with pytest.raises(UserError, match="holds no examples for queries that are not held out"):
+        load_examples(write(tmp_path / "t.jsonl", SEARCH), held_out_queries={"Emma author"})
+
+
 @pytest.mark.parametrize("suffix", ["json", "parquet", "folder"])
 def test_files_of_every_kind(tmp_path: Path, suffix: str) -> None:
     import pyarrow

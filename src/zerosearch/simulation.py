@@ -8,7 +8,7 @@ in `EXAMPLE_FORMS`, and is used as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +69,25 @@ def simulator_examples(searches: Iterable[Mapping[str, Any]], template: str = SI
     return datasets.Dataset.from_list([simulator_example(search, template) for search in searches])
 
 
-def load_examples(source: str, split: str = "train", template: str = SIMULATOR_PROMPT) -> Dataset:
+def load_examples(
+    source: str,
+    split: str = "train",
+    template: str = SIMULATOR_PROMPT,
+    held_out_queries: Collection[str] = frozenset(),
+) -> Dataset:
     """Return the examples of a .jsonl, .json or .parquet file, a folder of `<split>.jsonl`, or a dataset on the Hub.
 
-    Judged searches get the prompt of `template`; rows in another of the `EXAMPLE_FORMS` keep their own.
-    Raises `UserError` that names the row and its columns.
+    Judged searches get the prompt of `template`; rows in another of the `EXAMPLE_FORMS` keep their own. Searches for
+    one of `held_out_queries`, word for word, are left out, whatever their question is.
+    Raises `UserError` that names the row and its columns, or says that nothing is left.
     """
     import datasets
 
-    examples = [_example(row, place, template) for place, row in _rows(source, split)]
+    rows = ((place, row) for place, row in _rows(source, split) if str(row.get("query")) not in held_out_queries)
+    examples = [_example(row, place, template) for place, row in rows]
     if not examples:
-        raise UserError(f"{source} holds no examples")
+        whose = " for queries that are not held out" if held_out_queries else ""
+        raise UserError(f"{source} holds no examples{whose}")
     return datasets.Dataset.from_list(examples)
 
 
