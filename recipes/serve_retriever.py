@@ -78,7 +78,7 @@ def open_index(arguments: RetrieverArguments) -> PassageIndex:
         faiss_index=arguments.faiss_index,
         batch_size=arguments.batch_size,
     )
-    if index.recall is not None:
+    if index.recall is not None and arguments.factory != "Flat":
         size_mib, depth = index.manifest["index_mib"], index.manifest["recall_depth"]
         print(f"{arguments.factory}: {size_mib:,} MiB, finds {index.recall:.1%} of what flat finds first ({depth})")
     return index

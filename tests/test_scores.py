@@ -202,4 +202,12 @@ def test_the_plot_is_an_svg_with_a_mark_an_evaluation() -> None:
         "<b>: 66.7 [66.7, 66.7]",
     ]
     places = [float(mark.get("cx", "")) for mark in root.iter(f"{space}circle")]
-    assert places[0] == 280.0 and places[1] == places[2] == pytest.approx(280 + 420 * 2 / 3, abs=0.1)
+    assert places[1] - places[0] == places[2] - places[0] == pytest.approx(420 * 2 / 3, abs=0.1)
+    texts = {mark.text: float(mark.get("x", "")) for mark in root.iter(f"{space}text")}
+    assert {"direct", "<b>", "66.7 [66.7, 66.7]", "EM in percent, mean of the datasets, with 95 % intervals"} <= set(
+        texts
+    )
+    name = "a/long/model-name " * 5
+    wide = ElementTree.fromstring(scores_plot({name: EVALUATIONS["policy"]}))
+    (place,) = (float(mark.get("x", "")) for mark in wide.iter(f"{space}text") if mark.text == name)
+    assert place >= 7 * len(name)  # room for it, at about seven pixels a letter

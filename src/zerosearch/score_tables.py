@@ -11,7 +11,8 @@ from zerosearch.data import BENCHMARKS
 Results = Mapping[str, Any]  # what results.json holds
 
 AVERAGE = "Avg"
-ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN = 26, 280, 420, 12  # pixels
+PLOT_TITLE = "EM in percent, mean of the datasets, with 95 % intervals"
+ROW_HEIGHT, PLOT_WIDTH, VALUE_WIDTH, LETTER_WIDTH, MARGIN = 26, 420, 160, 8, 12  # pixels; letters are 13 high
 
 
 def results_table(results: Results) -> str:
@@ -86,33 +87,39 @@ def dataset_columns(evaluations: Mapping[str, Results]) -> list[str]:
 
 def scores_plot(evaluations: Mapping[str, Results]) -> str:
     """Draw the EM of each evaluation, the mean of its datasets, with its interval; return an SVG file's text."""
-    height = 2 * MARGIN + ROW_HEIGHT * (len(evaluations) + 1)
+    label_width = max(len(name) for name in evaluations) * LETTER_WIDTH + 2 * MARGIN
+    width = label_width + PLOT_WIDTH + VALUE_WIDTH
+    first_row = MARGIN + ROW_HEIGHT
+    bottom = first_row + ROW_HEIGHT * len(evaluations)
+    height = bottom + ROW_HEIGHT + MARGIN
     highest = max(results["macro_average"]["em"]["high"] for results in evaluations.values())
     top = next(limit for limit in (0.1, 0.2, 0.5, 1.0) if highest <= limit + 1e-9)
 
     def x(score: float) -> float:
-        return LABEL_WIDTH + PLOT_WIDTH * score / top
+        return label_width + PLOT_WIDTH * score / top
 
-    width = LABEL_WIDTH + PLOT_WIDTH + 4 * MARGIN
-    marks = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    bottom = MARGIN + ROW_HEIGHT * len(evaluations)
+    marks = [
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<text x="{label_width}" y="{MARGIN + 10}" fill="#555">{PLOT_TITLE}</text>',
+    ]
     for tick in range(6):
         place, label = x(top * tick / 5), f"{100 * top * tick / 5:g}"
-        marks.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{MARGIN}" y2="{bottom}" stroke="#ddd"/>')
+        marks.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{first_row}" y2="{bottom}" stroke="#ddd"/>')
         marks.append(f'<text x="{place:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{label}</text>')
     for row, (name, results) in enumerate(evaluations.items()):
-        em, y = results["macro_average"]["em"], MARGIN + ROW_HEIGHT * (row + 0.5)
+        em, y = results["macro_average"]["em"], first_row + ROW_HEIGHT * (row + 0.5)
         marks += [
-            f'<text x="{LABEL_WIDTH - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>',
+            f'<text x="{label_width - MARGIN}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>',
             f'<line x1="{x(em["low"]):.1f}" x2="{x(em["high"]):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
             'stroke="#2563a8" stroke-width="3"/>',
             f'<circle cx="{x(em["mean"]):.1f}" cy="{y:.1f}" r="5" fill="#2563a8">'
             f"<title>{escape(name)}: {_percent(em)}</title></circle>",
+            f'<text x="{label_width + PLOT_WIDTH + MARGIN}" y="{y + 4:.1f}">{_percent(em)}</text>',
         ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="system-ui, sans-serif" font-size="13">\n'
-        "<title>EM in percent, mean of the datasets, with 95 % intervals</title>\n" + "\n".join(marks) + "\n</svg>\n"
+        f"<title>{PLOT_TITLE}</title>\n" + "\n".join(marks) + "\n</svg>\n"
     )
 
 

@@ -139,7 +139,7 @@ class DenseIndex:
 
     def _encoded(self, reader: CorpusReader) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the offsets of passages and their vectors, block by block."""
-        bar = tqdm(desc="encoding", unit="passage")
+        bar = tqdm(desc="encoding", unit=" passages")
         passages = reader.passages()
         while block := list(islice(passages, BLOCK_PASSAGES)):
             # As Search-R1's index has them: the row's contents, title in quotes.
