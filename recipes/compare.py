@@ -28,6 +28,10 @@ class ComparisonArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the comparison."})
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be at least 0")
+
 
 def trajectories(folder: str) -> list[Record]:
     """Return the trajectories of an evaluation."""

@@ -94,6 +94,8 @@ class EvaluationArguments:
                 raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         if not 0.0 <= self.p_noise <= 1.0:
             raise UserError(f"p_noise is {self.p_noise}: a probability lies in [0, 1]")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import TrlParser
 
 from zerosearch.data import claim_output_dir, read_passages
-from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 
 END_OF_TEXT = "<|endoftext|>"
 P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token
@@ -42,6 +42,14 @@ class RandomModelArguments:
     num_layers: int = field(default=3, metadata={"help": "Number of layers."})
     max_position_embeddings: int = field(default=8192, metadata={"help": "Longest text the model takes, in tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
+
+    def __post_init__(self) -> None:
+        least = {"vocab_size": 257, "hidden_size": HEAD_SIZE, "num_layers": 1, "max_position_embeddings": 1, "seed": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if self.hidden_size % HEAD_SIZE:
+            raise UserError(f"hidden_size is {self.hidden_size}: it must be a multiple of {HEAD_SIZE}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

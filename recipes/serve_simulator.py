@@ -37,6 +37,10 @@ class ServeArguments:
         default=None, metadata={"help": "CPU only: threads to use where others work too. Default: all cores but one."}
     )
 
+    def __post_init__(self) -> None:
+        if self.max_model_len < 1:
+            raise UserError(f"max_model_len is {self.max_model_len}: it must be at least 1")
+
 
 def adapters_of(pairs: list[str]) -> dict[str, str]:
     """Read adapters, "name=folder" each."""

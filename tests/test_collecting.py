@@ -60,7 +60,8 @@ class Servers:
     url: str = ""
     chat: Callable[[int, list[dict[str, str]]], Reply] = lambda n, messages: chat_reply(messages)
     google: Callable[[int, str], Reply] = lambda n, query: google_reply(query)
-    delay_s: float = 0.0
+    hold: Callable[[int], bool] = lambda n: False  # whether the n-th search waits until this says no
+    held: int = 0
     chats: int = 0
     queries: Counter[str] = field(default_factory=Counter)
     keys: set[str | None] = field(default_factory=set)
@@ -81,14 +82,18 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
         query = request.query["q"]
         state.queries[query] += 1
         state.keys.add(request.query["api_key"])
-        status, text = state.google(sum(state.queries.values()) - 1, query)
-        await asyncio.sleep(state.delay_s)
+        number = sum(state.queries.values()) - 1
+        status, text = state.google(number, query)
+        state.held += 1
+        while state.hold(number):
+            await asyncio.sleep(0.01)
+        state.held -= 1
         return web.Response(status=status, text=text, content_type="application/json")
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_get("/search.json", google)
-    with serving(app) as address:
+    with serving(app, shutdown_timeout=0.1) as address:
         state.url = address
         yield state
 
@@ -179,8 +184,7 @@ def test_a_limit_stops_it_and_the_same_command_goes_on(
     load_recipe("collect_traces").main(arguments)
     assert len(rows_of(tmp_path / "out/trajectories.jsonl")) == 40
     assert len(read_traces(tmp_path / "out/traces.jsonl")) == 78
-    assert all(count <= 1 + (asked > 10) for count in servers.queries.values())
-    assert sum(servers.queries.values()) <= 40 + 2  # at most what was under way
+    assert set(servers.queries.values()) == {1} and len(servers.queries) == 40
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,9 @@ def test_a_wrong_key_or_an_empty_balance_ends_the_run_in_one_sentence(
     message: str,
 ) -> None:
     if server == "google":
-        servers.google = lambda n, query: google_reply(query) if n < 5 else failure
+        # The first that is refused begins when three questions have ended.
+        paid = {"who writes", *(f"book {number} author" for number in range(6))}
+        servers.google = lambda n, query: google_reply(query) if query in paid else failure
     else:
         servers.chat = lambda n, messages: chat_reply(messages) if n < 20 else failure
     with pytest.raises(SystemExit) as caught:
@@ -270,6 +276,10 @@ def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
         (["--max_failed", "0"], "max_failed is 0"),
         (["--max_usd", "0"], "the limit of usd is 0"),
         (["--dataset", "none.jsonl"], "there is no file none.jsonl"),
+        (
+            ["--output_dir", f"{__file__}/x", "--cassette", ":memory:"],
+            f"the output folder {__file__}/x cannot be made",
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence(
@@ -299,21 +309,22 @@ def test_another_collection_in_the_folder_is_refused(
 def test_killed_half_way_and_started_again_no_query_is_paid_for_twice(
     arguments: list[str], servers: Servers, tmp_path: Path
 ) -> None:
-    servers.delay_s = 0.1
+    servers.hold = lambda n: n >= 20
     command = [sys.executable, str(ROOT / "recipes/collect_traces.py"), *arguments, "--questions_in_flight", "4"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while sum(servers.queries.values()) < 20 and time.monotonic() < deadline:
+        while servers.held < 4 or sum(servers.queries.values()) < 24:  # four in flight, and all of them kept waiting
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    time.sleep(0.3)  # what was in flight is over
     before = dict(servers.queries)
     with sqlite3.connect(tmp_path / "out/searches.sqlite") as database:
         paid = [json.loads(text)["query"] for (text,) in database.execute("SELECT request FROM searches")]
-    assert len(paid) >= 15 and len(before) - len(paid) <= 4  # lost with the kill: no more than was in flight
+    assert (len(before), len(paid)) == (24, 20)  # lost with the kill: no more than was in flight
     log = tmp_path / "out/trajectories.jsonl"
     finished = len(rows_of(log))
-    assert 5 <= finished < 40
+    assert finished == 20  # 19 whose search was paid for, and the one that needs none
+    servers.hold = lambda n: False
     with log.open("ab") as file:  # as if the kill had come in the middle of a line
         file.write(b'{"place": 12, "id": "q1')
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -16,8 +16,9 @@ LoadRecipe = Callable[[str], ModuleType]
 
 def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
     folder.mkdir()
+    alike = {"dataset": "nq", "golden_answers": ["x"], "sample": 0, "outcome": "answered", "searches": 1, "turns": 2}
     rows = [
-        {"id": str(n), "row": n, "dataset": "nq", "question": f"{n}?", "golden_answers": ["x"], "answer": answer}
+        {**alike, "id": str(n), "row": n, "question": f"{n}?", "answer": answer}
         for n, answer in enumerate(answers, start=first)
     ]
     (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,12 +40,18 @@ def test_it_prints_and_keeps_the_differences(
 
 @pytest.mark.parametrize(
     ("second", "message"),
-    [("none", "none holds no evaluation"), ("other", "the two runs share no question")],
+    [
+        ("none", "none holds no evaluation"),
+        ("other", "the two runs share no question"),
+        ("strange", "line 1 is no trajectory of an evaluation: it lacks row, sample"),
+    ],
 )
 def test_a_mistake_gets_one_sentence(
     load_recipe: LoadRecipe, tmp_path: Path, second: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation(tmp_path / "other", ["x"], first=9)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/trajectories.jsonl").write_text('{"question": "Why?"}\n')
     with pytest.raises(SystemExit) as caught:
         load_recipe("compare").main(["--first", evaluation(tmp_path / "a", ["x"]), "--second", str(tmp_path / second)])
     assert caught.value.code == 2

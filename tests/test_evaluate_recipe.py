@@ -23,8 +23,9 @@ from zerosearch.tinyworld import World, question_rows
 
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
+    from paid_search import PaidSearch
 
-pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
+pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data"
@@ -114,6 +115,10 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
         ({"dataset_limit": "0"}, "limit is 0"),
         ({"config": "FULL/config.yaml"}, "no_such_key"),
         ({"config": "FULL/none.yaml"}, "No such file"),
+        ({"config": "FULL/broken.yaml"}, "while parsing a flow node expected the node content"),
+        ({"model": ""}, "the following arguments are required: --model"),
+        ({"num_samples": "two"}, "argument --num_samples/--num-samples: invalid int value: 'two'"),
+        ({"seed": "-1"}, "seed is -1: it must be at least 0"),
         ({"no_such_flag": "1"}, "no_such_flag"),
     ],
 )
@@ -129,6 +134,7 @@ def test_a_mistake_gets_one_sentence(
     full.mkdir()
     (full / "rows.jsonl").write_text('{"question": "Why?"}\n')
     (full / "config.yaml").write_text("no_such_key: 1\n")
+    (full / "broken.yaml").write_text("model: [1,\n")
     changed = {name: value.replace("FULL", str(full)) for name, value in (arguments | change).items() if value}
     with pytest.raises(SystemExit) as caught:
         load_recipe("evaluate").main(argv(changed))
@@ -209,6 +215,37 @@ def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
     with pytest.raises(SystemExit):
         evaluate.main([*flags, "--resume", "true", "--seed", "1"])
     assert "holds another evaluation, which cannot be resumed as this one: seed is 0" in capsys.readouterr().err
+
+
+def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    paid_search: PaidSearch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SERPAPI_API_KEY", "s3cret")
+
+    def write(messages: Messages) -> str:
+        if "<information>" in messages[-1]["content"][:20]:
+            return "<answer> Jane Austen </answer>"
+        return f"<search> {messages[0]['content'].rsplit('Question: ')[-1]} </search>"
+
+    chat_server.write = write
+    flags = [*endpoint, "--model", "m", "--engine", "google", "--google_url", paid_search.url]
+    flags += ["--endpoint_concurrency", "1"]  # so two questions are under way, and one has ended when a third begins
+    load_recipe("evaluate").main([*flags, "--google_max_queries", "2"])
+    finished = json.loads((tmp_path / "out/results.json").read_text())["n"]
+    assert finished in (1, 2)
+    stopped = f"the limit of 2 queries to Google is reached: {finished} of 3 trajectories are finished"
+    assert f"policy: stopped: {stopped}; --resume true goes on" in capsys.readouterr().out
+    load_recipe("evaluate").main([*flags, "--resume", "true"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["n"], results["stopped"], results["outcomes"]["answered"]) == (3, None, 3)
+    assert len(paid_search.queries) == len(set(paid_search.queries)) == 3
+    assert all(b"s3cret" not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 def test_models_are_told_apart_by_as_little_of_their_paths_as_need_be(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import web
-from http_servers import serving
 from scripted import Library, Writer
 
 from zerosearch import limits, loading
@@ -25,18 +22,18 @@ from zerosearch.data import load_questions, read_passages
 from zerosearch.endpoint import EndpointGenerator, Prices
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.engines.google import GoogleEngine
 from zerosearch.errors import UserError
 from zerosearch.evaluation import evaluate
-from zerosearch.in_flight import close_engine, run_in_background
+from zerosearch.in_flight import run_in_background
 from zerosearch.limits import LimitReached, Limits
 from zerosearch.loading import load_generator, model_identity
 from zerosearch.rollout import RolloutSettings
 
 if TYPE_CHECKING:
     from chat_server import ChatServer
+    from paid_search import PaidSearch
 
-pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
+pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
 
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=200, max_trajectory_tokens=2048)
 
@@ -249,6 +246,22 @@ def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any
     assert (tmp_path / "trajectories.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json (cannot be read|is no manifest).*name another folder"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("line", "lacks"), [("[1]", "row, sample, dataset"), ('{"row": 0, "sample": 0}', "dataset")])
+def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, line: str, lacks: str) -> None:
+    run(tmp_path)
+    with (tmp_path / "trajectories.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=f"line 13 is no trajectory of an evaluation: it lacks {lacks}"):
+        run(tmp_path, resume=True)
+
+
 def test_other_questions_or_settings_are_another_evaluation(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(UserError, match="data_sha256 is"):
@@ -337,40 +350,6 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
         run_in_background(one.aclose(), 30)
 
 
-class PaidSearch:
-    """SerpAPI as far as an evaluation needs it; `refuses` picks queries that it has no answer to."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.engines: list[GoogleEngine] = []
-        self.queries: list[str] = []
-        self.refuses: Callable[[str], int] = lambda query: 200
-
-    async def answer(self, request: web.Request) -> web.Response:
-        query = request.query["q"]
-        self.queries.append(query)
-        await asyncio.sleep(int(query) * 7 % 5 * 0.01)  # they come back in another order
-        status = self.refuses(query)
-        found = {"organic_results": [{"title": query, "snippet": "It rains."}]}
-        return web.json_response(found if status == 200 else {"error": "refused"}, status=status)
-
-    def engine(self, **options: Any) -> GoogleEngine:
-        self.engines.append(GoogleEngine("s3cret", url=self.url, queries_per_s=10_000, **options))
-        return self.engines[-1]
-
-
-@pytest.fixture
-def google() -> Iterator[PaidSearch]:
-    state = PaidSearch()
-    app = web.Application()
-    app.router.add_get("/search.json", state.answer)
-    with serving(app) as address:
-        state.url = f"{address}/search.json"
-        yield state
-        for engine in state.engines:
-            close_engine(engine)
-
-
 @pytest.mark.parametrize(
     ("budget", "reason"),
     [
@@ -379,44 +358,44 @@ def google() -> Iterator[PaidSearch]:
     ],
 )
 def test_a_budget_that_is_spent_stops_and_is_no_failure(
-    google: PaidSearch, tmp_path: Path, budget: dict[str, Any], reason: str
+    paid_search: PaidSearch, tmp_path: Path, budget: dict[str, Any], reason: str
 ) -> None:
-    stopped = run(tmp_path, engine=google.engine(**budget))
+    stopped = run(tmp_path, engine=paid_search.engine(**budget))
     # Whatever comes back first: five searches are paid for, the sixth stops it, and two had to end before that one.
-    assert len(google.queries) == 5 and 2 <= stopped["n"] <= 5
+    assert len(paid_search.queries) == 5 and 2 <= stopped["n"] <= 5
     assert stopped["stopped"].startswith(reason)
     assert stopped["stopped"].endswith(f": {stopped['n']} of 12 trajectories are finished")
     assert stopped["outcomes"]["answered"] == stopped["n"] == len(trajectories(tmp_path))
     counts = {"queries": 5, "sent": 5, "replayed": 0, "retries": 0, "failures": 0}
     assert stopped["this_command"]["engine"] == counts
-    resumed = run(tmp_path, engine=google.engine(), resume=True)
+    resumed = run(tmp_path, engine=paid_search.engine(), resume=True)
     assert resumed["this_command"]["trajectories"] == 12 - stopped["n"]
     (tmp_path / "whole").mkdir()
-    assert the_same(resumed) == the_same(run(tmp_path / "whole", engine=google.engine()))
+    assert the_same(resumed) == the_same(run(tmp_path / "whole", engine=paid_search.engine()))
     assert trajectories(tmp_path) == trajectories(tmp_path / "whole")
 
 
-def test_a_budget_for_nothing_leaves_nothing(google: PaidSearch, tmp_path: Path) -> None:
+def test_a_budget_for_nothing_leaves_nothing(paid_search: PaidSearch, tmp_path: Path) -> None:
     with pytest.raises(LimitReached, match="the limit of 0 queries to Google is reached: 0 of 12 trajectories"):
-        run(tmp_path, engine=google.engine(max_queries=0))
-    assert google.queries == [] and trajectories(tmp_path) == []
+        run(tmp_path, engine=paid_search.engine(max_queries=0))
+    assert paid_search.queries == [] and trajectories(tmp_path) == []
 
 
-def test_a_failure_before_the_budget_is_spent_stays_a_failure(google: PaidSearch, tmp_path: Path) -> None:
-    google.refuses = lambda query: 400 if query == "0" else 200
+def test_a_failure_before_the_budget_is_spent_stays_a_failure(paid_search: PaidSearch, tmp_path: Path) -> None:
+    paid_search.refuses = lambda query: 400 if query == "0" else 200
     with pytest.raises(SearchError, match="1 of 12 questions lost a search, so there are no scores: Google through"):
-        run(tmp_path, engine=google.engine(max_queries=5))
+        run(tmp_path, engine=paid_search.engine(max_queries=5))
     outcomes = [record["outcome"] for record in trajectories(tmp_path)]
     assert outcomes.count("failed_search") == 1 and outcomes.count("answered") == len(outcomes) - 1
 
 
-def test_a_refusal_ends_an_evaluation_that_cannot_go_on(google: PaidSearch, tmp_path: Path) -> None:
-    google.refuses = lambda query: 401
+def test_a_refusal_ends_an_evaluation_that_cannot_go_on(paid_search: PaidSearch, tmp_path: Path) -> None:
+    paid_search.refuses = lambda query: 401
     with pytest.raises(SearchError, match=r"of 12 questions lost a search.*check the key in SERPAPI_API_KEY"):
-        run(tmp_path, engine=google.engine())
-    assert len(google.queries) <= 4  # those under way, and not all twelve
-    google.refuses = lambda query: 200
-    assert run(tmp_path, engine=google.engine(), resume=True)["n"] == 12
+        run(tmp_path, engine=paid_search.engine())
+    assert len(paid_search.queries) <= 4  # those under way, and not all twelve
+    paid_search.refuses = lambda query: 200
+    assert run(tmp_path, engine=paid_search.engine(), resume=True)["n"] == 12
 
 
 def test_a_limit_stays_reached_though_a_search_is_paid_back() -> None:
@@ -468,19 +447,42 @@ def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
 
 
 EVALUATE = """\
-import sys
+import datasets, os, signal, sys, torch
 from pathlib import Path
+from transformers import AutoTokenizer, LlamaForCausalLM
 from zerosearch.data import load_questions
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.evaluation import evaluate
+from zerosearch.evaluation import TrajectoryFile, evaluate
 from zerosearch.loading import load_generator
 from zerosearch.rollout import RolloutSettings
 
-model, questions, corpus, output_dir = sys.argv[1:]
-rows = load_questions(questions).to_list() * 40
-settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
-generator = load_generator(model, "transformers", 2048)
-evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
+def run(model, questions, corpus, output_dir, lines, steps):
+    left = {"lines": int(lines), "steps": int(steps)}  # until it is killed
+    rows = load_questions(questions).to_list() * 20
+    settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
+    generator = load_generator(model, "transformers", 2048)
+    append, step = TrajectoryFile.append, generator.step
+
+    def counted_append(self, record):
+        append(self, record)
+        left["lines"] -= 1
+
+    def counted_step():
+        if left["lines"] <= 0:
+            left["steps"] -= 1
+            if left["steps"] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step()
+
+    TrajectoryFile.append, generator.step = counted_append, counted_step
+    evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
+
+for line in sys.stdin:  # a process for each, which need not import everything again
+    child = os.fork()
+    if child == 0:
+        run(*sys.argv[1:], *line.split())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -488,29 +490,30 @@ evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1
 def test_ten_kills_at_random_points_change_nothing(
     corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    """Each kill is a SIGKILL to the process, somewhere between its first and its last trajectory."""
+    """Each kill is a SIGKILL to the process, some decoding steps after one of its trajectories has ended."""
+    rng, never = random.Random(0), 1000
+    kills = [(rng.randint(0, 4), rng.randint(0, 20)) for _ in range(10)]
 
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", EVALUATE, *map(str, (tiny_policy_dir, questions, corpus, folder))]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    def endings(name: str, *runs: tuple[int, int]) -> list[int]:
+        """Return how each run ended: by itself, or killed after so many lines and then steps."""
+        (tmp_path / name).mkdir(exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", EVALUATE, *map(str, (tiny_policy_dir, questions, corpus, tmp_path / name))],
+            input="".join(f"{lines} {steps}\n" for lines, steps in runs),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=600,
+            check=True,
+        )
+        return [int(line) for line in done.stdout.split()]
 
-    def num_lines(folder: Path) -> int:
-        path = folder / "trajectories.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
-
-    assert start(tmp_path / "whole").wait(timeout=300) == 0
-    rng, killed = random.Random(0), tmp_path / "killed"
-    for _ in range(10):
-        target = num_lines(killed) + rng.randint(1, 10)
-        with start(killed) as process:
-            while num_lines(killed) < target:
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.001)
-            process.kill()
-    assert 10 <= num_lines(killed) < 120 and not (killed / "results.json").exists()
-    assert start(killed).wait(timeout=300) == 0
+    assert endings("whole", (never, never)) == [0]
+    assert endings("killed", *kills) == [-signal.SIGKILL] * 10
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert 10 <= len(trajectories(killed)) < 60 and not (killed / "results.json").exists()
+    assert endings("killed", (never, never)) == [0]
     assert the_same(json.loads((killed / "results.json").read_text())) == the_same(
-        json.loads((tmp_path / "whole/results.json").read_text())
+        json.loads((whole / "results.json").read_text())
     )
-    assert trajectories(killed) == trajectories(tmp_path / "whole")
+    assert trajectories(killed) == trajectories(whole)

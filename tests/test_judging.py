@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +21,12 @@ from aiohttp import web
 from http_servers import serving
 
 from zerosearch.engines import http
+from zerosearch.engines.http import ServiceError
 from zerosearch.errors import UserError
 from zerosearch.judging import (
     Agreement,
     Judge,
+    Pair,
     Verdict,
     VerdictCache,
     agreement,
@@ -95,10 +97,10 @@ class JudgeServer:
 
     url: str = ""
     answer: Callable[[int, list[dict[str, str]]], tuple[int, str]] = lambda n, messages: verdict_of(messages)
-    delay_s: float = 0.0
+    hold: Callable[[int], bool] = lambda n: False  # whether the n-th call waits until this says no
+    held: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
-    replied: Counter[str] = field(default_factory=Counter)
 
 
 def reply_of(text: str) -> tuple[int, str]:
@@ -122,14 +124,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
         body = await request.json()
         state.requests.append(body)
         state.keys.append(request.headers.get("Authorization"))
-        status, text = state.answer(len(state.requests) - 1, body["messages"])
-        await asyncio.sleep(state.delay_s)
-        state.replied[body["messages"][0]["content"]] += 1
+        number = len(state.requests) - 1
+        status, text = state.answer(number, body["messages"])
+        state.held += 1
+        while state.hold(number):
+            await asyncio.sleep(0.01)
+        state.held -= 1
         return web.Response(status=status, text=text, content_type="application/json")
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
-    with serving(app) as address:
+    with serving(app, shutdown_timeout=0.1) as address:
         state.url = f"{address}/v1"
         yield state
 
@@ -223,12 +228,15 @@ def test_what_may_pass_is_tried_again(server: JudgeServer, cache: VerdictCache, 
 
 
 def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: VerdictCache) -> None:
-    def answer(n: int, messages: list[dict[str, str]]) -> tuple[int, str]:
-        server.delay_s = 0.6 if n == 0 else 0.0
-        return verdict_of(messages)
+    judge = Judge(server.url, "judge-1", timeout_s=0.3)
 
-    server.answer = answer
-    assert judge_pairs(PAIRS[:1], Judge(server.url, "judge-1", timeout_s=0.3), cache) == {PAIRS[0]: True}
+    def hold(n: int) -> bool:
+        judge.client.timeout_s = 30.0  # from the second call on, so that a busy machine may take its time
+        return n == 0
+
+    server.hold = hold
+    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
+    assert judge.client.counts.retries >= 1
 
 
 @pytest.mark.parametrize(
@@ -255,26 +263,38 @@ def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_noth
 
 
 def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cache: VerdictCache) -> None:
-    def answer(n: int, messages: list[dict[str, str]]) -> tuple[int, str]:
-        fails = "document 0" in messages[0]["content"]
-        server.delay_s = 0.0 if fails else 0.3
-        return (401, "no") if fails else verdict_of(messages)
-
-    server.answer = answer
     pairs = [("q", f"document {n}") for n in range(20)]
+    judge = Judge(server.url, "judge-1", max_concurrency=4)
+    verdict, failed = judge.verdict, Event()
+
+    async def watched_verdict(pair: Pair) -> tuple[Verdict, str]:
+        try:
+            return await verdict(pair)
+        except ServiceError:
+            failed.set()
+            raise
+
+    judge.verdict = watched_verdict  # type: ignore[method-assign]
+    server.answer = lambda n, messages: (401, "no") if "document 0" in str(messages) else verdict_of(messages)
+    server.hold = lambda n: "document 0" not in str(server.requests[n]) and not failed.is_set()
     with pytest.raises(UserError, match="401"):
-        judge_pairs(pairs, Judge(server.url, "judge-1", max_concurrency=4), cache)
-    judge = Judge(server.url, "judge-1")
+        judge_pairs(pairs, judge, cache)
     assert cache.get(judge.key(pairs[1])) and cache.get(judge.key(pairs[3]))
     assert len(server.requests) == 4  # and nothing more was asked
 
 
 def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache: VerdictCache) -> None:
-    server.delay_s = 0.1
+    together: set[int] = set()
+
+    def hold(n: int) -> bool:
+        """Let calls go once 32 of them are there, and never more than that."""
+        together.add(server.held)
+        return max(together) < 32
+
+    server.hold = hold
     pairs = [("q", f"document {n}") for n in range(64)]
-    started = time.perf_counter()
-    judge_pairs(pairs, Judge(server.url, "judge-1", max_concurrency=32), cache)
-    assert time.perf_counter() - started < 3.0  # one by one: 6.4 s
+    assert len(judge_pairs(pairs, Judge(server.url, "judge-1", max_concurrency=32), cache)) == 64
+    assert max(together) == 32
 
 
 def test_a_cache_that_is_none_is_named(tmp_path: Path) -> None:
@@ -331,6 +351,7 @@ def test_both_judges_in_one_run_and_their_agreement(
         (["--judges", "llm", "--judge_model", "rule"], "a judge cannot be called 'rule'"),
         (["--judge_concurrency", "0"], "judge_concurrency is 0"),
         (["--traces", "none.jsonl"], "there is no file none.jsonl"),
+        (["--output_dir", __file__], f"the output folder {__file__} is a file"),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )
@@ -352,23 +373,23 @@ def test_a_mistake_gets_one_sentence(
 @pytest.mark.slow
 def test_killed_half_way_and_started_again_no_verdict_is_paid_for_twice(server: JudgeServer, tmp_path: Path) -> None:
     traces = write_traces(tmp_path / "traces.jsonl", 100)
-    server.delay_s = 0.1
+    server.hold = lambda n: n >= 80
     command = [sys.executable, str(ROOT / "recipes/judge_traces.py"), "--traces", str(traces)]
     command += ["--output_dir", str(tmp_path / "out"), "--judges", "llm", "--judge_concurrency", "4"]
     command += ["--judge_url", server.url, "--judge_model", "judge-1"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while sum(server.replied.values()) < 80 and time.monotonic() < deadline:
+        while server.held < 4 or len(server.requests) < 84:  # four in flight, and all of them kept waiting
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     cache = VerdictCache(tmp_path / "out/verdicts.sqlite")
     paid = cache._database.execute("SELECT count(*) FROM verdicts").fetchone()[0]
     cache.close()
-    assert 70 <= paid < 200 and not (tmp_path / "out/judged.jsonl").exists()
-    time.sleep(0.3)  # what was in flight is over
     before = len(server.requests)
-    assert before - paid <= 4  # lost with the kill: no more than was in flight
-    server.delay_s = 0.0
+    assert (before, paid) == (84, 80)  # lost with the kill: no more than was in flight
+    assert not (tmp_path / "out/judged.jsonl").exists()
+    server.hold = lambda n: False
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert len(server.requests) - before == 200 - paid
     rows = [json.loads(line) for line in (tmp_path / "out/judged.jsonl").open()]

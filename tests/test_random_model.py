@@ -57,3 +57,26 @@ def test_a_full_folder_is_left_alone(
         load_recipe("random_model").main(["--corpus", str(corpus), "--output_dir", str(tmp_path)])
     assert caught.value.code == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "33"], "hidden_size is 33: it must be a multiple of 32"),
+        (["--vocab_size", "256"], "vocab_size is 256: it must be at least 257"),
+        (["--num_layers", "0"], "num_layers is 0: it must be at least 1"),
+        (["--seed", "-1"], "seed is -1: it must be at least 0"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(
+    load_recipe: Callable[[str], ModuleType],
+    corpus: Path,
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_recipe("random_model").main(["--corpus", str(corpus), "--output_dir", str(tmp_path / "out"), *flags])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

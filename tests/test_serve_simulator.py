@@ -62,11 +62,14 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path, free_port: int) ->
         pass
 
 
-def test_the_recipe_names_a_mistake_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--model", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("flags", "message"), [([], "FOLDER holds no model"), (["--max_model_len", "0"], "max_model_len is 0: it must be")]
+)
+def test_the_recipe_names_a_mistake_in_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+    command = [sys.executable, str(RECIPE), "--model", str(tmp_path), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} holds no model")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message.replace('FOLDER', str(tmp_path))}")
     assert "Traceback" not in done.stderr
 
 
@@ -179,7 +182,8 @@ def test_replicas_of_an_adapter_share_the_work_and_outlive_one_of_them(
         expected = split_documents(greedy_of_peft(adapter, random_model, "Emma author", 12), 5)
         requests = [SearchRequest("Emma author", "Q?", ("a",), key=(row,)) for row in range(8)]
         assert search(engine, *requests) == [expected] * 8
-        assert [replica.calls for replica in engine.replicas.replicas] == [8, 8]  # each search was short, and repeated
+        calls = [replica.calls for replica in engine.replicas.replicas]
+        assert sum(calls) == 16 and min(calls) >= 4  # each search was short, and repeated where there was room
 
         os.killpg(servers[0].process.pid, signal.SIGKILL)
         servers[0].process.wait()

@@ -115,7 +115,7 @@ class Collection:
         self.policy = manifest.get("model")
         manifest = json.loads(json.dumps(manifest))
         if (output_dir / "manifest.json").is_file():
-            check_same(json.loads((output_dir / "manifest.json").read_text(encoding="utf-8")), manifest, output_dir)
+            check_same(manifest, output_dir)
         write_json(output_dir / "manifest.json", manifest)
         path, traces_path = output_dir / "trajectories.jsonl", output_dir / "traces.jsonl"
         self.log = JsonlLog(path)

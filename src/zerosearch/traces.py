@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zerosearch.data import Passage, read_jsonl
+from zerosearch.data import Passage, claim_output_dir, read_jsonl
 from zerosearch.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,11 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold a folder for this process alone. Raises `UserError` if another one holds it; a kill lets go of it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Hold a folder for this process alone, made first if need be; a kill lets go of it.
+
+    Raises `UserError` if another process holds it, or it cannot be made.
+    """
+    claim_output_dir(directory, overwrite=True)
     with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
