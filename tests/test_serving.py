@@ -99,7 +99,7 @@ def running(seconds: float, tmp_path: Path) -> SimulatorServer:
 
 def test_the_end_has_come_when_the_last_server_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServerDied, match=r"exit status 3(.|\n)*out of memory"):
-        wait_for_end([running(0.6, tmp_path), running(0.0, tmp_path)])
+        wait_for_end([running(3.0, tmp_path), running(0.0, tmp_path)])
     (record,) = caplog.records
     assert "out of memory" in record.getMessage() and record.getMessage().endswith("/0.0; 1 go on")
 
