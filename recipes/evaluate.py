@@ -42,6 +42,7 @@ from zerosearch.loading import load_generator, model_identity
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
 from zerosearch.rollout import RolloutSettings
 from zerosearch.score_tables import markdown_tables, matrix_table, results_table, scores_plot
+from zerosearch.traces import sole_writer
 
 # --prompt chooses how the agents ask, and what the simulator is asked ({question}, {golden_answer}, ...).
 PROMPTS = {
@@ -227,20 +228,21 @@ def run(
             folder = output_dir if len(todo) == 1 else output_dir / re.sub(r"[^\w.-]+", "-", one.name).strip("-.")
             if len(todo) > 1:
                 print(f"\n{one.name} ({len(found) + 1} of {len(todo)})", flush=True)
-            results = evaluate(
-                questions,
-                generator,
-                one.engine,
-                settings,
-                claim_output_dir(folder, overwrite=True),
-                agent=one.agent,
-                p_noise=arguments.p_noise,
-                seed=arguments.seed,
-                num_samples=arguments.num_samples,
-                about=about | identity,
-                resume=arguments.resume,
-                limits=limits,
-            )
+            with sole_writer(folder):
+                results = evaluate(
+                    questions,
+                    generator,
+                    one.engine,
+                    settings,
+                    folder,
+                    agent=one.agent,
+                    p_noise=arguments.p_noise,
+                    seed=arguments.seed,
+                    num_samples=arguments.num_samples,
+                    about=about | identity,
+                    resume=arguments.resume,
+                    limits=limits,
+                )
             found[one.name] = results
             if results["stopped"]:
                 break

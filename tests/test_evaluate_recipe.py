@@ -20,6 +20,7 @@ from zerosearch.loading import load_generator
 from zerosearch.metrics import exact_match, f1
 from zerosearch.rollout import RolloutSettings, run_rollouts
 from zerosearch.tinyworld import World, question_rows
+from zerosearch.traces import sole_writer
 
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
@@ -215,6 +216,16 @@ def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
     with pytest.raises(SystemExit):
         evaluate.main([*flags, "--resume", "true", "--seed", "1"])
     assert "holds another evaluation, which cannot be resumed as this one: seed is 0" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_to_one_folder(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sole_writer(tmp_path / "out"), pytest.raises(SystemExit) as caught:
+        load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
+    assert caught.value.code == 2
+    assert "another run is writing to" in capsys.readouterr().err
+    load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
 
 
 def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(

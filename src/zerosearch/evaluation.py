@@ -77,8 +77,9 @@ def evaluate(
     manifest as it is. With `resume`, what `output_dir` holds of the same evaluation is kept and not asked again.
     Scores of an evaluation that a limit stopped are those of what was finished; `stopped` says so.
     Raises `SearchError` if any search failed for good, as scores over the rest would mislead; the trajectories are
-    written all the same. Raises `LimitReached` if not one trajectory was finished, and `UserError` if `output_dir`
-    holds another evaluation than the one to resume.
+    written all the same. Where the engine refuses (a wrong key, an empty balance) it does so at once, else at the end.
+    Raises `LimitReached` if not one trajectory was finished, and `UserError` if `output_dir` holds another evaluation
+    than the one to resume.
     """
     check_samples(num_samples, settings)
     engine = engine if engine is not None and agent.searches else NoEngine()
