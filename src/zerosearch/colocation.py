@@ -22,6 +22,7 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
     - On a CPU, no chunked prefill: a request with a seed of its own dies when its prompt is read in two parts.
     - On a CPU, weights that can be replaced: see `multiply_by_weights_in_place`.
     - A context no longer than the model's, where vLLM would refuse to start.
+    - Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes. See `adapter_weights`.
     """
     from trl.generation import vllm_generation
 
@@ -32,7 +33,7 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
 
     def engine(**options: Any) -> LLM:
         longest = min(options["max_model_len"], max_positions(options["model"]))
-        return original(**options | engine_options(dtype, longest))
+        return original(**options | engine_options(dtype, longest) | {"quantization": None})
 
     vllm_generation.LLM = engine
     try:

@@ -204,7 +204,7 @@ class SearchConfig(GRPOConfig):
             )
         if self.fp16:
             raise UserError("the critic of ppo has no loss scaling for fp16; bf16 true, or neither, works")
-        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if is_fsdp(self):
             raise UserError("the critic of ppo is not sharded by FSDP; recipes/accelerate/zero3.yaml shards it")
 
     def _check_vllm(self) -> None:
@@ -243,6 +243,11 @@ class SearchConfig(GRPOConfig):
         )
 
 
+def is_fsdp(args: SearchConfig) -> bool:
+    """Say whether torch's FSDP shards the policy, as the arguments or the launcher have it."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def check_arguments(
     args: SearchConfig,
     train_dataset: Any = None,
@@ -256,6 +261,10 @@ def check_arguments(
         raise UserError(
             "a quantized policy cannot learn: its weights are 4 or 8 bits; --use_peft true adds some (LoRA)"
         )
+    if quantization_config is not None and is_fsdp(args):
+        raise UserError("a quantized policy is not sharded by FSDP; recipes/accelerate/zero3.yaml shards it")
+    if getattr(quantization_config, "load_in_8bit", False) and args.use_vllm:
+        raise UserError("vLLM takes no policy in 8 bits; load_in_4bit true, or use_vllm false, works")
     if args.sync_ref_model and peft_config is not None:
         raise UserError("with LoRA the reference is the base model, which never moves; sync_ref_model false works")
     count = len(reward_funcs) if isinstance(reward_funcs, list) else 1

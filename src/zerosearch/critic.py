@@ -88,7 +88,7 @@ class Critic:
         return values * scored
 
     def learn(self, micro_batches: Sequence[dict[str, Any]], num_tokens: torch.Tensor) -> float:
-        """Make one update from the micro-batches of an optimizer step and return its loss.
+        """Make one update from the micro-batches of an optimizer step and return its loss over all ranks.
 
         `num_tokens` is the number of policy tokens in them, averaged over the ranks.
         """
@@ -110,7 +110,8 @@ class Critic:
             total += loss.item()
         self.updates += 1
         self.model.eval()
-        return total
+        mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), reduction="mean")
+        return mean.item()
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add to the gradients, and update after the last micro-batch."""

@@ -1,7 +1,7 @@
 """`SearchTrainer`: TRL's GRPOTrainer with search rollouts, keyed noise and the paper's algorithms.
 
 Built on TRL 1.16's `rollout_func` and `env_mask`. What it overrides or reads beyond TRL's public interface is all in
-this file and in `colocation.py`, and tests/test_trainer.py holds it:
+this file, `colocation.py` and `adapter_weights.py`, and tests of their names hold it:
 
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
+from zerosearch.adapter_weights import push_merged_copies
 from zerosearch.advantages import group_normalized, leave_one_out, masked_gae, raw_return, token_rewards, whiten
 from zerosearch.checkpoints import forget_later_steps
 from zerosearch.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
@@ -76,6 +77,13 @@ class SearchTrainer(GRPOTrainer):
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if kwargs.get("quantization_config") is not None:
+            # TRL puts the adapters of such a policy into bfloat16, where an update of 1e-6 rounds to nothing.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if args.use_vllm and is_peft_model(self.model):
+            push_merged_copies(self.vllm_generation)
         self.generator = self._make_generator()
         self.critic: Critic | None = None
         if args.algorithm == "ppo":
