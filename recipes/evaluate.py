@@ -302,10 +302,11 @@ def main(argv: list[str] | None = None) -> None:
     todo = list(evaluations(arguments.model, agents, engines))
     found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
     report(found, output_dir)
+    ledgers = [ledger for engine in engines if (ledger := getattr(engine, "ledger", None)) and ledger.queries]
+    if ledgers:
+        queries = {ledger.engine: ledger.queries for ledger in ledgers}
+        print(f"\n{cost_table(queries, {ledger.engine: ledger.usd_here for ledger in ledgers})}")
     for engine in engines:
-        ledger = getattr(engine, "ledger", None)  # an engine that costs nothing may keep none
-        if ledger is not None and ledger.queries:
-            print(f"\n{cost_table({ledger.engine: ledger.queries}, ledger)}")
         close_engine(engine)
 
 

@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
     counted = Path(config.output_dir, "engine_queries.json")
     if config.process_index == 0 and counted.exists():  # no query was made where nothing was left to train
-        print(cost_table(json.loads(counted.read_text(encoding="utf-8")), getattr(engine, "ledger", None)))
+        sent = json.loads(counted.read_text(encoding="utf-8"))
+        ledger = getattr(engine, "ledger", None)
+        print(cost_table(sent, {engine.name: ledger.usd_of(sent.get(engine.name, 0))} if ledger else {}))
     close_engine(engine)
 
 

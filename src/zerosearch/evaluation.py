@@ -24,7 +24,7 @@ from typing import Any
 from zerosearch.agents import POLICY, Agent
 from zerosearch.data import data_hash
 from zerosearch.endpoint import EndpointGenerator, Usage
-from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.limits import Account, LimitReached, Limits
@@ -88,7 +88,7 @@ def evaluate(
         **(about or {}),
         "agent": agent.name,
         "engine": engine.name,
-        "engine_identity": identity_of(engine),
+        "engine_identity": engine_identity(engine),
         "data_sha256": data_hash(rows),
         "num_questions": len(rows),
         "num_samples": num_samples,
@@ -218,11 +218,6 @@ def total_usage(records: Sequence[Record]) -> Usage:
         used = Usage(**record["usage"])
         total = replace(total, **{name: getattr(total, name) + getattr(used, name) for name in asdict(used)})
     return total
-
-
-def identity_of(engine: Any) -> dict[str, Any]:
-    """Return what an engine's results depend on, as far as it says."""
-    return engine.identity() if hasattr(engine, "identity") else {"engine": engine.name}
 
 
 def check_same(manifest: Mapping[str, Any], output_dir: Path) -> None:

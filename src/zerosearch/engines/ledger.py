@@ -65,6 +65,13 @@ class Ledger:
         """Return what the searches cost: the service's price, and the machine's for the time so far."""
         return self.usd + self.hours * self.usd_per_hour
 
+    def usd_of(self, sent: int) -> float:
+        """Return what so many sent queries cost, of all ranks and of a run before its resume as well.
+
+        The mean price of those sent here counts for all of them, and the machine for the time that this process took.
+        """
+        return self.usd / max(self.sent, 1) * sent + self.hours * self.usd_per_hour
+
     def to_record(self) -> dict[str, Any]:
         """Return the account as JSON; latencies in seconds, `None` where no search came back."""
         return {
@@ -89,17 +96,13 @@ class Ledger:
         return {"mean": mean, "p50": cuts[49], "p95": cuts[94], "max": max(self.latencies_s)}
 
 
-def cost_table(queries: Mapping[str, int], ledger: Ledger | None = None) -> str:
+def cost_table(queries: Mapping[str, int], usd: Mapping[str, float]) -> str:
     """Return a line an engine: its queries, what they would have cost at Google's listed price, and what they did.
 
-    `queries` is what `engine_queries.json` of a training run holds, of all ranks and of the run before a resume.
-    `ledger` is the account of one of the engines in this process: its mean price a query counts for all, and its
-    machine for the time that this process took. An engine without an account is free.
+    An engine that `usd` does not name is free.
     """
     lines = [f"{'engine':<16} {'queries':>9} {'USD at Google':>14} {'USD here':>9}"]
     for engine, count in queries.items():
-        usd = 0.0
-        if ledger is not None and ledger.engine == engine:
-            usd = ledger.usd / max(ledger.sent, 1) * count + ledger.hours * ledger.usd_per_hour
-        lines.append(f"{engine:<16} {count:>9,} {count * GOOGLE_USD_PER_QUERY:>14,.2f} {usd:>9,.2f}")
+        at_google = count * GOOGLE_USD_PER_QUERY
+        lines.append(f"{engine:<16} {count:>9,} {at_google:>14,.2f} {usd.get(engine, 0.0):>9,.2f}")
     return "\n".join(lines)
