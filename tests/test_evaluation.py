@@ -284,6 +284,12 @@ def test_a_lost_search_is_tried_again_by_a_resume(tmp_path: Path) -> None:
     assert the_same(run(tmp_path, resume=True)) == the_same(run(tmp_path))
 
 
+def test_prompts_that_leave_no_room_for_a_turn_are_no_result(tmp_path: Path) -> None:
+    cramped = RolloutSettings(temperature=0.0, max_trajectory_tokens=10)
+    with pytest.raises(UserError, match="no prompt leaves room for a turn: max_trajectory_tokens"):
+        evaluate(asked(3), Writer(search_then_answer), Library(), cramped, tmp_path, agent=RAG_LIKE)
+
+
 def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
     results = run(tmp_path, about={"model": "m", "revision": "r"}, seed=5)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

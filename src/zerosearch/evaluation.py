@@ -140,7 +140,8 @@ def check_samples(num_samples: int, settings: RolloutSettings) -> None:
 def score(records: Sequence[Record], num_places: int, account: Account, seed: int) -> dict[str, Any]:
     """Return the scores of what was finished, of `num_places` trajectories in all, and what stopped the rest.
 
-    Raises `LimitReached` or `SearchError` where there are no scores: see `evaluate`.
+    Raises `LimitReached` or `SearchError` where there are no scores: see `evaluate`; and `UserError` if no trajectory
+    had a turn.
     """
     stopped = None
     if len(records) < num_places:
@@ -152,6 +153,8 @@ def score(records: Sequence[Record], num_places: int, account: Account, seed: in
         raise SearchError(
             f"{len(errors)} of {num_places} questions lost a search, so there are no scores: {errors[0]}"
         )
+    if all(record["outcome"] == "truncated" and not record["turns"] for record in records):
+        raise UserError("no prompt leaves room for a turn: max_trajectory_tokens or the model's context is too short")
     seconds = round(account.seconds, 1)
     return {"seconds": seconds, **summarize(records, seed), "stopped": stopped, "versions": versions()}
 
