@@ -288,3 +288,18 @@ def test_the_configs_hold_the_authors_values(load_recipe: LoadRecipe, size: str)
     assert (training.learning_rate, training.per_device_train_batch_size, training.max_steps) == (1e-6, 2, 1000)
     assert model.model_name_or_path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     assert (arguments.prompt, arguments.tuning, training.completion_only_loss) == ("paper", "full", True)
+
+
+def test_the_faithful_config_is_measured_on_queries_it_was_not_tuned_on(load_recipe: LoadRecipe) -> None:
+    pytest.importorskip("vllm")
+    recipe, fidelity = load_recipe("sft_simulator"), load_recipe("measure_fidelity")
+    parser = recipe.TrlParser((recipe.RecipeArguments, recipe.SimulatorConfig, recipe.ModelConfig))
+    arguments, _, _ = parser.parse_args_and_config(
+        ["--config", str(ROOT / "recipes/configs/sft-tinyworld-faithful.yaml")]
+    )
+    parser = fidelity.TrlParser((fidelity.RecipeArguments, fidelity.FidelityOptions))
+    measured, options = parser.parse_args_and_config(
+        ["--config", str(ROOT / "recipes/configs/fidelity-tinyworld.yaml")]
+    )
+    assert arguments.leave_out_held_out and arguments.held_out == measured.queries != arguments.searches
+    assert arguments.fidelity_queries == options.num_queries == 600
