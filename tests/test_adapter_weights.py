@@ -15,7 +15,7 @@ from rain import rain_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from zerosearch.adapter_weights import merged_weights
+from zerosearch.adapter_weights import merged_weights, push_merged_copies
 from zerosearch.errors import UserError
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -81,6 +81,18 @@ def test_they_are_those_that_trl_would_push(tiny_policy_dir: Path) -> None:
     weights = dict(merged_weights(generation))
     assert list(weights) == list(expected)
     assert all(torch.allclose(weights[name], weight, atol=1e-5) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [({}, True), ({"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}, False)],
+)
+def test_weights_that_only_trl_can_merge_are_left_to_it(
+    config: dict[str, Any], ours: bool, tiny_policy_dir: Path
+) -> None:
+    generation = generation_of(adapted(tiny_policy_dir, **config))
+    push_merged_copies(generation)
+    assert hasattr(generation, "_iter_named_params") == ours
 
 
 def test_adapters_on_a_quantized_base_take_small_updates(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_two_ranks_log_what_one_does(one_and_two: tuple[Path, Path], case: str) 
     for expected, found in zip(alone["log"][:2], first["log"][:2], strict=True):
         assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-4, abs=1e-6)
         assert expected["grad_norm"] > 0.01
+        assert found["sampling/sampling_logp_difference/max"] < 1e-3, "vLLM samples from the policy"
     assert alone["log"][1]["kl"] > 1e-5, "the policy has left the reference"
 
 

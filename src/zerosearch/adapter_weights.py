@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 
 
 def push_merged_copies(generation: VLLMGeneration) -> None:
-    """Have TRL push what `merged_weights` yields; under FSDP it goes on as it does."""
-    if not generation._dist.is_fsdp:
+    """Have TRL push what `merged_weights` yields.
+
+    Under FSDP, and with adapters of biases, of bare parameters (experts) or of another kind than LoRA, it goes on as
+    it does.
+    """
+    from peft import LoraConfig
+
+    configs = generation.model.peft_config.values()
+    known = all(isinstance(one, LoraConfig) and not one.lora_bias and not one.target_parameters for one in configs)
+    if known and not generation._dist.is_fsdp:
         generation._iter_named_params = partial(merged_weights, generation)
 
 
