@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -13,6 +14,18 @@ from typing import Any
 from aiohttp import web
 
 TIMEOUT_S = 30.0
+
+
+def free_ports(count: int = 1) -> int:
+    """Return the first of so many ports in a row that are free."""
+    while True:
+        with ExitStack() as held, suppress(OSError):
+            first = 0
+            for place in range(count):
+                listener = held.enter_context(socket.socket())
+                listener.bind(("127.0.0.1", first + place if first else 0))
+                first = first or listener.getsockname()[1]
+            return first
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from http_servers import free_ports
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,9 +32,7 @@ RECIPE = ROOT / "recipes/serve_simulator.py"
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports()
 
 
 def group_is_alive(group: int) -> bool:
@@ -108,7 +107,9 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, free_port: int)
 
 @pytest.fixture(scope="module")
 def server(random_model: Path) -> Iterator[SimulatorServer]:
-    with simulator_server(str(random_model), 6187, max_model_len=1024, dtype="float32", num_threads=1) as running:
+    with simulator_server(
+        str(random_model), free_ports(), max_model_len=1024, dtype="float32", num_threads=1
+    ) as running:
         yield running
 
 
@@ -172,8 +173,9 @@ def test_replicas_of_an_adapter_share_the_work_and_outlive_one_of_them(
 ) -> None:
     monkeypatch.setattr(replicas, "PROBE_EVERY_S", 0.1)
     options = {"max_model_len": 512, "dtype": "float32", "num_threads": 1}
-    with simulator_servers(str(adapter), 6190, replicas=2, **options) as servers:
-        assert [server.base_url for server in servers] == [f"http://127.0.0.1:{port}/v1" for port in (6190, 6191)]
+    first = free_ports(2)
+    with simulator_servers(str(adapter), first, replicas=2, **options) as servers:
+        assert [server.base_url for server in servers] == [f"http://127.0.0.1:{first + n}/v1" for n in range(2)]
         engine = SimulatedEngine(
             [server.base_url for server in servers], template="{query}", temperature=0.0, max_tokens=12
         )

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from http_servers import serving
+from http_servers import free_ports, serving
 from test_generation import largest_difference, load, roll_out, sample_remotely
 from transformers import PreTrainedTokenizerFast
 
@@ -214,16 +213,10 @@ rain_trainer(
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @contextmanager
 def policy_server(policy: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server as the error messages say to, and yield its address once it answers."""
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free_ports()}"
     arguments = serve_arguments(str(policy), url.rpartition(":")[2], gpu=False)
     environment = {
         **os.environ,
