@@ -63,7 +63,7 @@ class BenchArguments:
     shape: Literal["small", "qwen2.5-3b"] = "small"
     num_questions: int = field(default=1, metadata={"help": "Of a step; 5 trajectories each."})
     micro_batch: int = field(default=1, metadata={"help": "Trajectories a micro-batch."})
-    rounds: int = field(default=2, metadata={"help": "Processes of each trainer."})
+    rounds: int = field(default=3, metadata={"help": "Processes of each trainer."})
     warmup_steps: int = field(
         default=0, metadata={"help": "Steps a process that are not timed; on a GPU, 1 at least."}
     )
