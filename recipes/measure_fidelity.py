@@ -76,6 +76,9 @@ class RecipeArguments:
     temperature: float = field(default=0.8, metadata={"help": "The simulator's."})
     max_tokens: int = field(default=600, metadata={"help": "Longest reply, in tokens."})
     num_documents: int = field(default=5, metadata={"help": "Documents a search."})
+    ask_leaks_again: bool = field(
+        default=False, metadata={"help": "Ask once more for noisy documents that hold a golden answer."}
+    )
     output: str = field(default="outputs/fidelity/simulator", metadata={"help": "Where to write, without suffix."})
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ def make_engine(recipe: RecipeArguments, url: str) -> SimulatedEngine:
         temperature=recipe.temperature,
         max_tokens=recipe.max_tokens,
         num_documents=recipe.num_documents,
+        ask_leaks_again=recipe.ask_leaks_again,
         api_key=os.environ[recipe.api_key_variable] if recipe.api_key_variable else None,
     )
 
@@ -131,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             with engine_of(recipe) as engine:
                 settings = {"prompt": recipe.prompt, "temperature": recipe.temperature, "seed": options.seed}
+                settings["ask_leaks_again"] = recipe.ask_leaks_again
                 about |= {"model": recipe.model or recipe.simulator_model or recipe.simulator_url, **settings}
                 card = measure_simulator(engine, queries, options, about)
         except ServerDied as error:

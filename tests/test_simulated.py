@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,6 +19,7 @@ from zerosearch.engines import SearchError, SearchRequest, SearchResult, http, r
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
 from zerosearch.prompts import PROMPTED_SIMULATOR
+from zerosearch.protocol import split_documents
 
 FIVE = ("one", "two", "three", "four", "five")
 REQUEST = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen", "Austen"), key=(0, 1, 2, 3, 4))
@@ -258,6 +259,42 @@ def test_a_short_reply_is_asked_for_once_more_and_the_fuller_one_used(server: Se
     first, second = server.requests
     assert first.pop("seed") != second.pop("seed")  # the same seed would give the same reply
     assert first == second
+
+
+LEAK = reply_of("one", "Emma is by JANE  Austen.", "three", "four", "five")
+CLEAN = reply_of(*FIVE)
+
+
+@pytest.mark.parametrize(
+    ("replies", "used", "counts"),
+    [
+        pytest.param([LEAK, CLEAN], CLEAN, (1, 2), id="the clean one is used"),
+        pytest.param([LEAK, LEAK], LEAK, (2, 2), id="asked twice at most"),
+        pytest.param([CLEAN], CLEAN, (0, 1), id="nothing to ask again for"),
+        pytest.param([LEAK, reply_of("one", "two")], reply_of("one", "two"), (1, 2), id="clean before full"),
+        pytest.param([LEAK, completion("")], LEAK, (1, 2), id="no documents are none"),
+        pytest.param([reply_of("one"), LEAK], reply_of("one"), (1, 2), id="a full one that leaks is not better"),
+    ],
+)
+def test_a_noisy_reply_with_an_answer_in_it_is_asked_for_again_where_one_wishes(
+    server: Server, replies: list[tuple[int, str]], used: tuple[int, str], counts: tuple[int, int]
+) -> None:
+    server.answer = in_turn(*replies)
+    engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=True)
+    (result,) = search(engine, replace(REQUEST, p_noise=1.0))
+    text = json.loads(used[1])["choices"][0]["message"]["content"]
+    assert result.documents == split_documents(text, 5) and result.noisy
+    assert (engine.counts.leaking_replies, len(server.requests)) == counts
+
+
+@pytest.mark.parametrize(("p_noise", "ask_leaks_again"), [(0.0, True), (1.0, False)])
+def test_useful_replies_may_answer_and_so_may_noisy_ones_by_default(
+    server: Server, p_noise: float, ask_leaks_again: bool
+) -> None:
+    server.answer = in_turn(LEAK)
+    engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=ask_leaks_again)
+    (result,) = search(engine, replace(REQUEST, p_noise=p_noise))
+    assert (result.retries, engine.counts.leaking_replies) == (0, 0)
 
 
 def test_a_second_reply_that_is_shorter_is_not_used(server: Server) -> None:

@@ -224,7 +224,8 @@ class _Rollout:
             self.turn_starts[number] = time.perf_counter()
             if self.num_generating == 1:
                 self.last_progress = self.turn_starts[number]
-            self.local.submit(request)
+            with self.clock.timing("generating_s"):
+                self.local.submit(request)
 
     def _step(self, generator: Generator) -> None:
         """Advance the turns that are sampled here, and do what those say that ended."""

@@ -37,6 +37,10 @@ class EngineOptions:
     simulator_coin: Coin = field(
         default="query", metadata={"help": "For simulated: one coin for noise a query (the paper), or a document."}
     )
+    simulator_ask_leaks_again: bool = field(
+        default=False,
+        metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."},
+    )
 
     corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
     index_dir: str | None = field(
@@ -163,6 +167,7 @@ def _simulated(options: EngineOptions, template: SimulatorTemplate) -> SearchEng
         template,
         coin=options.simulator_coin,
         max_tokens=options.simulator_max_tokens,
+        ask_leaks_again=options.simulator_ask_leaks_again,
         num_documents=options.num_documents,
     )
     if not options.cassette_replay_only:
