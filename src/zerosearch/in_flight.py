@@ -106,7 +106,8 @@ class InFlight:
             start = time.perf_counter()
             outcome: Any
             try:
-                outcome = await asyncio.wait_for(work(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    outcome = await work()
             except Exception as error:
                 outcome = error
             seconds = time.perf_counter() - start
