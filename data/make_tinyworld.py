@@ -38,21 +38,14 @@ class TinyWorldArguments:
     n_test: int = 300
     n_searches: int = 6000
     n_searched_worlds: int = 40
-    share_of_people: float = field(
-        default=1.0, metadata={"help": "of the queries about people, how many are searched"}
-    )
-    most_about_subject: int | None = field(
-        default=None, metadata={"help": "noisy documents about a query's subject, all facts; default: as found"}
+    asked_relation_in_noise: bool = field(
+        default=True, metadata={"help": "noisy documents may state the relation the query asks for, about others"}
     )
     n_people: int = 400
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_searched_worlds <= MOST_SEARCHED_WORLDS:
             raise UserError(f"n_searched_worlds is {self.n_searched_worlds}: choose 1 to {MOST_SEARCHED_WORLDS}")
-        if not 0.0 <= self.share_of_people <= 1.0:
-            raise UserError(f"share_of_people is {self.share_of_people}: choose 0 to 1")
-        if self.most_about_subject is not None and self.most_about_subject < 0:
-            raise UserError(f"most_about_subject is {self.most_about_subject}: it cannot be below 0")
         if self.n_searches < 2 * self.n_searched_worlds:
             raise UserError(
                 f"n_searches is {self.n_searches}: {self.n_searched_worlds} worlds need two each, useful and noisy"
@@ -67,16 +60,16 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
 def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]:
     """Search many small training worlds with BM25: from a single one the simulator would learn its facts by heart."""
     searches: list[dict[str, object]] = []
+    num_documents = 12 if arguments.asked_relation_in_noise else 48  # enough that five noisy ones are left
     for number in tqdm(range(arguments.n_searched_worlds), desc="searching"):
         seed = MOST_SEARCHED_WORLDS * (arguments.seed + 1) + number
         world = World.draw(seed, n_people=100)
         with TemporaryDirectory() as directory:
             corpus = Path(directory) / "corpus.jsonl"
             corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()), encoding="utf-8")
-            engine = BM25Engine(corpus, num_documents=12 if arguments.most_about_subject is None else 24)
+            engine = BM25Engine(corpus, num_documents=num_documents)
         n_questions = arguments.n_searches // (2 * arguments.n_searched_worlds)
-        limits = (arguments.share_of_people, arguments.most_about_subject)
-        searches += asyncio.run(judged_searches(world, engine, n_questions, seed, *limits))
+        searches += asyncio.run(judged_searches(world, engine, n_questions, seed, arguments.asked_relation_in_noise))
     return searches
 
 

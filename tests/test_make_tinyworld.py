@@ -45,8 +45,6 @@ def test_the_worlds_of_two_seeds_differ(script: ModuleType) -> None:
     [
         ("--n_searched_worlds 0", "n_searched_worlds is 0: choose 1 to 1000"),
         ("--n_searched_worlds 1001 --n_searches 9000", "n_searched_worlds is 1001: choose 1 to 1000"),
-        ("--share_of_people 1.5", "share_of_people is 1.5: choose 0 to 1"),
-        ("--most_about_subject -1", "most_about_subject is -1: it cannot be below 0"),
         ("--n_searched_worlds 5 --n_searches 9", "n_searches is 9: 5 worlds need two each"),
     ],
 )

@@ -299,8 +299,7 @@ async def judged_searches(
     engine: SearchEngine,
     n_questions: int,
     seed: int,
-    share_of_people: float = 1.0,
-    most_about_subject: int | None = None,
+    asked_relation_in_noise: bool = True,
 ) -> list[dict[str, object]]:
     """Search with a real engine for what each question needs, and judge what comes back.
 
@@ -309,29 +308,24 @@ async def judged_searches(
     `answer`, the query's own, in place of a judge). Noisy documents name no accepted answer of the question either,
     where the query is the one that answers it. `engine` must return more documents than the five that a row keeps.
 
-    Of the queries about people only `share_of_people` are kept, as most facts are about them. `most_about_subject` is
-    how many of the noisy documents may be about the query's subject, and then each of them states a fact: whoever
-    writes them never comes to where the fact that must not be stated is the last one left to state.
+    Without `asked_relation_in_noise` no noisy document states the relation that the query asks for, about anybody:
+    what learns from such noise cannot name the answer by chance, of which there are only so many, in a document about
+    somebody else.
     """
     rng = random.Random(f"searches-{seed}")
-    thinning = random.Random(f"thinning-{seed}")
     rows: list[dict[str, object]] = []
     for question in islice(world.questions(rng), n_questions):
         # One query in eight asks for something else than the question needs, as a policy's sometimes does.
         fact = rng.choice(world.facts if rng.random() < 1 / 8 else question.path)
-        if RELATION[fact.relation].subject_kind == "person" and thinning.random() >= share_of_people:
-            continue
         request = SearchRequest(fact.query, question.text, question.golden_answers)
         documents = (await engine.search(request)).documents
         answers = {fact.object}
         if fact == question.path[-1] and question.kind != "comparison":
             answers.update(question.golden_answers)
         noisy = [document for document in documents if not any(answer in document for answer in answers)]
-        if most_about_subject is not None:
-            stated = {other.sentence for other in world.of_subject[fact.subject].values()}
-            kept_about = [document for document in noisy if document in stated][:most_about_subject]
-            about = f"{fact.subject} "
-            noisy = [document for document in noisy if document in kept_about or not document.startswith(about)]
+        if not asked_relation_in_noise:
+            asked = {other.sentence for other in world.facts if other.relation == fact.relation}
+            noisy = [document for document in noisy if document not in asked]
         for kept, is_useful in ((documents[:5], True), (noisy[:5], False)):
             if is_useful != any(fact.sentence in document for document in kept) or len(kept) < 5:
                 continue  # the search failed by itself, or found too little to choose from
