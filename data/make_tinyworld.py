@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, exit_on_user_error
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.tinyworld import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
@@ -75,7 +75,8 @@ def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]
 
 @exit_on_user_error
 def main() -> None:
-    arguments: TinyWorldArguments = HfArgumentParser(TinyWorldArguments).parse_args_into_dataclasses()[0]
+    with user_mistakes():
+        arguments: TinyWorldArguments = HfArgumentParser(TinyWorldArguments).parse_args_into_dataclasses()[0]
     directory = Path(arguments.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
 

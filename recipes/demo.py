@@ -26,7 +26,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from zerosearch.data import claim_output_dir
-from zerosearch.errors import UserError, exit_on_user_error
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.report import summary_table, write_report
 from zerosearch.serving import ServerDied, check_port_free, exit_on_signals, simulator_server
 
@@ -193,7 +193,8 @@ def clear(directory: Path) -> None:
 @exit_on_user_error
 def main() -> None:
     """Run the demo, write results.json and report.html, print a table."""
-    arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
+    with user_mistakes():
+        arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
     exit_on_signals()  # so that no server outlives the demo
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zerosearch.errors import UserError, exit_on_user_error
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_documents, format_observation
 from zerosearch.tinyworld import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
@@ -327,7 +327,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], l
 
 @exit_on_user_error
 def main() -> None:
-    arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
+    with user_mistakes():
+        arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
     tokenizer = build_tokenizer()
     recipes = {
         "policy": (policy_texts, arguments.policy_steps),

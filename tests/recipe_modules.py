@@ -46,6 +46,23 @@ def load_recipe() -> Callable[[str], ModuleType]:
     return load
 
 
+@pytest.fixture
+def refusal(
+    load_recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, list[str]], str]:
+    """Return what runs a recipe that must refuse its arguments, and returns its one sentence."""
+
+    def refuse(name: str, arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            load_recipe(name).main(arguments)
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return refuse
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"

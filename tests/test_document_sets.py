@@ -228,17 +228,7 @@ def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    load_recipe: Callable[[str], ModuleType],
-    traces: Path,
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[[str, list[str]], str], traces: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("build_simulator_data").main(
-            ["--traces", str(traces), "--output_dir", str(tmp_path / "o"), *flags]
-        )
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    error = refusal("build_simulator_data", ["--traces", str(traces), "--output_dir", str(tmp_path / "o"), *flags])
+    assert message in error

@@ -69,14 +69,7 @@ def test_a_full_folder_is_left_alone(
     ],
 )
 def test_a_size_that_cannot_be_is_refused(
-    load_recipe: Callable[[str], ModuleType],
-    corpus: Path,
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[[str, list[str]], str], corpus: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("random_model").main(["--corpus", str(corpus), "--output_dir", str(tmp_path / "out"), *flags])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    error = refusal("random_model", ["--corpus", str(corpus), "--output_dir", str(tmp_path / "out"), *flags])
+    assert error == f"error: {message}\n"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
 
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import exit_on_user_error
+from zerosearch.errors import exit_on_user_error, user_mistakes
 from zerosearch.models import load_tokenizer
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_observation
@@ -66,7 +66,8 @@ def continuations(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 @exit_on_user_error
 def main() -> None:
-    arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+    with user_mistakes():
+        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
     tokenizer = load_tokenizer(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     world = World.draw(0, 400, held_out=True)

@@ -36,7 +36,7 @@ from transformers import HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Traine
 from trl import GRPOConfig, GRPOTrainer
 
 import zerosearch.trainer
-from zerosearch.errors import exit_on_user_error
+from zerosearch.errors import exit_on_user_error, user_mistakes
 from zerosearch.micro_batches import compact_lm_head
 from zerosearch.models import load_tokenizer
 from zerosearch.rewards import f1_reward
@@ -290,7 +290,8 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
 
 @exit_on_user_error
 def main() -> None:
-    arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+    with user_mistakes():
+        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
     if arguments.child is not None:
         measure(arguments)
         return
