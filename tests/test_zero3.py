@@ -166,7 +166,9 @@ def test_two_ranks_learn_the_weights_of_one(one_and_two: tuple[Path, Path], case
         for part, weight in alone.items():
             assert torch.equal(sharded[part], same[part]), part
             moved, apart = (weight - start[part]).norm(), (weight - sharded[part]).norm()
-            assert apart <= 1e-3 * moved, (name, part)
+            # What an adapter's first factor moves by in its first step is as small as the rounding of some weights.
+            rounding = torch.finfo(weight.dtype).eps * weight.norm()
+            assert apart <= 1e-3 * moved + rounding, (name, part)
             if name != "first-policy":  # the first factor of an adapter waits for the second
                 assert (moved > 0) == (name == "second-critic" or part in trained), (name, part)
 
