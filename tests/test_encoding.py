@@ -8,7 +8,7 @@ import pytest
 from conftest import TEXT
 from test_rollout import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from zerosearch.encoding import decoded_text, fit_observation, plain_text, text_token_ids
 from zerosearch.generation import SampledTurn, TurnEnd, TurnRequest
@@ -122,6 +122,24 @@ def test_text_comes_back_to_the_letter_and_holds_no_special_token(
     assert not any(special in plain_text(text, tokenizer) for special in SPECIALS)
 
 
+def test_ids_are_those_of_the_tokenizer_whatever_it_was_asked_before(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = f"{TEXT} 東京 🙂 <|im_end|>\n\n" * 3
+
+    def by_the_tokenizer() -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    for asked_before in ({"truncation": True, "max_length": 7}, {"padding": "max_length", "max_length": 4000}, {}):
+        tokenizer(text, **asked_before)
+        assert text_token_ids(tokenizer, text) == by_the_tokenizer()
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer(text)["input_ids"], "nothing stays behind"
+
+
+def test_a_tokenizer_without_a_fast_backend_does_as_well() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert decoded_text(tokenizer, text_token_ids(tokenizer, "<pad> a</s>\n")) == "<pad> a</s>\n"
+    assert set(tokenizer.all_special_ids).isdisjoint(text_token_ids(tokenizer, "<pad> a</s>\n"))
+
+
 def test_an_observation_keeps_its_tags_at_any_budget(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = ["Emma 東京 🙂 " * 9, "It rains.", "x" * 80]
 
@@ -131,8 +149,8 @@ def test_an_observation_keeps_its_tags_at_any_budget(tokenizer: PreTrainedTokeni
     shortest = len(fit_observation(["", "", ""], 10_000, encode)[1])
     lengths = []
     for budget in range(shortest, shortest + 90, 7):
-        text, ids = fit_observation(documents, budget, encode)
-        assert ids == encode(text) and len(ids) <= budget
+        text, ids, is_cut = fit_observation(documents, budget, encode)
+        assert ids == encode(text) and len(ids) <= budget and is_cut
         assert text.startswith("\n\n<information>Doc 1: ") and text.endswith("</information>\n\n")
         lengths.append(len(ids))
     assert lengths == sorted(lengths) and lengths[-1] - lengths[0] > 60

@@ -455,14 +455,15 @@ def test_an_observation_loses_text_from_its_longest_documents_first(tiny_tokeniz
     def encode(text: str) -> list[int]:
         return text_token_ids(tiny_tokenizer, text)
 
-    text, ids = fit_observation(documents, 120, encode)
+    text, ids, is_cut = fit_observation(documents, 120, encode)
+    assert is_cut
     assert ids == encode(text) and 110 < len(ids) <= 120
     first, second, third = text.strip().removeprefix("<information>").removesuffix("</information>").split("\n")
     assert first == "Doc 1: Short."
     assert len(second) == len(third), "the longer two are cut to one length"
     assert text.endswith("</information>\n\n")
-    whole, _ = fit_observation(documents, 10_000, encode)
-    assert "x" * 300 in whole
+    whole, _, is_cut = fit_observation(documents, 10_000, encode)
+    assert "x" * 300 in whole and not is_cut
     with pytest.raises(UserError, match="max_observation_tokens is 10: tags and numbers alone need"):
         fit_observation(documents, 10, encode)
     turns = ["<search> q </search>", "<answer> x </answer>"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -172,7 +173,20 @@ class VLLMGenerator:
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
         """Wake the engine for one rollout if it sleeps, and put it back to sleep once."""
-        self.sampling = sampling
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.params = partial(
+            SamplingParams,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(STOP_STRINGS),
+            include_stop_str_in_output=True,
+            logprobs=0,  # of the sampled token alone
+            skip_special_tokens=False,  # or else a special token inside a tag would close it
+            spaces_between_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         sleeps = self.colocated is not None and self.colocated.enable_sleep_mode
         if sleeps:
             self._wake()
@@ -200,22 +214,8 @@ class VLLMGenerator:
 
     def _add(self, request: TurnRequest) -> str:
         """Hand a turn to the engine, and return the number by which the engine knows it."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         number = str(next(self.numbers))
-        params = SamplingParams(
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            seed=request.seed,
-            max_tokens=request.max_new_tokens,
-            stop=list(STOP_STRINGS),
-            include_stop_str_in_output=True,
-            logprobs=0,  # of the sampled token alone
-            skip_special_tokens=False,  # or else a special token inside a tag would close it
-            spaces_between_special_tokens=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = self.params(seed=request.seed, max_tokens=request.max_new_tokens)
         self.in_flight[number] = request
         self.engine.add_request(number, {"prompt_token_ids": list(request.context_ids)}, params)
         return number

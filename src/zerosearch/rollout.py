@@ -152,7 +152,8 @@ class _Rollout:
         self.search_limit = asyncio.Semaphore(engine.max_concurrency)
         self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
         self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
-        self.turn_starts: dict[int, float] = {}  # of those sampled here
+        self.to_submit: list[TurnRequest] = []  # of turns sampled here: the next step begins with them
+        self.turn_starts: dict[int, float] = {}
         # When a turn that is sampled here last ended, or was submitted while no other was in flight.
         self.last_progress = time.perf_counter()
         self.num_generating = 0
@@ -220,16 +221,22 @@ class _Rollout:
         if self.remote:
             sample = partial(self.remote.sample, request)
             self.in_flight.start("turn", number, sample, self.turn_limit, self.settings.turn_timeout_s)
-        elif self.local:
+        else:
+            self.to_submit.append(request)
             self.turn_starts[number] = time.perf_counter()
             if self.num_generating == 1:
                 self.last_progress = self.turn_starts[number]
-            with self.clock.timing("generating_s"):
-                self.local.submit(request)
 
     def _step(self, generator: Generator) -> None:
-        """Advance the turns that are sampled here, and do what those say that ended."""
+        """Advance the turns that are sampled here, and do what those say that ended.
+
+        All new turns are submitted at once, after all observations are tokenised: taking turns at the two costs each
+        of them half as much again, in caches alone.
+        """
         with self.clock.timing("generating_s"), self.watchdog.watching():
+            for request in self.to_submit:
+                generator.submit(request)
+            self.to_submit.clear()
             finished = generator.step()
         now = time.perf_counter()
         limit_s = self.settings.turn_timeout_s
@@ -331,17 +338,15 @@ class _Rollout:
             elif self.agent.reading_template:
                 self._read(index, turn, self.agent.reading_template)
             else:
-                text, token_ids = self._fit(turn.documents, self.agent.write_observation)
-                whole = self.agent.write_observation([" ".join(document.split()) for document in turn.documents])
-                turn.is_observation_cut = text != whole
+                text, token_ids, turn.is_observation_cut = self._fit(turn.documents, self.agent.write_observation)
                 self._append_observation(index, text, token_ids)
 
-    def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int]]:
+    def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int], bool]:
         return fit_observation(documents, self.settings.max_observation_tokens, self._encode, write)
 
     def _begin_with_documents(self, index: int, documents: Sequence[str]) -> None:
         """Write the documents into the prompt and start the first turn."""
-        text, _ = self._fit(documents, format_documents)
+        text, *_ = self._fit(documents, format_documents)
         messages = self.agent.messages(self.rows[index]["question"], text)
         self.trajectories[index].prompt_ids = prompt_token_ids(self.tokenizer, messages)
         self._tell(index, "observation")
@@ -371,9 +376,8 @@ class _Rollout:
         trajectory.reading_tokens += num_tokens
         trajectory.turns[-1].was_read = True
         notes = plain_text(CLOSED_THOUGHT.sub(" ", text), self.tokenizer)
-        self._append_observation(
-            index, *self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
-        )
+        text, token_ids, _ = self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
+        self._append_observation(index, text, token_ids)
 
     def _append_observation(self, index: int, text: str, token_ids: Sequence[int]) -> None:
         trajectory = self.trajectories[index]
