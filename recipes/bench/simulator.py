@@ -175,10 +175,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Serve twice, measure, write, print."""
     with user_mistakes():
-        (arguments,) = TrlParser(BenchArguments).parse_args_and_config()
+        (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
     exit_on_signals()
     with ExitStack() as stack:
         servers = {

@@ -65,9 +65,10 @@ def continuations(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Search for facts of the evaluation world, have the policy quote them, count, write, print."""
     with user_mistakes():
-        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
     tokenizer = load_tokenizer(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     world = World.draw(0, 400, held_out=True)

@@ -45,6 +45,7 @@ from zerosearch.trainer import SearchConfig, SearchTrainer
 
 VOCABULARY = 151_936  # Qwen2.5
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 2},
     "qwen2.5-3b": {
         "hidden_size": 2048,
@@ -60,7 +61,9 @@ GROUP = 5  # Table 8
 class BenchArguments:
     """What to measure, and how often."""
 
-    shape: Literal["small", "qwen2.5-3b"] = "small"
+    shape: Literal["tiny", "small", "qwen2.5-3b"] = field(
+        default="small", metadata={"help": "tiny shows in a minute that the script runs, and nothing else."}
+    )
     num_questions: int = field(default=1, metadata={"help": "Of a step; 5 trajectories each."})
     micro_batch: int = field(default=1, metadata={"help": "Trajectories a micro-batch."})
     rounds: int = field(default=3, metadata={"help": "Processes of each trainer."})
@@ -126,7 +129,7 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
         "beta": 0.001,
         "use_bias_correction_kl": False,
         "max_completion_length": 4096,
-        "gradient_checkpointing": arguments.shape != "small",
+        "gradient_checkpointing": arguments.shape == "qwen2.5-3b",
         "bf16": torch.accelerator.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
@@ -289,9 +292,10 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Compare the trainers, write, print; or, where `child` is set, measure one."""
     with user_mistakes():
-        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()[0]
+        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
     if arguments.child is not None:
         measure(arguments)
         return
