@@ -65,6 +65,19 @@ def test_the_same_search_judged_twice_is_one_query_with_real_documents_of_both_k
 HOP = {"question": "Where does the author of Emma sit?", "golden_answers": ["Bath"], "query": "Emma is by"}
 
 
+def test_the_same_words_with_another_answer_are_a_query_of_another_world(tmp_path: Path) -> None:
+    rows = [
+        {**EMMA, "documents": ["Emma is by Jane Austen."], "useful": True},
+        {**EMMA, "golden_answers": ["Mary Shelley"], "documents": ["Emma is by Mary Shelley."], "useful": True},
+        {**EMMA, "golden_answers": ["austen"], "documents": ["Rain."], "useful": False},
+    ]
+    first, second = read_held_out(write(tmp_path / "rows.jsonl", *rows))
+    assert first.golden_answers == ("Jane Austen", "Austen", "austen")
+    assert first.real == {"useful": ("Emma is by Jane Austen.",), "noisy": ("Rain.",)}
+    assert second.golden_answers == ("Mary Shelley",)
+    assert not first.is_leaked_by(second.real["useful"])
+
+
 def test_tinyworlds_rule_asks_for_the_statement(tmp_path: Path) -> None:
     last = {**HOP, "query": "Ida Holt sits in", "answer": "Bath"}
     first_hop, last_hop = read_held_out(

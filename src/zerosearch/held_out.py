@@ -71,16 +71,24 @@ class HeldOutQuery:
 def read_held_out(path: str | Path, rule: Rule = "answer") -> list[HeldOutQuery]:
     """Read searches, JSONL rows `{question, golden_answers, query, documents}`, one query for each that differs.
 
+    Rows of the same words are one query only where they share a golden answer: worlds ask alike and answer otherwise.
+
     `documents` may be empty; `answer` and `useful` (whether the documents were judged to answer the query) are used
     where given. With the rule `statement`, a row without `answer` takes it from its useful documents.
     Raises `UserError` that names the line and the column.
     """
     if rule not in get_args(Rule):
         raise UserError(f"rule is {rule!r}: it must be one of {', '.join(get_args(Rule))}")
-    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    grouped: dict[tuple[str, str], list[list[Mapping[str, Any]]]] = {}
     for row in read_traces(path):
-        grouped.setdefault((row["question"], row["query"]), []).append(row)
-    return [_held_out(rows, rule) for rows in grouped.values()]
+        groups = grouped.setdefault((row["question"], row["query"]), [])
+        for group in groups:
+            if any(_any_equal(row["golden_answers"], other["golden_answers"]) for other in group):
+                group.append(row)
+                break
+        else:  # the first of its words, or a question of another world
+            groups.append([row])
+    return [_held_out(rows, rule) for groups in grouped.values() for rows in groups]
 
 
 def choose(queries: Sequence[HeldOutQuery], count: int, seed: int) -> list[HeldOutQuery]:
