@@ -26,6 +26,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,9 +46,22 @@ from zerosearch.trainer import SearchConfig, SearchTrainer
 
 VOCABULARY = 151_936  # Qwen2.5
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 2},
+    "tiny": {
+        "vocab_size": 2000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "small": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+    },
     "qwen2.5-3b": {
+        "vocab_size": VOCABULARY,
         "hidden_size": 2048,
         "intermediate_size": 11_008,
         "num_hidden_layers": 36,
@@ -76,12 +90,12 @@ class BenchArguments:
     child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
 
 
-def trajectories(num_questions: int) -> list[Trajectory]:
+def trajectories(num_questions: int, vocabulary: int = VOCABULARY) -> list[Trajectory]:
     """Make a step's trajectories of random ids, `GROUP` to a question; one in three answers right."""
     rng = random.Random(0)
 
     def ids(mean: int, spread: int) -> list[int]:
-        return [rng.randrange(1000, VOCABULARY) for _ in range(rng.randint(mean - spread, mean + spread))]
+        return [rng.randrange(1000, vocabulary) for _ in range(rng.randint(mean - spread, mean + spread))]
 
     made = []
     for _ in range(num_questions):
@@ -104,9 +118,9 @@ def trajectories(num_questions: int) -> list[Trajectory]:
     return made
 
 
-def replay(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+def replay(prompts: list[Any], trainer: GRPOTrainer, vocabulary: int) -> dict[str, list[Any]]:
     """Be stock TRL's `rollout_func`: the same trajectories, with their mask."""
-    made = trajectories(len(prompts) // GROUP)
+    made = trajectories(len(prompts) // GROUP, vocabulary)
     return {
         "prompt_ids": [trajectory.prompt_ids for trajectory in made],
         "completion_ids": [trajectory.completion_ids for trajectory in made],
@@ -147,9 +161,12 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
         "train_dataset": datasets.Dataset.from_list(rows),
         "processing_class": load_tokenizer(arguments.tokenizer),
     }
+    vocabulary = SHAPES[arguments.shape]["vocab_size"]
     if arguments.child != "ours":
-        return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=replay, **common)
-    zerosearch.trainer.run_rollouts = lambda rows, *_, **__: trajectories(len(rows) // GROUP)  # type: ignore[attr-defined]
+        return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=partial(replay, vocabulary=vocabulary), **common)
+    zerosearch.trainer.run_rollouts = lambda rows, *_, **__: trajectories(  # type: ignore[attr-defined]
+        len(rows) // GROUP, vocabulary
+    )
     config = SearchConfig(algorithm="grpo", logged_trajectories=0, **settings)
     return SearchTrainer(engine=NoEngine(), args=config, **common)  # type: ignore[arg-type]
 
@@ -244,7 +261,6 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
         torch.manual_seed(0)
         shape = SHAPES[arguments.shape]
         config = Qwen2Config(
-            vocab_size=VOCABULARY,
             num_key_value_heads=2,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
@@ -263,7 +279,7 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
     ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["stock"], strict=True)]
     compact = [ours / stock for ours, stock in zip(seconds["ours"], seconds["compact"], strict=True)]
     memory = [ours / stock for ours, stock in zip(peaks["ours"], peaks["stock"], strict=True)]
-    made = trajectories(arguments.num_questions)
+    made = trajectories(arguments.num_questions, shape["vocab_size"])
     return {
         "time_ratio": statistics.median(ratios),
         "memory_ratio": statistics.median(memory),
@@ -284,7 +300,7 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
             "policy_tokens": sum(sum(one.env_mask) for one in made),
             "longest": max(len(one.prompt_ids) + len(one.completion_ids) for one in made),
         },
-        "shape": {"name": arguments.shape, "vocabulary": VOCABULARY, **shape},
+        "shape": {"name": arguments.shape, **shape},
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu, {torch.get_num_threads()} threads",
