@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise what the environment says: nothing put in front, and special tokens spelled out are plain text.
 
-    A rollout's own time goes here. What is behind a fast tokenizer takes a third less of it than `tokenizer(text)`.
+    A rollout's own time goes here: a fast tokenizer's backend, called directly, takes a third less of it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

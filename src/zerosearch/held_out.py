@@ -71,8 +71,7 @@ class HeldOutQuery:
 def read_held_out(path: str | Path, rule: Rule = "answer") -> list[HeldOutQuery]:
     """Read searches, JSONL rows `{question, golden_answers, query, documents}`, one query for each that differs.
 
-    Rows of the same words are one query only where they share a golden answer: worlds ask alike and answer otherwise.
-
+    Rows of the same words are one query where they share a golden answer: worlds ask alike and answer otherwise.
     `documents` may be empty; `answer` and `useful` (whether the documents were judged to answer the query) are used
     where given. With the rule `statement`, a row without `answer` takes it from its useful documents.
     Raises `UserError` that names the line and the column.
