@@ -324,7 +324,7 @@ async def judged_searches(
             answers.update(question.golden_answers)
         noisy = [document for document in documents if not any(answer in document for answer in answers)]
         if not asked_relation_in_noise:
-            asked = {other.sentence for other in world.facts if other.relation == fact.relation}
+            asked = {other.sentence for other in world.of_relation[fact.relation]}
             noisy = [document for document in noisy if document not in asked]
         for kept, is_useful in ((documents[:5], True), (noisy[:5], False)):
             if is_useful != any(fact.sentence in document for document in kept) or len(kept) < 5:
