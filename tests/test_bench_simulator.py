@@ -39,6 +39,18 @@ def test_only_one_prompt_has_a_long_beginning_that_all_searches_share(bench: Mod
     assert len(long) > 4 * len(short)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_tokens", "0"], "max_tokens is 0: it must be at least 1"),
+        (["--port", "abc"], "invalid int value: 'abc'"),
+        (["--model", "no/such/folder/"], "the model 'no/such/folder/' is no folder here"),
+    ],
+)
+def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+    assert message in refusal("bench/simulator", flags)
+
+
 def test_both_servers_are_asked_the_same_and_their_ratio_is_told(
     bench: ModuleType, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,7 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 pytest_plugins = ("recipe_modules",)  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_facts", "0"], "n_facts is 0: choose 1 to "),
+        (["--n_facts", "1000000"], "n_facts is 1000000: choose 1 to "),
+        (["--n_facts", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+    assert message in refusal("bench/tinyworld_lookup", flags)
 
 
 def test_the_stored_policy_quotes_the_fact_among_others(

@@ -36,6 +36,19 @@ def test_both_trainers_take_the_same_step(tmp_path: Path) -> None:
         assert result["spread"][name]["min"] == result["spread"][name]["median"] > 0, "of one round"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "rounds is 0: it must be at least 1"),
+        (["--warmup_steps", "-1"], "warmup_steps is -1: it must be at least 0"),
+        (["--micro_batch", "3"], "micro_batch is 3: it must divide a step's 5 trajectories"),
+        (["--shape", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+    assert message in refusal("bench/train_step", flags)
+
+
 def test_a_step_has_a_group_for_each_question(load_recipe: Callable[[str], ModuleType]) -> None:
     bench = load_recipe("bench/train_step")
     made = bench.trajectories(3)

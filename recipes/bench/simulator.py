@@ -50,6 +50,10 @@ class BenchArguments:
     dtype: str = field(default="float32", metadata={"help": "Number format."})
     output: str = field(default="outputs/bench/simulator.json", metadata={"help": "The plot goes beside it, as SVG."})
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+
 
 def templates(world: World) -> dict[str, str]:
     """Return the two prompts: TinyWorld's own, and the same behind an example that all searches share."""

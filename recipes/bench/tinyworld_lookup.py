@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
 
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.models import load_tokenizer
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_observation
@@ -69,9 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     """Search for facts of the evaluation world, have the policy quote them, count, write, print."""
     with user_mistakes():
         arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
+    world = World.draw(0, 400, held_out=True)
+    if not 1 <= arguments.n_facts <= len(world.facts):
+        raise UserError(f"n_facts is {arguments.n_facts}: choose 1 to {len(world.facts)}, all that the world has")
     tokenizer = load_tokenizer(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
-    world = World.draw(0, 400, held_out=True)
     with TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"
         corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()))

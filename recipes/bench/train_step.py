@@ -89,6 +89,16 @@ class BenchArguments:
     output: str = "outputs/bench/train_step.json"
     child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
 
+    def __post_init__(self) -> None:
+        for name in ("num_questions", "micro_batch", "rounds", "warmup_steps", "steps"):
+            least = 0 if name == "warmup_steps" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.num_questions * GROUP % self.micro_batch:
+            raise ValueError(
+                f"micro_batch is {self.micro_batch}: it must divide a step's {self.num_questions * GROUP} trajectories"
+            )
+
 
 def trajectories(num_questions: int, vocabulary: int = VOCABULARY) -> list[Trajectory]:
     """Make a step's trajectories of random ids, `GROUP` to a question; one in three answers right."""
