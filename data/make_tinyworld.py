@@ -44,6 +44,9 @@ class TinyWorldArguments:
     n_people: int = 400
 
     def __post_init__(self) -> None:
+        for name in ("n_train", "n_test"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not 1 <= self.n_searched_worlds <= MOST_SEARCHED_WORLDS:
             raise UserError(f"n_searched_worlds is {self.n_searched_worlds}: choose 1 to {MOST_SEARCHED_WORLDS}")
         if self.n_searches < 2 * self.n_searched_worlds:
@@ -77,8 +80,8 @@ def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]
 def main() -> None:
     with user_mistakes():
         arguments: TinyWorldArguments = HfArgumentParser(TinyWorldArguments).parse_args_into_dataclasses()[0]
-    directory = Path(arguments.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
+        directory = Path(arguments.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
 
     evaluation_world = World.draw(EVALUATION_SEED, arguments.n_people, held_out=True)
     write_jsonl(directory / "corpus.jsonl", evaluation_world.passages())

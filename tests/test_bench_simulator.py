@@ -44,6 +44,7 @@ def test_only_one_prompt_has_a_long_beginning_that_all_searches_share(bench: Mod
     [
         (["--max_tokens", "0"], "max_tokens is 0: it must be at least 1"),
         (["--port", "abc"], "invalid int value: 'abc'"),
+        (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
         (["--model", "no/such/folder/"], "the model 'no/such/folder/' is no folder here"),
     ],
 )

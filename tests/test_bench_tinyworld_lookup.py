@@ -18,6 +18,7 @@ pytest_plugins = ("recipe_modules",)  # fixtures
         (["--n_facts", "0"], "n_facts is 0: choose 1 to "),
         (["--n_facts", "1000000"], "n_facts is 1000000: choose 1 to "),
         (["--n_facts", "many"], "invalid int value: 'many'"),
+        (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
     ],
 )
 def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:

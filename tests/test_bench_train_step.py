@@ -43,6 +43,7 @@ def test_both_trainers_take_the_same_step(tmp_path: Path) -> None:
         (["--warmup_steps", "-1"], "warmup_steps is -1: it must be at least 0"),
         (["--micro_batch", "3"], "micro_batch is 3: it must divide a step's 5 trajectories"),
         (["--shape", "huge"], "invalid choice: 'huge'"),
+        (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
     ],
 )
 def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:

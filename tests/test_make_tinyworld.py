@@ -43,6 +43,7 @@ def test_the_worlds_of_two_seeds_differ(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--n_test 0", "n_test is 0: it must be at least 1"),
         ("--n_searched_worlds 0", "n_searched_worlds is 0: choose 1 to 1000"),
         ("--n_searched_worlds 1001 --n_searches 9000", "n_searched_worlds is 1001: choose 1 to 1000"),
         ("--n_searches many", "error: argument --n_searches/--n-searches: invalid int value: 'many'; --help lists"),

@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure each size and write and print what was found."""
     with user_mistakes():
         (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
     results = []
     with TemporaryDirectory() as directory:
         if arguments.corpus is None:

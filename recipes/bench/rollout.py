@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     """Make the policy, start the engine, measure, write after each run, show."""
     with user_mistakes():
         (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(output.read_text()) if arguments.keep and output.exists() else {"rows": [], "in_flight": []}
     result |= {"machine": machine(), "versions": versions()}
     planned = plan(arguments) if "cells" in arguments.parts else {}

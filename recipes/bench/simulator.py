@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     """Serve twice, measure, write, print."""
     with user_mistakes():
         (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
     exit_on_signals()
     with ExitStack() as stack:
         servers = {
@@ -199,8 +201,6 @@ def main(argv: list[str] | None = None) -> None:
             for place, name in enumerate(("on", "off"))
         }
         rows = measure(servers, arguments)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     machine = {"machine": platform.machine(), "model": arguments.model, "max_tokens": arguments.max_tokens}
     output.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
     plot(rows, output.with_suffix(".svg"))

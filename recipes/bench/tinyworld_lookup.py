@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     """Search for facts of the evaluation world, have the policy quote them, count, write, print."""
     with user_mistakes():
         arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
     world = World.draw(0, 400, held_out=True)
     if not 1 <= arguments.n_facts <= len(world.facts):
         raise UserError(f"n_facts is {arguments.n_facts}: choose 1 to {len(world.facts)}, all that the world has")
@@ -94,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         right = sum(text.startswith(expected) for text, (_, expected) in zip(found, cases[row], strict=True))
         rows.append({"documents": row, "n": len(found), "right": right / len(found)})
         print(f"{row:<24} {len(found):>5} cases  right {right / len(found):.3f}")
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"model": arguments.model, "rows": rows}, indent=2) + "\n")
 
 

@@ -322,12 +322,12 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the trainers, write, print; or, where `child` is set, measure one."""
     with user_mistakes():
         arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.child is not None:
         measure(arguments)
         return
     result = compare(arguments)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
