@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.tinyworld import World, judged_searches, question_rows
+from zerosearch.tinyworld.world import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
 MOST_SEARCHED_WORLDS = 1000  # the worlds of one seed are numbered apart from those of the next

@@ -18,13 +18,13 @@ from typing import Any
 from trl import TrlParser
 
 from zerosearch.data import claim_output_dir
-from zerosearch.document_sets import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.hub import create_repository, dataset_card, push_folder
-from zerosearch.judging import RULE, rule_verdicts
 from zerosearch.prompts import SIMULATOR_PROMPT
-from zerosearch.simulation import simulator_example
-from zerosearch.traces import read_traces, write_jsonl
+from zerosearch.simulator.cards import create_repository, dataset_card, push_folder
+from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
+from zerosearch.simulator.examples import simulator_example
+from zerosearch.simulator.judge import RULE, rule_verdicts
+from zerosearch.simulator.traces import read_traces, write_jsonl
 
 # Edit here for an ablation: what the simulator is asked.
 PROMPT = SIMULATOR_PROMPT

@@ -26,19 +26,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is impo
 
 from trl import TrlParser
 
-from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
-from zerosearch.encoding import decoded_text
-from zerosearch.endpoint import EndpointOptions, make_endpoint
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import NoEngine
+from zerosearch.evaluation.evaluate import NoEngine
 from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
-from zerosearch.in_flight import close_engine
-from zerosearch.loading import load_generator
+from zerosearch.generation.chat_endpoint import EndpointOptions, make_endpoint
+from zerosearch.generation.loading import load_generator
+from zerosearch.generation.tokenization import decoded_text
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.rollout import Event, RolloutSettings, run_rollouts
-from zerosearch.trajectory import Trajectory
+from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.rollout.in_flight import close_engine
+from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
+from zerosearch.rollout.trajectory import Trajectory
 
 PROMPTS = {
     "paper": (AGENTS, SIMULATOR_PROMPT),

@@ -19,17 +19,17 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from zerosearch.collecting import MAX_FAILED, MAX_LIVE, collect_traces
 from zerosearch.data import load_questions
-from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
+from zerosearch.engines.limits import Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.evaluation.collecting import MAX_FAILED, MAX_LIVE, collect_traces
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
-from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
-from zerosearch.limits import Limits
-from zerosearch.loading import load_generator, model_identity
+from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
+from zerosearch.generation.loading import load_generator, model_identity
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT
-from zerosearch.rollout import RolloutSettings
+from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.rollout.loop import RolloutSettings
 
 # Edit here for an ablation: what the model is asked. The paper does not give the words it collected with.
 PROMPT = POLICY_PROMPT

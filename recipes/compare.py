@@ -14,9 +14,9 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import read_whole_lines, write_json
-from zerosearch.score_tables import comparison_table
-from zerosearch.scores import Record, compare
+from zerosearch.evaluation.evaluate import read_whole_lines, write_json
+from zerosearch.evaluation.scores import Record, compare
+from zerosearch.evaluation.tables import comparison_table
 
 
 @dataclass

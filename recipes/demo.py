@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 from zerosearch.data import claim_output_dir
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.report import summary_table, write_report
-from zerosearch.serving import ServerDied, check_port_free, exit_on_signals, simulator_server
+from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
 
 RECIPES = Path(__file__).resolve().parent
 ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"

@@ -27,22 +27,22 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from zerosearch.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
-from zerosearch.endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
+from zerosearch.engines.limits import LimitReached, Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.evaluation import check_samples, evaluate, write_json
+from zerosearch.evaluation.evaluate import check_samples, evaluate, write_json
+from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table, scores_plot
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
-from zerosearch.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
-from zerosearch.limits import LimitReached, Limits
-from zerosearch.loading import load_generator, model_identity
+from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
+from zerosearch.generation.loading import load_generator, model_identity
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
-from zerosearch.rollout import RolloutSettings
-from zerosearch.score_tables import markdown_tables, matrix_table, results_table, scores_plot
-from zerosearch.traces import sole_writer
+from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.simulator.traces import sole_writer
 
 # --prompt chooses how the agents ask, and what the simulator is asked ({question}, {golden_answer}, ...).
 PROMPTS = {

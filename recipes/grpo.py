@@ -23,25 +23,25 @@ from typing import Any, Literal
 
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.data import claim_output_dir, load_questions
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.generation import GenerationError
-from zerosearch.in_flight import close_engine
-from zerosearch.models import load_tokenizer
+from zerosearch.generation.models import load_tokenizer
 from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT, TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from zerosearch.rollout.in_flight import close_engine
+from zerosearch.training.checkpoints import checkpoint_to_resume
+from zerosearch.training.rewards import f1_reward
+from zerosearch.training.trainer import SearchConfig, SearchTrainer
 
 # --prompt chooses what the policy is asked ({question}) and what the simulator is ({question}, {golden_answer}, ...).
 PROMPTS = {
     "paper": (POLICY_PROMPT, SIMULATOR_PROMPT),
     "tinyworld": (TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT),
 }
-REWARDS = [f1_reward]  # functions with TRL's signature, added up; zerosearch.rewards has em_reward, too
+REWARDS = [f1_reward]  # functions with TRL's signature, added up; zerosearch.training.rewards has em_reward, too
 
 
 @dataclass

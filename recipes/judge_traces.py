@@ -23,7 +23,8 @@ from typing import Any
 from trl import TrlParser
 
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.judging import (
+from zerosearch.prompts import JUDGE_PROMPT
+from zerosearch.simulator.judge import (
     RULE,
     Judge,
     Verdict,
@@ -33,8 +34,7 @@ from zerosearch.judging import (
     judge_pairs,
     rule_verdicts,
 )
-from zerosearch.prompts import JUDGE_PROMPT
-from zerosearch.traces import read_traces, sole_writer, write_jsonl
+from zerosearch.simulator.traces import read_traces, sole_writer, write_jsonl
 
 # Edit here to judge by other words: {query} and {document}, and a reply "Verdict: sufficient" or "... insufficient".
 PROMPT = JUDGE_PROMPT

@@ -29,11 +29,11 @@ from trl import TrlParser
 
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.fidelity import FidelityOptions, measure_recorded, measure_simulator
-from zerosearch.fidelity_card import card_markdown, write_card
-from zerosearch.held_out import Rule, read_held_out
 from zerosearch.prompts import PROMPTED_SIMULATOR, SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
-from zerosearch.serving import ServerDied, exit_on_signals, simulator_server
+from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, measure_simulator
+from zerosearch.simulator.fidelity_card import card_markdown, write_card
+from zerosearch.simulator.held_out import Rule, read_held_out
+from zerosearch.simulator.server import ServerDied, exit_on_signals, simulator_server
 
 # Edit here for an ablation: what the simulator is asked.
 PROMPTS: dict[str, SimulatorTemplate] = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.serving import ServerDied, exit_on_signals, simulator_servers, wait_for_end
+from zerosearch.simulator.server import ServerDied, exit_on_signals, simulator_servers, wait_for_end
 
 
 @dataclass

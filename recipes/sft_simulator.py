@@ -34,15 +34,15 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from zerosearch.data import claim_output_dir
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.fidelity import FidelityOptions, measure_simulator
-from zerosearch.fidelity_card import card_markdown, write_card
-from zerosearch.hardware import fit_to_cpu
-from zerosearch.held_out import HeldOutQuery, Rule, read_held_out
-from zerosearch.hub import create_repository, push_folder, simulator_card
-from zerosearch.models import load_tokenizer
+from zerosearch.generation.hardware import fit_to_cpu
+from zerosearch.generation.models import load_tokenizer
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.serving import SERVED_ADAPTER, ServerDied, exit_on_signals, is_adapter, simulator_server
-from zerosearch.simulation import load_examples
+from zerosearch.simulator.cards import create_repository, push_folder, simulator_card
+from zerosearch.simulator.examples import load_examples
+from zerosearch.simulator.fidelity import FidelityOptions, measure_simulator
+from zerosearch.simulator.fidelity_card import card_markdown, write_card
+from zerosearch.simulator.held_out import HeldOutQuery, Rule, read_held_out
+from zerosearch.simulator.server import SERVED_ADAPTER, ServerDied, exit_on_signals, is_adapter, simulator_server
 
 # Edit here for an ablation: what the simulator is asked, and how documents are told to answer a query or not.
 PROMPTS: dict[str, tuple[str, Rule]] = {

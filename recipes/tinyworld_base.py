@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_documents, format_observation
-from zerosearch.tinyworld import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
+from zerosearch.tinyworld.world import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
 
 # A text is a list of (piece, whether the model learns to write it).
 Text = list[tuple[str, bool]]

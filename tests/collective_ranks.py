@@ -13,14 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent / "generation"))
 from test_generation import PROMPTS, load
 from torch import distributed
 
-from zerosearch.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
-from zerosearch.encoding import text_token_ids
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.generation import GenerationError
-from zerosearch.rollout import RolloutSettings, run_rollouts
+from zerosearch.generation.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
+from zerosearch.generation.tokenization import text_token_ids
+from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 
 RANK = int(os.environ.get("RANK", 0))
 ROWS = [
@@ -137,7 +139,7 @@ def same_passes(policy: Path) -> dict[str, Any]:
 def real_tensor_parallel(policy: Path) -> dict[str, Any]:
     from vllm import LLM
 
-    from zerosearch.colocation import engine_options, weights_in_place
+    from zerosearch.generation.vllm_workarounds import engine_options, weights_in_place
 
     with weights_in_place():
         llm = LLM(

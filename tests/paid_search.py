@@ -12,7 +12,7 @@ from aiohttp import web
 from http_servers import serving
 
 from zerosearch.engines.google import GoogleEngine
-from zerosearch.in_flight import close_engine
+from zerosearch.rollout.in_flight import close_engine
 
 
 class PaidSearch:

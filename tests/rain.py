@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
-from zerosearch.rewards import f1_reward
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from zerosearch.training.rewards import f1_reward
+from zerosearch.training.trainer import SearchConfig, SearchTrainer
 
 ROWS = [
     {

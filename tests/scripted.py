@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zerosearch.endpoint import PieceTokenizer
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.generation import SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.chat_endpoint import PieceTokenizer
 
 
 class Writer:

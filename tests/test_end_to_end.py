@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zerosearch.serving import SimulatorServer, simulator_server
+from zerosearch.simulator.server import SimulatorServer, simulator_server
 
 ROOT = Path(__file__).parent.parent
 POLICY, SIMULATOR = ROOT / "data/tinyworld/policy", ROOT / "data/tinyworld/simulator"

@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 from http_servers import serving
 
-from zerosearch.engines import http
-from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
+from zerosearch import http
+from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
 
 Result = TypeVar("Result")
 Answer = Callable[[int], web.Response | Coroutine[Any, Any, web.Response]]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from zerosearch.tinyworld import World, question_rows
+from zerosearch.tinyworld.world import World, question_rows
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl.generation import vllm_generation
 
-from zerosearch.adapter_weights import dequantized
+from zerosearch.generation.adapter_weights import dequantized
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}

@@ -33,7 +33,7 @@ from zerosearch.data import load_questions, read_passages
 from zerosearch.engines.bm25 import WORD, BM25Engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.metrics import cover_exact_match
-from zerosearch.tinyworld import World, question_rows
+from zerosearch.tinyworld.world import World, question_rows
 
 ROUNDS = 3  # times that all questions are searched
 

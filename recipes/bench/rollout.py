@@ -9,7 +9,7 @@ Arms, all on one colocated vLLM engine, in one process, one after the other:
 - `lockstep10`: every trajectory generates a turn, then all search in 10 threads, then the next turn begins;
 - `lockstep`: the same with as many searches at once as there are trajectories;
 - `trl_tools`: `GRPOTrainer._generate` of TRL 1.16 with `tools=`, its own loop untouched;
-- `ours`: `zerosearch.rollout.run_rollouts`, with a seed for each turn as in training, which lockstep turns have too;
+- `ours`: `run_rollouts`, with a seed for each turn as in training, which lockstep turns have too;
 - `floor`: max(longest chain of searches, engine time of ours at zero latency). No loop can be faster. The turns that
   the longest chain decodes between its searches are not in it.
 
@@ -48,9 +48,9 @@ from tqdm.auto import tqdm
 from trl import TrlParser
 
 from zerosearch.errors import exit_on_user_error, user_mistakes
-from zerosearch.evaluation import versions
+from zerosearch.evaluation.evaluate import versions
 from zerosearch.generation import Generator
-from zerosearch.rollout import RolloutClock
+from zerosearch.rollout.loop import RolloutClock
 
 TURNS = (1, 3, 5)
 TRAJECTORIES = (32, 128, 320)

@@ -30,8 +30,8 @@ from zerosearch.engines import SearchError, SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import exit_on_user_error, user_mistakes
 from zerosearch.prompts import TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.serving import SimulatorServer, exit_on_signals, simulator_server
-from zerosearch.tinyworld import World
+from zerosearch.simulator.server import SimulatorServer, exit_on_signals, simulator_server
+from zerosearch.tinyworld.world import World
 
 SEARCHES_PER_QUESTION = 5  # as many as there are trajectories of a question in training
 SEARCHES = {1: 16, 8: 64, 32: 192, 128: 384}  # in flight -> searches a round

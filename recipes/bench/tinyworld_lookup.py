@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedToken
 
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.models import load_tokenizer
+from zerosearch.generation.models import load_tokenizer
 from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
 from zerosearch.protocol import format_observation
-from zerosearch.tinyworld import RELATION, Fact, World
+from zerosearch.tinyworld.world import RELATION, Fact, World
 
 BATCH_SIZE = 50
 

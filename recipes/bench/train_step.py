@@ -36,13 +36,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import zerosearch.trainer
+import zerosearch.training.trainer
 from zerosearch.errors import exit_on_user_error, user_mistakes
-from zerosearch.micro_batches import compact_lm_head
-from zerosearch.models import load_tokenizer
-from zerosearch.rewards import f1_reward
-from zerosearch.rollout import Trajectory
-from zerosearch.trainer import SearchConfig, SearchTrainer
+from zerosearch.generation.models import load_tokenizer
+from zerosearch.rollout.loop import Trajectory
+from zerosearch.training.micro_batches import compact_lm_head
+from zerosearch.training.rewards import f1_reward
+from zerosearch.training.trainer import SearchConfig, SearchTrainer
 
 VOCABULARY = 151_936  # Qwen2.5
 SHAPES: dict[str, dict[str, Any]] = {
@@ -174,7 +174,7 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     if arguments.child != "ours":
         return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=partial(replay, vocabulary=vocabulary), **common)
-    zerosearch.trainer.run_rollouts = lambda rows, *_, **__: trajectories(  # type: ignore[attr-defined]
+    zerosearch.training.trainer.run_rollouts = lambda rows, *_, **__: trajectories(  # type: ignore[attr-defined]
         len(rows) // GROUP, vocabulary
     )
     config = SearchConfig(algorithm="grpo", logged_trajectories=0, **settings)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout_parts.world import CONTEXT_TOKENS, TURN_TOKENS, Cell, DelayedEngine, World
-from zerosearch.encoding import prompt_token_ids
-from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest, VLLMGenerator
+from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.tokenization import prompt_token_ids
+from zerosearch.generation.vllm_colocated import VLLMGenerator
 from zerosearch.protocol import STOP_STRINGS, format_documents, format_observation, parse_action
-from zerosearch.rollout import RolloutClock, RolloutSettings, Trajectory, run_rollouts
+from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class Arms:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        from zerosearch.colocation import colocated_engine_options
+        from zerosearch.generation.vllm_workarounds import colocated_engine_options
 
         def search(query: str) -> str:
             """Stand for the tools of the rollouts, which are set before each.

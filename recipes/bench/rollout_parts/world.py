@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from zerosearch.curriculum import keyed_uniform
 from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import POLICY_PROMPT, policy_prompt
 
 LATENCIES = ("none", "constant", "lognormal")

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zerosearch.curriculum import keyed_uniform
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
+from zerosearch.noise import keyed_uniform
 
 FORMAT = 1
 TABLES = """

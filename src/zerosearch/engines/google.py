@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from zerosearch.data import Passage
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, result_of
-from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.engines.ledger import GOOGLE_USD_PER_QUERY, Ledger
 from zerosearch.errors import UserError
+from zerosearch.http import CallFailed, HTTPClient, ServiceError
 
 ProviderName = Literal["serpapi", "serper"]
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from zerosearch.engines.http import CallFailed
+from zerosearch.http import CallFailed
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from urllib.parse import urljoin
 
 from zerosearch.data import Passage, passage_of
 from zerosearch.engines import SearchError, SearchRequest, SearchResult, result_of
-from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
+from zerosearch.http import CallFailed, HTTPClient, ServiceError
 
 Protocol = Literal["search-r1", "zerosearch"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from zerosearch.curriculum import keyed_uniform
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
-from zerosearch.engines.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
 from zerosearch.engines.ledger import Ledger
 from zerosearch.engines.replicas import Replicas
 from zerosearch.errors import UserError
+from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
 from zerosearch.metrics import cover_exact_match
+from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import is_well_formed, split_documents
 

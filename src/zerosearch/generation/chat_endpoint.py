@@ -1,0 +1,298 @@
+"""A model behind an OpenAI-style chat endpoint, as a generator for the rollout: text there, token ids here.
+
+The rollout counts in token ids, and an endpoint neither takes nor gives any. `PieceTokenizer` stands in for the
+tokenizer nobody has: it cuts text into pieces of up to four characters, about what a BPE makes of English, and loses
+nothing. So `max_turn_tokens` bounds a reply in the endpoint's own tokens, and every other budget counts pieces.
+
+A trajectory is a conversation: the prompt is the user's, a turn the assistant's, each observation the user's again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import environ
+from typing import Any
+
+from zerosearch.errors import UserError
+from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.http import CallFailed, HTTPClient, ServiceError
+from zerosearch.protocol import CLOSED_THOUGHT, END_OF_TURN, STOP_STRINGS
+
+PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
+OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
+NOT_A_NUMBER = float("nan")
+
+
+class PieceTokenizer:
+    """Text to ids and back without loss: a piece is up to four ASCII characters, or one other; ids as they come up."""
+
+    eos_token_id = 0  # stands for no text
+    chat_template = None
+    all_special_tokens: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.pieces = [""]
+        self.ids: dict[str, int] = {}
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        """Return `{"input_ids": ids}`. There are no special tokens, so a tokenizer's options mean nothing here."""
+        return {"input_ids": [self._id(piece) for piece in PIECE.findall(text)]}
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        """Return the text of ids."""
+        return "".join(self.pieces[token_id] for token_id in token_ids)
+
+    def _id(self, piece: str) -> int:
+        if piece not in self.ids:
+            self.ids[piece] = len(self.pieces)
+            self.pieces.append(piece)
+        return self.ids[piece]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a million tokens cost, in dollars."""
+
+    per_million_read: float = 0.0
+    per_million_written: float = 0.0
+
+    def __post_init__(self) -> None:
+        for price in (self.per_million_read, self.per_million_written):
+            if not 0.0 <= price < float("inf"):
+                raise UserError(f"a price is {price}: it must be a number of dollars, 0 or more")
+
+
+@dataclass
+class Usage:
+    """What was asked of an endpoint: replies, and the tokens it read and wrote, by its own account.
+
+    `estimated` counts the replies without such an account, whose tokens are counted in pieces.
+    """
+
+    replies: int = 0
+    tokens_read: int = 0
+    tokens_written: int = 0
+    estimated: int = 0
+
+    def cost_usd(self, prices: Prices) -> float:
+        read, written = self.tokens_read * prices.per_million_read, self.tokens_written * prices.per_million_written
+        return (read + written) / 1e6
+
+
+@dataclass
+class Conversation:
+    """One trajectory as the endpoint sees it. `num_ids` says how many of the trajectory's ids its messages hold."""
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    num_ids: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A chat completion: its text, why it ended, and its account of tokens, where it gives one."""
+
+    text: str
+    finish_reason: str | None
+    stop_string: str | None
+    tokens_read: int | None
+    tokens_written: int | None
+
+
+class EndpointGenerator:
+    """Have turns written by a model behind `base_url` (".../v1"), any server that speaks OpenAI's chat completions.
+
+    `model` None: the first that the server lists. `body` is put over each request; a field set to `None` is left out,
+    for servers that refuse it. Log-probabilities are NaN, as the endpoint gives none, so this is no generator to train
+    with. A call that fails on its way is repeated at most `max_retries` times, each try within `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        prices: Prices | None = None,
+        body: Mapping[str, Any] | None = None,
+        max_context_tokens: int = 1_000_000,
+        timeout_s: float = 600.0,
+        max_retries: int = 5,
+        max_concurrency: int = 16,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.prices = prices or Prices()
+        self.body = dict(body or {})
+        self.tokenizer: Any = PieceTokenizer()
+        self.max_context_tokens = max_context_tokens
+        self.max_concurrency = max_concurrency
+        self.name = f"the endpoint {self.base_url}"
+        self.client = HTTPClient(
+            "the endpoint",
+            remedy="check its address, model and key, and resume the run",
+            api_key=api_key,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            max_concurrency=max_concurrency,
+            trust_env=True,
+        )
+        self.usage = Usage()
+        self.conversations: dict[int, Conversation] = {}
+
+    @property
+    def cost_usd(self) -> float:
+        """Return what this generator's replies have cost."""
+        return self.usage.cost_usd(self.prices)
+
+    @contextmanager
+    def session(self, sampling: Sampling) -> Iterator[None]:
+        """Start from no conversations. `usage` goes on from rollout to rollout."""
+        self.sampling = sampling
+        self.conversations = {}
+        yield
+
+    async def sample(self, request: TurnRequest) -> SampledTurn:
+        """Have the assistant's next message written, as far as the first closing tag."""
+        conversation = self.conversations.setdefault(request.trajectory, Conversation())
+        said = self.tokenizer.decode(request.context_ids[conversation.num_ids :])
+        messages = [*conversation.messages, {"role": "user", "content": said}]
+        reply = await self._reply(messages, request)
+        text, finish = as_turn(reply)
+        token_ids = self.tokenizer(text)["input_ids"]
+        for usage in (self.usage, conversation.usage):
+            usage.replies += 1
+            usage.estimated += reply.tokens_written is None
+            usage.tokens_read += _or(reply.tokens_read, len(request.context_ids))
+            usage.tokens_written += _or(reply.tokens_written, len(token_ids))
+        conversation.messages = [*messages, {"role": "assistant", "content": text}]
+        conversation.num_ids = len(request.context_ids) + len(token_ids)
+        return SampledTurn(request.trajectory, token_ids, [NOT_A_NUMBER] * len(token_ids), finish)
+
+    def usage_of(self, trajectories: Sequence[int]) -> Usage:
+        """Return what these trajectories of the rollout under way have used so far."""
+        usages = [self.conversations[number].usage for number in trajectories if number in self.conversations]
+        return Usage(*(sum(getattr(usage, name) for usage in usages) for name in Usage.__dataclass_fields__))
+
+    async def _reply(self, messages: list[dict[str, str]], request: TurnRequest) -> Reply:
+        body: dict[str, Any] = {
+            "model": self.model or await self._first_model(),
+            "messages": messages,
+            "max_tokens": request.max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "stop": list(STOP_STRINGS),
+        }
+        if self.sampling.temperature > 0.0:
+            body |= {"top_p": self.sampling.top_p, "seed": request.seed % 2**31}
+        body = {name: value for name, value in (body | self.body).items() if value is not None}
+        try:
+            url = f"{self.base_url}/chat/completions"
+            reply, _ = await self.client.post(url, body, read=read_reply, key=(request.seed,))
+        except ServiceError as error:
+            raise GenerationError(str(error)) from error
+        return reply
+
+    async def _first_model(self) -> str:
+        def first(reply: Any) -> str:
+            try:
+                return str(reply["data"][0]["id"])
+            except (KeyError, IndexError, TypeError):
+                raise CallFailed(f"it lists no model: {json.dumps(reply)}", may_pass=False) from None
+
+        try:
+            model, _ = await self.client.get(f"{self.base_url}/models", read=first)
+        except ServiceError as error:
+            raise GenerationError(str(error)) from error
+        self.model = model
+        return model
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.client.aclose()
+
+
+@dataclass
+class EndpointOptions:
+    """An endpoint on the command line. A recipe's parser takes this class beside its own."""
+
+    endpoint_url: str | None = field(default=None, metadata={"help": 'Its address, up to "/v1".'})
+    endpoint_key_env: str | None = field(
+        default=None, metadata={"help": "The environment variable that holds its key. Default: no key is sent."}
+    )
+    endpoint_usd_read: float = field(default=0.0, metadata={"help": "Price of a million tokens read, in dollars."})
+    endpoint_usd_written: float = field(default=0.0, metadata={"help": "Price of a million tokens written."})
+    endpoint_body: str | None = field(
+        default=None, metadata={"help": 'JSON to put over each request; a null leaves a field out: {"stop": null}.'}
+    )
+    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once."})
+
+
+def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenerator:
+    """Return a generator for the endpoint of the options. Raises `UserError` for an option that cannot work."""
+    if options.endpoint_url is None:
+        raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
+    if options.endpoint_concurrency < 1:
+        raise UserError(f"endpoint_concurrency is {options.endpoint_concurrency}: it must be at least 1")
+    api_key = environ.get(options.endpoint_key_env) if options.endpoint_key_env else None
+    if options.endpoint_key_env and not api_key:
+        raise UserError(f"there is no key: the environment variable {options.endpoint_key_env} is not set")
+    try:
+        body = json.loads(options.endpoint_body or "{}")
+    except ValueError as error:
+        raise UserError(f"endpoint_body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"endpoint_body is {options.endpoint_body}: it must be a JSON object")
+    return EndpointGenerator(
+        options.endpoint_url,
+        model,
+        api_key=api_key,
+        prices=Prices(options.endpoint_usd_read, options.endpoint_usd_written),
+        body=body,
+        max_concurrency=options.endpoint_concurrency,
+    )
+
+
+def read_reply(reply: Any) -> Reply:
+    """Read a chat completion. Raises `CallFailed` for what is none."""
+    try:
+        choice = reply["choices"][0]
+        text = choice["message"].get("content")
+        usage = reply.get("usage") or {}
+        stop = choice.get("stop_reason")  # vLLM's and SGLang's: the stop string that was met
+        return Reply(
+            text if isinstance(text, str) else "",
+            choice.get("finish_reason"),
+            stop if stop in STOP_STRINGS else None,
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise CallFailed(f"its reply is no chat completion: {json.dumps(reply)}") from None
+
+
+def as_turn(reply: Reply) -> tuple[str, FinishReason]:
+    """Return a reply as a turn: up to its first closing tag, which endpoints cut off, and why it ended.
+
+    An endpoint that stops at a stop string keeps it to itself. Where it does not say which one, it is the one of the
+    last tag left open; a model that ended of itself right there looks the same.
+    """
+    text = reply.text
+    end = END_OF_TURN.search(text)
+    if end is not None:  # the endpoint left the stop string in, or did not stop
+        return text[: end.end()], "stop"
+    if reply.finish_reason == "length":
+        return text, "length"
+    if reply.finish_reason == "stop":
+        opened = OPENING_TAG.findall(CLOSED_THOUGHT.sub(" ", text))
+        stop = reply.stop_string or (opened[-1].replace("<", "</") if opened else None)
+        if stop is not None:
+            return text + stop, "stop"
+    return text, "eos"
+
+
+def _or(count: Any, estimate: int) -> int:
+    return count if isinstance(count, int) else estimate

@@ -1,0 +1,337 @@
+"""The decode loop over a transformers model: many trajectories at once, each at its own pace.
+
+For machines without vLLM, and fast for small models on a CPU, where `generate` with stop strings is not: keys and
+values are kept from turn to turn, and a turn joins or leaves at any token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zerosearch.errors import UserError
+from zerosearch.generation import FinishReason, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.tokenization import decoded_text
+from zerosearch.protocol import STOP_STRINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TurnEnd:
+    """Tell when a turn's text holds a stop string, by decoding as little as possible."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = STOP_STRINGS) -> None:
+        self.tokenizer = tokenizer
+        self.stop_strings = tuple(stop_strings)
+        self.last_characters = {text[-1] for text in stop_strings}
+        # A token holds at least one byte, so the stop string lies within this many tokens of the end.
+        self.tail_tokens = max(len(text) for text in stop_strings)
+        self.may_close: dict[int, bool] = {}
+
+    def reached(self, token_ids: Sequence[int]) -> bool:
+        """Say whether the last of these ids completes a stop string."""
+        last = token_ids[-1]
+        if last not in self.may_close:
+            text = decoded_text(self.tokenizer, [last])
+            self.may_close[last] = any(character in text for character in self.last_characters)
+        if not self.may_close[last]:
+            return False
+        tail = decoded_text(self.tokenizer, token_ids[-self.tail_tokens :])
+        return any(text in tail for text in self.stop_strings)
+
+
+class SlotCache:
+    """Keys and values of many trajectories, one slot each; the token at position p stands in column p.
+
+    So "no column after my own position" is the whole attention mask: padding, free slots and what an earlier owner of
+    the slot left behind lie in later columns. What must not be kept is written to a spare last column that none reads.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []  # per layer (slots, heads, columns + 1, head_dim)
+        self.values: list[torch.Tensor] = []
+        self.slots = 0
+        self.columns = 0
+
+    def reserve(self, slots: int, columns: int) -> None:
+        """Make room for this many slots and columns; columns double, so that copies stay rare."""
+        if slots <= self.slots and columns <= self.columns:
+            return
+        if columns > self.columns:
+            columns = max(columns, 2 * self.columns, 128)
+        old_slots, old_columns = self.slots, self.columns
+        self.slots, self.columns = max(slots, old_slots), max(columns, old_columns)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros((self.slots, old.shape[1], self.columns + 1, old.shape[3]))
+                tensors[layer][:old_slots, :, :old_columns] = old[:, :, :old_columns]
+
+    def aim(self, slots: torch.Tensor | None, columns: torch.Tensor, visible: int) -> None:
+        """Say where the next forward pass writes: `slots` (B,), or None for the first B, and `columns` (B, T)."""
+        self.read_slots, self.write_columns, self.visible = slots, columns, visible
+        self.write_slots = (torch.arange(len(columns), device=columns.device) if slots is None else slots).unsqueeze(1)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a layer's new keys and values (B, heads, T, head_dim) and return all that the queries may look at."""
+        if layer == len(self.keys):
+            shape = (self.slots, keys.shape[1], self.columns + 1, keys.shape[3])
+            self.keys.append(keys.new_zeros(shape))
+            self.values.append(values.new_zeros(shape))
+        return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        store[self.write_slots, :, self.write_columns] = new.transpose(1, 2)
+        if self.read_slots is None:
+            return store[: len(self.write_columns), :, : self.visible]
+        return store[self.read_slots, :, : self.visible]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns in use; part of the interface that transformers expects of a cache."""
+        return self.visible
+
+
+@dataclass
+class ActiveTurn:
+    """A turn being decoded: its slot, and what was sampled so far."""
+
+    request: TurnRequest
+    slot: int
+    random: Random
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class TransformersGenerator:
+    """Decode with a transformers model, many trajectories at once, keys and values kept from turn to turn.
+
+    `load` yields the model for one rollout (gathered, if it is sharded). At most `num_slots` trajectories are under
+    way; the others wait for a free slot.
+    """
+
+    PREFILL_TOKENS = 16_384  # padded tokens in one forward pass over new context
+
+    def __init__(
+        self,
+        load: Callable[[], AbstractContextManager[PreTrainedModel]],
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int],
+        max_context_tokens: int,
+        num_slots: int = 256,
+    ) -> None:
+        self.load = load
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_context_tokens = max_context_tokens
+        self.num_slots = num_slots
+        self.turn_end = TurnEnd(tokenizer)
+
+    @contextmanager
+    def session(self, sampling: Sampling) -> Iterator[None]:
+        """Hold the model in evaluation mode, with an empty cache."""
+        with self.load() as model, torch.no_grad():
+            check_full_attention(model)
+            was_training = model.training
+            model.eval()
+            self.model, self.sampling = model, sampling
+            self.cache = SlotCache()
+            self.waiting: list[TurnRequest] = []  # for a slot, or for the next forward pass over new context
+            self.active: list[ActiveTurn] = []
+            self.sampled: list[ActiveTurn] = []  # those that the last forward pass gave a token
+            self.slot_of: dict[int, int] = {}
+            self.lengths = [0] * self.num_slots  # tokens in the cache, by slot
+            self.free_slots = list(range(self.num_slots))[::-1]
+            try:
+                yield
+            finally:
+                model.train(was_training)
+                del self.model, self.cache
+
+    def submit(self, request: TurnRequest) -> None:
+        self.waiting.append(request)
+
+    def release(self, trajectory: int) -> None:
+        slot = self.slot_of.pop(trajectory, None)
+        if slot is not None:
+            self.lengths[slot] = 0
+            self.free_slots.append(slot)
+
+    def step(self) -> list[SampledTurn]:
+        arrivals = self._admit()
+        if arrivals:
+            self._prefill(arrivals)
+        elif self.active:
+            self._decode()
+        return self._finished()
+
+    def _admit(self) -> list[ActiveTurn]:
+        """Give waiting turns a slot, the shortest new context first, up to one forward pass."""
+        if not self.waiting:
+            return []
+        if not self.active and not self.free_slots:
+            self._take_slots_back()
+        if not self.free_slots and all(request.trajectory not in self.slot_of for request in self.waiting):
+            return []
+        self.waiting.sort(key=self._num_new_tokens)
+        admitted: list[ActiveTurn] = []
+        queued: list[TurnRequest] = []
+        for request in self.waiting:
+            width = self._num_new_tokens(request)
+            full = admitted and width * (len(admitted) + 1) > self.PREFILL_TOKENS
+            if full or (request.trajectory not in self.slot_of and not self.free_slots):
+                queued.append(request)
+                continue
+            slot = self.slot_of.get(request.trajectory)
+            if slot is None:
+                slot = self.slot_of[request.trajectory] = self.free_slots.pop()
+            admitted.append(ActiveTurn(request, slot, Random(request.seed)))
+        self.waiting = queued
+        self.active += admitted
+        return admitted
+
+    def _take_slots_back(self) -> None:
+        """Free slots when nothing can be decoded because trajectories at their searches hold all; they read again."""
+        waiting = {request.trajectory for request in self.waiting}
+        if waiting.isdisjoint(self.slot_of):
+            for trajectory in list(self.slot_of)[: len(waiting)]:
+                self.release(trajectory)
+
+    def _num_new_tokens(self, request: TurnRequest) -> int:
+        slot = self.slot_of.get(request.trajectory)
+        return len(request.context_ids) - (0 if slot is None else self.lengths[slot])
+
+    def _prefill(self, turns: list[ActiveTurn]) -> None:
+        """Read new context, padded on the left, so that the last column of each row predicts the next token."""
+        new_ids = [turn.request.context_ids[self.lengths[turn.slot] :] for turn in turns]
+        width = max(map(len, new_ids))
+        self.cache.reserve(1 + max(self.slot_of.values()), max(len(turn.request.context_ids) for turn in turns))
+        spare = self.cache.columns
+        ids, positions, columns = [], [], []
+        for turn, new in zip(turns, new_ids, strict=True):
+            padding, end = width - len(new), len(turn.request.context_ids)
+            placed = range(end - len(new), end)
+            ids.append([0] * padding + list(new))
+            positions.append([0] * padding + list(placed))
+            columns.append([spare] * padding + list(placed))
+            self.lengths[turn.slot] = end
+        self._forward(turns, [turn.slot for turn in turns], ids, positions, columns)
+
+    def _decode(self) -> None:
+        """Feed each active turn its last token. Most slots active: run over all of them and save copying the cache."""
+        turns = self.active
+        used_slots = max(turn.slot for turn in turns) + 1
+        self.cache.reserve(used_slots, max(self.lengths[turn.slot] for turn in turns) + 1)
+        if 2 * len(turns) < used_slots:
+            positions = [[self.lengths[turn.slot]] for turn in turns]
+            ids = [[turn.token_ids[-1]] for turn in turns]
+            self._forward(turns, [turn.slot for turn in turns], ids, positions, positions)
+        else:
+            ids, positions, columns = ([[value] for _ in range(used_slots)] for value in (0, 0, self.cache.columns))
+            for turn in turns:
+                ids[turn.slot] = [turn.token_ids[-1]]
+                positions[turn.slot] = columns[turn.slot] = [self.lengths[turn.slot]]
+            self._forward(turns, None, ids, positions, columns)
+        for turn in turns:
+            self.lengths[turn.slot] += 1
+
+    def _forward(
+        self,
+        turns: list[ActiveTurn],
+        slots: list[int] | None,
+        ids: list[list[int]],  # (B, T), as are the next two
+        positions: list[list[int]],
+        columns: list[list[int]],
+    ) -> None:
+        """Run the model, and draw a token for each turn; `slots` None means that row b is slot b."""
+        device = self.model.device
+        position_ids = torch.tensor(positions, device=device)  # (B, T)
+        visible = int(position_ids.max()) + 1
+        slot_index = None if slots is None else torch.tensor(slots, device=device)
+        self.cache.aim(slot_index, torch.tensor(columns, device=device), visible)
+        seen = torch.arange(visible, device=device) <= position_ids.unsqueeze(-1)  # (B, T, visible)
+        lowest = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill_(~seen, lowest)
+        logits = self.model(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=mask.unsqueeze(1),
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if slots is None:
+            logits = logits[torch.tensor([turn.slot for turn in turns], device=device)]
+        uniform = torch.tensor([turn.random.random() for turn in turns], dtype=torch.float64)
+        token_ids, logprobs = draw(logits, uniform, self.sampling)
+        for turn, token_id, logprob in zip(turns, token_ids.tolist(), logprobs.tolist(), strict=True):
+            turn.token_ids.append(token_id)
+            turn.logprobs.append(logprob)
+        self.sampled = turns
+
+    def _finished(self) -> list[SampledTurn]:
+        """Return the turns that their last token ended; the others stay active."""
+        ended = {turn.slot: reason for turn in self.sampled if (reason := self._finish_reason(turn))}
+        finished = [turn for turn in self.active if turn.slot in ended]
+        self.active = [turn for turn in self.active if turn.slot not in ended]
+        self.sampled = []
+        return [
+            SampledTurn(turn.request.trajectory, turn.token_ids, turn.logprobs, ended[turn.slot]) for turn in finished
+        ]
+
+    def _finish_reason(self, turn: ActiveTurn) -> FinishReason | None:
+        if turn.token_ids[-1] in self.eos_token_ids:
+            return "eos"
+        if self.turn_end.reached(turn.token_ids):
+            return "stop"
+        return "length" if len(turn.token_ids) >= turn.request.max_new_tokens else None
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token per row by the inverse of the cumulative distribution, so that each row has its own random stream.
+
+    Takes logits (B, V) and numbers in [0, 1) (B,); returns ids (B,) and the log-probabilities (B,) of the distribution
+    that was sampled from (at temperature 0: of the model's own).
+    """
+    if logits.device.type == "mps":  # which knows no float64
+        logits = logits.cpu()
+    if sampling.temperature == 0.0:
+        logprobs = logits.float().log_softmax(-1)
+        token_ids = logprobs.argmax(-1)
+    else:
+        logprobs = (logits.float() / sampling.temperature).log_softmax(-1)
+        if sampling.top_p < 1.0:
+            logprobs = keep_top_p(logprobs, sampling.top_p)
+        cumulative = logprobs.exp().double().cumsum(-1)  # in float32, 150,000 additions would lose the tail
+        threshold = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(-1)
+        # The first id whose cumulative probability exceeds the threshold; rounding must not lead past the last one.
+        token_ids = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return token_ids, logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def keep_top_p(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Renormalise log-probabilities (B, V) over the fewest tokens whose probabilities reach `top_p`."""
+    ordered, order = logprobs.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logprobs.masked_fill(dropped, float("-inf")).log_softmax(-1)
+
+
+def check_full_attention(model: PreTrainedModel) -> None:
+    """Raise `UserError` for a model whose layers do not all attend to the whole context, or not by a dense mask."""
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise UserError(
+            f"generation by transformers needs full attention in every layer, not {sorted(layer_types)}; use vLLM"
+        )
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UserError(
+            f"generation by transformers needs attn_implementation sdpa or eager, not {implementation!r}; or use vLLM"
+        )

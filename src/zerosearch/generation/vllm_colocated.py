@@ -1,0 +1,106 @@
+"""Turns from a vLLM engine in this process: the trainer's colocated one, or one of its own for evaluation and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING
+
+from zerosearch.generation import FinishReason, SampledTurn, Sampling, TurnRequest
+from zerosearch.protocol import STOP_STRINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl.generation.vllm_generation import VLLMGeneration
+    from vllm import LLM, RequestOutput
+
+
+class VLLMGenerator:
+    """Drive a vLLM engine that lives in this process: a turn is admitted the moment it is submitted."""
+
+    def __init__(self, llm: LLM, tokenizer: PreTrainedTokenizerBase, colocated: VLLMGeneration | None = None) -> None:
+        """Take the engine, and TRL's owner of it if it has one, which knows about sleep and weights."""
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.tokenizer = tokenizer
+        self.colocated = colocated
+        self.max_context_tokens = self.engine.model_config.max_model_len
+        self.numbers = count()
+        self.in_flight: dict[str, TurnRequest] = {}
+
+    @classmethod
+    def of_trainer(cls, colocated: VLLMGeneration, tokenizer: PreTrainedTokenizerBase) -> VLLMGenerator:
+        """Return a generator on the engine that TRL's trainer has made in this process."""
+        return cls(colocated.llm, tokenizer, colocated)
+
+    @contextmanager
+    def session(self, sampling: Sampling) -> Iterator[None]:
+        """Wake the engine for one rollout if it sleeps, and put it back to sleep once."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.params = partial(
+            SamplingParams,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(STOP_STRINGS),
+            include_stop_str_in_output=True,
+            logprobs=0,  # of the sampled token alone
+            skip_special_tokens=False,  # or else a special token inside a tag would close it
+            spaces_between_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        sleeps = self.colocated is not None and self.colocated.enable_sleep_mode
+        if sleeps:
+            self._wake()
+        try:
+            yield
+        finally:
+            self.engine.abort_request(list(self.in_flight))  # only when the rollout was left by an error
+            self.in_flight.clear()
+            if sleeps:
+                self._sleep()
+
+    def _wake(self) -> None:
+        assert self.colocated is not None
+        if self.colocated._llm_weights_sleeping:  # level 2 drops the weights: they must come from the trainer again
+            self.colocated.sync_weights()
+        self.llm.wake_up(tags=["kv_cache"])
+
+    def _sleep(self) -> None:
+        assert self.colocated is not None
+        self.llm.sleep(level=2)
+        self.colocated._llm_weights_sleeping = True
+
+    def submit(self, request: TurnRequest) -> None:
+        self._add(request)
+
+    def _add(self, request: TurnRequest) -> str:
+        """Hand a turn to the engine, and return the number by which the engine knows it."""
+        number = str(next(self.numbers))
+        params = self.params(seed=request.seed, max_tokens=request.max_new_tokens)
+        self.in_flight[number] = request
+        self.engine.add_request(number, {"prompt_token_ids": list(request.context_ids)}, params)
+        return number
+
+    def step(self) -> list[SampledTurn]:
+        return [self._sampled_turn(output) for output in self._finished_outputs()]
+
+    def _finished_outputs(self) -> list[RequestOutput]:
+        return [output for output in self.engine.step() if output.finished]
+
+    def release(self, trajectory: int) -> None:
+        """Do nothing: the prefix cache forgets by itself."""
+
+    def _sampled_turn(self, output: RequestOutput) -> SampledTurn:
+        request = self.in_flight.pop(output.request_id)
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        logprobs = [entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)]
+        finish: FinishReason = "length"
+        if completion.finish_reason == "stop":
+            # At an end of sequence, the reason is no string but None or an id.
+            finish = "stop" if isinstance(completion.stop_reason, str) else "eos"
+        return SampledTurn(request.trajectory, token_ids, logprobs, finish)

@@ -1,0 +1,1 @@
+"""One loop for training, evaluation and chat: question in, `Trajectory` out."""

@@ -1,0 +1,68 @@
+"""What a training log says about a rollout: how the trajectories went, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean, median
+
+from zerosearch.rollout.trajectory import OUTCOMES, Outcome, RolloutClock, Trajectory
+
+
+@dataclass(frozen=True)
+class TrajectoryFacts:
+    """What the metrics need of a trajectory, small enough to be gathered from every rank."""
+
+    searches: int
+    turns: int
+    policy_tokens: int
+    observation_tokens: int
+    invalid_actions: int
+    cut_turns: int
+    cut_observations: int
+    retries: int
+    short_replies: int
+    outcome: Outcome | None
+    noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
+    latencies_s: tuple[float, ...]
+    error: str
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> TrajectoryFacts:
+        searched = trajectory.searched_turns
+        return cls(
+            searches=len(searched),
+            turns=len(trajectory.turns),
+            policy_tokens=trajectory.policy_tokens,
+            observation_tokens=trajectory.observation_tokens,
+            invalid_actions=trajectory.invalid_actions,
+            cut_turns=trajectory.cut_turns,
+            cut_observations=trajectory.cut_observations,
+            retries=sum(turn.retries for turn in searched),
+            short_replies=sum(turn.short_replies for turn in searched),
+            outcome=trajectory.outcome,
+            noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),
+            latencies_s=tuple(turn.latency_s for turn in searched if turn.latency_s is not None),
+            error=trajectory.error,
+        )
+
+
+# Fields whose mean per trajectory is logged.
+MEANS = tuple(field.name for field in fields(TrajectoryFacts) if field.type == "int")
+
+
+def rollout_metrics(facts: Sequence[TrajectoryFacts], clocks: Sequence[RolloutClock]) -> dict[str, float]:
+    """Return the log entries of a rollout, from the facts of all trajectories and the clock of each rank.
+
+    Counts are means per trajectory, outcomes shares, latencies those of single searches, times means over ranks.
+    """
+    metrics = {f"search/{name}": fmean(getattr(fact, name) for fact in facts) for name in MEANS}
+    metrics |= {f"search/{outcome}": fmean(fact.outcome == outcome for fact in facts) for outcome in OUTCOMES}
+    noisy = [coin for fact in facts for coin in fact.noisy]
+    metrics["search/noisy_share"] = fmean(noisy) if noisy else 0.0
+    latencies = sorted(latency for fact in facts for latency in fact.latencies_s)
+    metrics["search/latency_median_s"] = median(latencies) if latencies else 0.0
+    metrics["search/latency_p95_s"] = latencies[int(0.95 * (len(latencies) - 1))] if latencies else 0.0
+    for name in ("rollout_s", "generating_s", "waiting_s", "idle_s"):
+        metrics[f"time/{name}"] = fmean(getattr(clock, name) for clock in clocks)
+    return metrics

@@ -1,0 +1,1 @@
+"""Search Simulation Tuning (Section 3.3): traces, judge, dataset, fidelity, serving."""

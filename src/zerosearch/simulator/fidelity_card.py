@@ -1,0 +1,151 @@
+"""The fidelity card for readers: Markdown tables and a plot beside the JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zerosearch.simulator.held_out import WHY_LEFT_OUT
+
+Card = Mapping[str, Any]
+
+RATES = (
+    ("useful_answer_rate", "useful replies that answer the query"),
+    ("noisy_leak_rate", "noisy replies that leak the answer"),
+    ("answer_rate", "searches that answer the query"),
+    ("max_noise_error", "largest difference of realised and requested noise"),
+    ("max_coin_error", "largest difference of the coin's share and requested noise"),
+)
+FORMAT_RATES = (
+    ("valid_format_rate", 'replies that are "Doc 1: ..." to the last and nothing else'),
+    ("short_reply_rate", "replies with too few documents, asked for again"),
+)
+DOCUMENT_ROWS = (
+    ("documents", "documents a reply"),
+    ("words", "words a document"),
+    ("characters_per_word", "characters a word"),
+    ("has_title", "begin with a title and a colon"),
+    ("ends_a_sentence", "end with a sentence"),
+    ("has_digit", "hold a digit"),
+    ("capitalised_words", "capitalised words"),
+    ("distinct_1", "distinct-1, within a reply"),
+    ("distinct_2", "distinct-2, within a reply"),
+    ("overlap_of_documents", "words shared by two documents of a reply"),
+    ("overlap_of_samples", "words shared by two replies to one prompt"),
+    ("identical_samples", "prompts whose replies are all the same"),
+    ("rouge_1", "ROUGE-1 with real documents"),
+    ("rouge_2", "ROUGE-2 with real documents"),
+    ("rouge_1_by_chance", "ROUGE-1 with those of another query"),
+    ("length_distance", "distance of lengths (Kolmogorov-Smirnov)"),
+)
+
+
+def write_card(card: Card, prefix: Path) -> list[Path]:
+    """Write `prefix`.json, .md and, where noise or rates can be drawn, .svg; return the paths."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    paths = [prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".json", ".md", ".svg")]
+    paths[0].write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[1].write_text(f"# Fidelity\n\n{card_markdown(card)}\n", encoding="utf-8")
+    draw_card(card, paths[2])
+    return paths
+
+
+def card_markdown(card: Card) -> str:
+    """Return the card as Markdown, without a heading, so that it fits into a model card."""
+    kind = "a document that states the fact the query asks for" if card["rule"] == "statement" else "an answer in it"
+    left_out = [f"{count} ({WHY_LEFT_OUT[why]})" for why, count in card["left_out"].items() if count]
+    said = f" Left out of the rates: {', '.join(left_out)}." if left_out else ""
+    lines = [
+        f"{card['queries']:,} held-out queries; {card['decidable']:,} of them can tell by rule whether documents "
+        f"answer them ({kind}).{said} In brackets: 95 % bootstrap intervals over queries.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    for name, words in RATES:
+        for suffix, where in SUFFIXES:
+            if f"{name}{suffix}" in card:
+                lines.append(f"| {words}{where} | {_shown(card, name + suffix)} |")
+    for name, words in FORMAT_RATES:
+        if "format" in card:
+            lines.append(f"| {words} | {_shown(card['format'], name)} |")
+    if "format" in card:
+        lines.append(f"| searches that got no documents | {card['format']['failed_searches']:,} |")
+    if "noise" in card:
+        lines += ["", *_noise_table(card)]
+    columns = {name: part for name, part in card["documents"].items() if part}
+    lines += ["", f"| mean of | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, words in DOCUMENT_ROWS:
+        if any(name in part for part in columns.values()):
+            cells = [_shown(part, name, digits=2) if name in part else "" for part in columns.values()]
+            lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SUFFIXES = (
+    ("", ""),
+    ("_where_the_answer_is_asked", ", where the query asks for the question's answer"),
+    ("_where_another_fact_is_asked", ", where it asks for another fact"),
+)
+
+
+def _noise_table(card: Card) -> list[str]:
+    lines = [
+        "Realised noise: the share of searches whose documents do not answer the query, those asked to be noisy and "
+        "those asked to be useful weighted by the share of the keyed coin in 64,000 searches; observed: the plain "
+        "share in the searches made.",
+        "",
+        "| step | requested | coin | realised | observed | searches |",
+        "|---|---|---|---|---|---|",
+    ]
+    for point in card["noise"]:
+        lines.append(
+            f"| {point['step']} | {point['requested']:.3f} | {point['coin']:.3f} | {_shown(point, 'realised')} "
+            f"| {point['observed']:.3f} | {point['searches']:,} |"
+        )
+    return lines
+
+
+def _shown(part: Mapping[str, Any], name: str, digits: int = 3) -> str:
+    interval = part.get(f"{name}_interval")
+    bounds = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+    return f"{part[name]:.{digits}f}{bounds}"
+
+
+def draw_card(card: Card, path: Path) -> None:
+    """Draw requested against realised noise, and the rates with their intervals, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shown = [(name, words) for name, words in RATES[:3] if name in card]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if "noise" in card else 1, squeeze=False)
+    rates = panels[0, 0]
+    places = range(len(shown))
+    values = [card[name] for name, _ in shown]
+    bounds = [card[f"{name}_interval"] for name, _ in shown]
+    errors = [[value - low for value, (low, _) in zip(values, bounds, strict=True)]]
+    errors.append([high - value for value, (_, high) in zip(values, bounds, strict=True)])
+    rates.barh(places, values, xerr=errors, height=0.5, color="#2a6f97", ecolor="#1c2127", capsize=3)
+    rates.set_yticks(places, [words.replace(" that ", "\nthat ") for _, words in shown])
+    rates.set_xlim(0, 1)
+    rates.set_ylim(-0.7, max(len(shown), 1) - 0.3)
+    rates.invert_yaxis()
+    if "noise" in card:
+        noise = panels[0, 1]
+        requested = [point["requested"] for point in card["noise"]]
+        realised = [point["realised"] for point in card["noise"]]
+        low, high = zip(*(point["realised_interval"] for point in card["noise"]), strict=True)
+        noise.plot([0, 1], [0, 1], color="#c9ccd1", linewidth=1)
+        noise.fill_between(requested, low, high, color="#b9480b", alpha=0.2, linewidth=0)
+        noise.plot(requested, realised, color="#b9480b", marker="o", label="realised, by the documents")
+        coins = [point["coin"] for point in card["noise"]]
+        noise.plot(requested, coins, color="#2a6f97", linestyle="none", marker="x", label="the coin's share")
+        noise.set_xlabel("requested noise")
+        noise.legend(frameon=False)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    with rc_context({"svg.hashsalt": "zerosearch"}):  # the same card, the same file
+        figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,1 @@
+"""An embedded synthetic world in which only search can answer."""

@@ -1,0 +1,1 @@
+"""`SearchTrainer` and what only it needs: rewards, advantages, the critic, checkpoints."""

@@ -1,0 +1,278 @@
+"""`SearchConfig`: GRPOConfig with the paper's values as defaults, and what search adds to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from trl import GRPOConfig
+
+from zerosearch.errors import UserError
+from zerosearch.generation.hardware import fit_to_cpu
+from zerosearch.noise import NoiseSchedule
+from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.training.advantages import Baseline
+
+Algorithm = Literal["reinforce", "rloo", "grpo", "ppo"]
+# Losses that clip a ratio and weight it by an advantage of any shape; TRL's others are made for GRPO's.
+RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+@dataclass
+class SearchConfig(GRPOConfig):
+    """Everything a training run can be told. First the fields of GRPOConfig whose default differs, then ours.
+
+    "Our choice" marks what the paper does not say. On a machine without an accelerator it sets what that needs.
+    Raises `UserError` for values that cannot work, with the reason and a value that does.
+    """
+
+    # Learning rate 1e-6 (Appendix F), clipping 0.2, one update a batch and gradient clipping at 1.0 (released code)
+    # are TRL's defaults already, and so is sampling at temperature 1.0 from the whole distribution (top_p 1.0): the
+    # released code sampled with top_p 0.95 and trained on log-probabilities of the whole.
+    beta: float = field(
+        default=0.001, metadata={"help": "Weight of the KL to the reference model (released code; k3 estimate)."}
+    )
+    # 64 questions x 5 trajectories a step (Table 8), on one device: 20 x 16 = 320.
+    per_device_train_batch_size: int = field(default=20, metadata={"help": "Trajectories a micro-batch and device."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Micro-batches a step."})
+    num_generations: int | None = field(
+        default=5, metadata={"help": "Trajectories a prompt (Table 8: 64 x 5 a step)."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup",
+        metadata={"help": "Shape of the learning rate (released code); without `warmup_steps` it is constant."},
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW (released code)."})
+    # TRL would weight the KL by the importance ratio. The released code does not (and subtracts where it should add).
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Weight the KL by the importance ratio."})
+    # With dropout (LoRA's is 0.05 in TRL's ModelConfig) the trainer's log-probabilities are not those of the sampler.
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout (our choice)."})
+    # TRL's default sums log-ratios over a trajectory and drops it at 3: 1,000 tokens at a mean drift of 0.0011 nats.
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "Correction for vLLM's log-probabilities: token by token."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Leave it empty: max_trajectory_tokens is the limit."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Context of the vLLM engine; by default max_trajectory_tokens."}
+    )
+
+    algorithm: Algorithm = field(
+        default="reinforce", metadata={"help": "reinforce (the paper's default, Table 5), rloo, grpo or ppo."}
+    )
+    baseline: Baseline = field(
+        default="none",
+        metadata={
+            "help": "For reinforce: what is taken off the reward, none (the paper), the mean of group or batch."
+        },
+    )
+    # Of ppo alone. The KL (k1, weight `beta`) is in its reward, not in its loss (released code).
+    gae_gamma: float = field(default=1.0, metadata={"help": "For ppo: discount of a policy token (the paper)."})
+    gae_lambda: float = field(default=1.0, metadata={"help": "For ppo: lambda of the advantages (the paper)."})
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "For ppo: of the critic (released code)."})
+    critic_warmup_steps: int = field(
+        default=3, metadata={"help": "For ppo: steps to the critic's full rate (released code: 0.015 of 203)."}
+    )
+    value_clip: float = field(default=0.5, metadata={"help": "For ppo: how far a value may move (released code)."})
+    mask_observations: bool = field(
+        default=True, metadata={"help": "Learn from the policy's tokens only; false is the ablation of Table 7."}
+    )
+    noise_start: float = field(default=0.0, metadata={"help": "p_s of Eq. 1: noise at the first step (Appendix F)."})
+    # Appendix F has a value for each policy (0.25 for Qwen-3B, 0.75 for Qwen-7B); this is the released README's.
+    noise_end: float = field(default=0.5, metadata={"help": "p_e of Eq. 1: noise at the last step."})
+    noise_base: float = field(default=4.0, metadata={"help": "b of Eq. 1 (Section 3.4); 1 is a straight line."})
+    max_turns: int = field(
+        default=RolloutSettings.max_turns,
+        metadata={"help": "Turns that may search; one last turn that may only answer follows."},
+    )
+    max_turn_tokens: int = field(default=RolloutSettings.max_turn_tokens, metadata={"help": "Longest turn."})
+    max_observation_tokens: int = field(
+        default=RolloutSettings.max_observation_tokens, metadata={"help": "Longest observation, tags included."}
+    )
+    max_trajectory_tokens: int = field(
+        default=RolloutSettings.max_trajectory_tokens, metadata={"help": "Longest trajectory, prompt included."}
+    )
+    noise_per_group: bool = field(
+        default=RolloutSettings.noise_per_group,
+        metadata={"help": "One coin a turn for all trajectories of a prompt, so that they differ by the policy only."},
+    )
+    search_timeout_s: float = field(
+        default=RolloutSettings.search_timeout_s,
+        metadata={"help": "Longest search, with all its retries; one that takes longer has failed (our choice)."},
+    )
+    turn_timeout_s: float = field(
+        default=RolloutSettings.turn_timeout_s,
+        metadata={"help": "Longest turn; if none ends within it, the run stops with a checkpoint (our choice)."},
+    )
+    max_failed_search_share: float = field(
+        default=0.1, metadata={"help": "Stop when more of a step's trajectories lost a search (our choice)."}
+    )
+    logged_trajectories: int = field(
+        default=4, metadata={"help": "Trajectories of each step that go to <output_dir>/trajectories.jsonl."}
+    )
+
+    def __post_init__(self) -> None:
+        fit_to_cpu(self)
+        if not torch.accelerator.is_available():
+            self.vllm_enable_sleep_mode = False  # there is no device memory to hand back
+        if self.max_completion_length is None:
+            self.max_completion_length = self.max_trajectory_tokens
+        if self.vllm_max_model_length is None:
+            self.vllm_max_model_length = self.max_trajectory_tokens
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UserError(f"{error} {self._batch_that_works()}") from error
+        if self.use_vllm:
+            self._check_vllm()
+        self._check_algorithm()
+        if self.algorithm == "ppo":
+            self._check_ppo()
+        if not 0.0 <= self.max_failed_search_share <= 1.0:
+            raise UserError(f"max_failed_search_share is {self.max_failed_search_share}: a share lies in [0, 1]")
+        self.noise_schedule()  # each raises UserError for values that cannot work
+        self.rollout_settings()
+        self._check_budgets()
+
+    def _batch_that_works(self) -> str:
+        """Return the smallest larger micro-batch that holds whole groups, where the batch is what was wrong."""
+        group, batch = self.num_generations or 0, self.generation_batch_size
+        if group < 2:
+            return "num_generations 5 works (Table 8)."
+        if batch is None or batch % group == 0:
+            return ""
+        parts = batch // self.per_device_train_batch_size
+        size = next(
+            size for size in range(self.per_device_train_batch_size, batch * group) if size * parts % group == 0
+        )
+        return f"per_device_train_batch_size {size} works."
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise UserError(f"algorithm is {self.algorithm!r}: it must be reinforce, rloo, grpo or ppo")
+        if self.baseline not in get_args(Baseline):
+            raise UserError(f"baseline is {self.baseline!r}: it must be none, group or batch")
+        if self.baseline != "none" and self.algorithm != "reinforce":
+            raise UserError(
+                f"baseline is {self.baseline!r}, but {self.algorithm} has its own: baseline none, or reinforce, works"
+            )
+        if self.scale_rewards != "group" and self.algorithm != "grpo":
+            raise UserError(
+                f"scale_rewards is {self.scale_rewards!r}, but {self.algorithm} scales no rewards by their group; "
+                "scale_rewards group, or algorithm grpo, works"
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise UserError(
+                f"multi_objective_aggregation is {self.multi_objective_aggregation!r}: rewards are added up "
+                "first, for every algorithm alike; sum_then_normalize works"
+            )
+        for name, least in (("beta", 0.0), ("epsilon", 0.0), ("learning_rate", 0.0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {least:g} or more")
+        if self.temperature <= 0.0:
+            raise UserError(
+                f"temperature is {self.temperature}: greedy turns are all alike, and log-probabilities are divided by "
+                "it; temperature 1.0 works"
+            )
+        if self.sync_ref_model and self.beta == 0.0:
+            raise UserError(
+                "sync_ref_model moves the reference model, and with beta 0 there is none; beta 0.001 works"
+            )
+
+    def _check_ppo(self) -> None:
+        for name in ("gae_gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"{name} is {getattr(self, name)}: it lies in [0, 1]; 1.0 works (the paper)")
+        for name, works in (("critic_learning_rate", "1e-5"), ("value_clip", "0.5")):
+            if getattr(self, name) <= 0.0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0; {works} works (released code)")
+        if self.critic_warmup_steps < 0:
+            raise UserError(f"critic_warmup_steps is {self.critic_warmup_steps}: it must be 0 or more")
+        if self.loss_type not in RATIO_LOSSES:
+            raise UserError(
+                f"loss_type is {self.loss_type!r}: it takes one advantage a trajectory, and ppo has one a token; "
+                f"{', '.join(RATIO_LOSSES)} work"
+            )
+        if self.importance_sampling_level != "token" or self.off_policy_mask_threshold is not None:
+            raise UserError(
+                "ppo weighs each token by itself; importance_sampling_level token without off_policy_mask_threshold "
+                "works"
+            )
+        if self.fp16:
+            raise UserError("the critic of ppo has no loss scaling for fp16; bf16 true, or neither, works")
+        if is_fsdp(self):
+            raise UserError("the critic of ppo is not sharded by FSDP; recipes/accelerate/zero3.yaml shards it")
+
+    def _check_vllm(self) -> None:
+        if find_spec("vllm") is None:
+            raise UserError("vLLM is not installed; install it (see the README), or pass --use_vllm false")
+        if self.vllm_mode not in ("colocate", "server"):
+            raise UserError(f"vllm_mode is {self.vllm_mode!r}: it must be colocate or server")
+
+    def _check_budgets(self) -> None:
+        """Refuse a context in which no search could be followed by an answer."""
+        turns = 2 if self.max_turns else 1
+        needed = turns * self.max_turn_tokens + (turns - 1) * self.max_observation_tokens
+        if needed >= self.max_trajectory_tokens:
+            raise UserError(
+                f"max_trajectory_tokens is {self.max_trajectory_tokens}: {turns} turns of {self.max_turn_tokens} "
+                f"tokens and {turns - 1} observation of {self.max_observation_tokens} take {needed}, and the prompt "
+                f"comes before them; {needed + 512} works with prompts of up to 512 tokens"
+            )
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Return the curriculum of Eq. 1."""
+        return NoiseSchedule(self.noise_start, self.noise_end, self.noise_base)
+
+    def rollout_settings(self) -> RolloutSettings:
+        """Return the budgets and the sampling of a rollout."""
+        return RolloutSettings(
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_observation_tokens=self.max_observation_tokens,
+            max_trajectory_tokens=self.max_trajectory_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            search_timeout_s=self.search_timeout_s,
+            turn_timeout_s=self.turn_timeout_s,
+            noise_per_group=self.noise_per_group,
+        )
+
+
+def is_fsdp(args: SearchConfig) -> bool:
+    """Say whether torch's FSDP shards the policy, as the arguments or the launcher have it."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def check_arguments(
+    args: SearchConfig,
+    train_dataset: Any = None,
+    reward_funcs: Any = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    **others: Any,
+) -> None:
+    """Raise `UserError` for a model, rewards and questions that cannot be trained together with these settings."""
+    if quantization_config is not None and peft_config is None:
+        raise UserError(
+            "a quantized policy cannot learn: its weights are 4 or 8 bits; --use_peft true adds some (LoRA)"
+        )
+    if quantization_config is not None and is_fsdp(args):
+        raise UserError("a quantized policy is not sharded by FSDP; recipes/accelerate/zero3.yaml shards it")
+    if getattr(quantization_config, "load_in_8bit", False) and args.use_vllm:
+        raise UserError("vLLM takes no policy in 8 bits; load_in_4bit true, or use_vllm false, works")
+    if args.sync_ref_model and peft_config is not None:
+        raise UserError("with LoRA the reference is the base model, which never moves; sync_ref_model false works")
+    count = len(reward_funcs) if isinstance(reward_funcs, list) else 1
+    if args.reward_weights is not None and len(args.reward_weights) != count:
+        raise UserError(f"reward_weights has {len(args.reward_weights)} weights for {count} reward functions")
+    needed = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < needed:
+        raise UserError(
+            f"the dataset has {len(train_dataset)} questions, and a step takes {needed}; gradient_accumulation_steps "
+            f"and per_device_train_batch_size decide how many (x devices / num_generations)"
+        )

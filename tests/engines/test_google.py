@@ -1,0 +1,310 @@
+"""The Google engine against local servers that answer as SerpAPI and Serper do, their refusals included."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from http_servers import running
+
+from zerosearch import http
+from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, google
+from zerosearch.engines.cassette import CassetteEngine
+from zerosearch.engines.google import GoogleEngine, ProviderName, read_key
+from zerosearch.errors import UserError
+
+KEY = "k3y+/with=signs&more"
+REQUEST = SearchRequest("emma author & more", "Who wrote Emma?", ("Jane Austen",))
+
+SERPAPI_PAGE: dict[str, Any] = {
+    "search_metadata": {"id": "645d", "status": "Success", "total_time_taken": 1.2},
+    "search_parameters": {"engine": "google", "q": "emma author & more", "num": "5"},
+    "search_information": {"organic_results_state": "Results for exact spelling", "total_results": 1},
+    "knowledge_graph": {"title": "Emma"},
+    "organic_results": [
+        {
+            "position": 1,
+            "title": "Emma (novel) - Wikipedia",
+            "link": "https://a",
+            "snippet": "A novel by Jane Austen.",
+        },
+        {"position": 2, "title": "Emma", "link": "https://b", "snippet": "Emma is a comedy of manners."},
+        {"position": 3, "title": "No snippet here", "link": "https://c"},
+        {"position": 4, "link": "https://d", "snippet": "No title here."},
+        {"position": 5, "link": "https://e"},
+        {"position": 6, "title": "Six", "snippet": "6"},
+        {"position": 7, "title": "Seven", "snippet": "7"},
+    ],
+}
+SERPER_PAGE: dict[str, Any] = {
+    "searchParameters": {"q": "emma author & more", "type": "search", "num": 5, "engine": "google"},
+    "answerBox": {"title": "Emma / Author", "answer": "Jane Austen"},
+    "organic": SERPAPI_PAGE["organic_results"],
+    "credits": 1,
+}
+DOCUMENTS = (
+    "Emma (novel) - Wikipedia: A novel by Jane Austen.",
+    "Emma is a comedy of manners.",
+    "No snippet here",
+    "No title here.",
+    "Six: 6",
+)
+FOUND = SearchResult(DOCUMENTS, titles=("Emma (novel) - Wikipedia", "Emma", "", "", "Six"))
+# What SerpAPI answers to a query that Google finds nothing for: status 200, and an error.
+SERPAPI_NOTHING = {
+    "search_metadata": {"status": "Success"},
+    "search_information": {"organic_results_state": "Fully empty", "total_results": 0},
+    "error": "Google hasn't returned any results for this query.",
+}
+SERPER_NOTHING = {"searchParameters": {"q": "x", "type": "search"}, "organic": [], "credits": 1}
+
+Reply = tuple[int, dict[str, Any]]
+
+
+class GoogleServer:
+    """Answers with `replies` one after the other, the last again and again, if the key and the form are right."""
+
+    def __init__(self, *replies: Reply) -> None:
+        self.replies = list(replies)
+        self.queries: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        if request.path == "/search.json":
+            assert request.method == "GET" and request.query["engine"] == "google"
+            key, query, num = request.query["api_key"], request.query["q"], int(request.query["num"])
+        else:
+            assert request.method == "POST"
+            body = await request.json()
+            key, query, num = request.headers["X-API-KEY"], body["q"], body["num"]
+        assert (key, num) == (KEY, 5)
+        self.queries.append(query)
+        status, reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        return web.json_response(reply, status=status)
+
+    def running(self) -> AbstractAsyncContextManager[str]:
+        app = web.Application()
+        app.router.add_get("/search.json", self.answer)
+        app.router.add_post("/search", self.answer)
+        return running(app, access_log=None)  # it would hold the key
+
+
+def searched(
+    server: GoogleServer, provider: ProviderName, *requests: SearchRequest, **options: Any
+) -> tuple[GoogleEngine, list[SearchResult | BaseException]]:
+    """Search; return the engine and what came of each request."""
+
+    async def search() -> tuple[GoogleEngine, list[SearchResult | BaseException]]:
+        async with server.running() as address:
+            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
+            settings: dict[str, Any] = {"queries_per_s": 1000.0, **options}
+            engine = GoogleEngine(KEY, provider, url=url, **settings)
+            results = await asyncio.gather(*map(engine.search, requests or [REQUEST]), return_exceptions=True)
+            await engine.aclose()
+            return engine, results
+
+    return asyncio.run(search())
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+
+
+both = pytest.mark.parametrize(
+    ("provider", "page", "nothing"),
+    [("serpapi", SERPAPI_PAGE, SERPAPI_NOTHING), ("serper", SERPER_PAGE, SERPER_NOTHING)],
+)
+
+
+@both
+def test_title_and_snippet_of_five_results(provider: ProviderName, page: dict[str, Any], nothing: Any) -> None:
+    server = GoogleServer((200, page))
+    engine, results = searched(server, provider)
+    assert results == [FOUND]
+    assert server.queries == ["emma author & more"]
+    assert engine.identity() == {"engine": "google", "provider": provider, "num_documents": 5}
+
+
+@both
+def test_no_results_are_no_documents(provider: ProviderName, page: Any, nothing: dict[str, Any]) -> None:
+    server = GoogleServer((200, nothing))
+    engine, results = searched(server, provider)
+    assert results == [SearchResult(())]
+    assert (engine.ledger.sent, engine.ledger.failures) == (1, 0)
+
+
+FINAL: dict[str, tuple[ProviderName, Reply, str]] = {
+    "serpapi, wrong key": ("serpapi", (401, {"error": "Invalid API key. Your API key should be here: ..."}), "401"),
+    "serpapi, account gone": ("serpapi", (403, {"error": "Account deleted."}), "403"),
+    "serpapi, payment due": ("serpapi", (402, {"error": "Payment required."}), "402"),
+    "serpapi, nothing left": ("serpapi", (429, {"error": "Your account has run out of searches."}), "run out of"),
+    "serper, wrong key": ("serper", (403, {"message": "Unauthorized.", "statusCode": 403}), "Unauthorized"),
+    "serper, payment due": ("serper", (402, {"message": "Payment Required", "statusCode": 402}), "402"),
+    "serper, nothing left": ("serper", (400, {"message": "Not enough credits", "statusCode": 400}), "Not enough"),
+}
+
+
+@pytest.mark.parametrize("case", FINAL)
+def test_a_refusal_is_final_named_and_free(case: str) -> None:
+    provider, reply, message = FINAL[case]
+    server = GoogleServer(reply)
+    engine, (error,) = searched(server, provider)
+    assert isinstance(error, SearchError) and message in str(error)
+    variable = "SERPAPI_API_KEY" if provider == "serpapi" else "SERPER_API_KEY"
+    assert f"check the key in {variable}" in str(error)
+    assert len(server.queries) == 1, "no second try"
+    assert (engine.ledger.failures, engine.ledger.usd) == (1, pytest.approx(0.0))
+
+
+PASSING: dict[str, tuple[ProviderName, Reply]] = {
+    "serpapi, too many at once": ("serpapi", (429, {"error": "You are exceeding 1000 searches per hour."})),
+    "serpapi, their error": ("serpapi", (500, {"error": "Something went wrong."})),
+    "serpapi, a search that failed": (
+        "serpapi",
+        (200, {"search_metadata": {"status": "Error"}, "error": "We couldn't get valid results for this search."}),
+    ),
+    "serper, too many at once": ("serper", (429, {"message": "Too many requests", "statusCode": 429})),
+    "serper, their error": ("serper", (500, {"message": "Internal Server Error", "statusCode": 500})),
+}
+
+
+@pytest.mark.parametrize("case", PASSING)
+def test_what_may_pass_is_tried_again_within_a_bound(case: str) -> None:
+    provider, reply = PASSING[case]
+    page = SERPAPI_PAGE if provider == "serpapi" else SERPER_PAGE
+    server = GoogleServer(reply, reply, (200, page))
+    engine, results = searched(server, provider)
+    assert results == [replace(FOUND, retries=2)]
+    assert (engine.ledger.sent, engine.ledger.retries, engine.ledger.queries) == (3, 2, 1)
+
+    server = GoogleServer(reply)
+    engine, (error,) = searched(server, provider, max_retries=3)
+    assert isinstance(error, SearchError) and error.retries == 3 and "attempt 4 of 4" in str(error)
+    assert (len(server.queries), engine.ledger.retries) == (4, 3)
+
+
+@both
+def test_a_reply_of_another_form_is_a_failure(provider: ProviderName, page: Any, nothing: Any) -> None:
+    for reply in ({"organic_results": "none", "organic": "none"}, ["organic"]):
+        server = GoogleServer((200, reply))  # type: ignore[arg-type]
+        _, (error,) = searched(server, provider, max_retries=0)
+        assert isinstance(error, SearchError)
+
+
+def test_the_rate_holds_for_searches_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = 100.0, list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(google, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(google, "asyncio", SimpleNamespace(sleep=sleep))
+    server = GoogleServer((200, SERPER_PAGE))
+    searched(server, "serper", *[REQUEST] * 8, queries_per_s=20.0)
+    assert len(server.queries) == 8
+    assert sorted(pauses) == pytest.approx([place / 20 for place in range(8)])
+
+
+def test_the_limit_on_queries_counts_retries() -> None:
+    server = GoogleServer((500, {"error": "Something went wrong."}), (200, SERPAPI_PAGE))
+    engine, results = searched(server, "serpapi", *[REQUEST] * 5, max_queries=3, max_concurrency=1)
+    assert len(server.queries) == 3 == engine.ledger.sent
+    spent = [result for result in results if isinstance(result, BudgetSpent)]
+    assert len(spent) >= 2 and "the limit of 3 queries to Google is reached" in str(spent[0])
+
+
+def test_the_limit_on_money_holds_for_searches_in_flight() -> None:
+    server = GoogleServer((200, SERPER_PAGE))
+    engine, results = searched(server, "serper", *[REQUEST] * 30, max_usd=0.010)  # Serper's list: 0.001 a query
+    assert len(server.queries) == 10
+    assert sum(isinstance(result, BudgetSpent) for result in results) == 20
+    assert engine.ledger.usd == pytest.approx(0.010)
+    assert (engine.ledger.queries, engine.ledger.sent, engine.ledger.failures) == (10, 10, 0)
+
+
+def test_a_plan_of_ones_own_has_its_own_price() -> None:
+    engine, _ = searched(GoogleServer((200, SERPAPI_PAGE)), "serpapi", REQUEST, REQUEST, usd_per_query=0.015)
+    assert engine.ledger.to_record()["usd"] == pytest.approx(0.030)
+    engine, _ = searched(GoogleServer((200, SERPAPI_PAGE)), "serpapi")
+    assert engine.ledger.to_record()["usd"] == engine.ledger.to_record()["usd_at_google"]
+
+
+def test_serper_says_when_a_query_cost_more() -> None:
+    engine, _ = searched(GoogleServer((200, SERPER_PAGE | {"credits": 2})), "serper")
+    assert engine.ledger.usd == pytest.approx(0.002)
+
+
+def test_a_blank_query_is_not_sent() -> None:
+    server = GoogleServer((200, SERPAPI_PAGE))
+    _, results = searched(server, "serpapi", SearchRequest("  ", "Q?", ("a",)))
+    assert results == [SearchResult(())] and server.queries == []
+
+
+@both
+def test_the_key_is_in_no_message_log_or_cassette(
+    provider: ProviderName, page: dict[str, Any], nothing: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def refused(request: web.Request) -> web.Response:
+        return web.json_response({"error": f"wrong key {KEY} in {request.url}"}, status=500)
+
+    async def search() -> str:
+        server = GoogleServer((200, page))
+        async with server.running() as address:
+            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
+            good = CassetteEngine(tmp_path / "c.sqlite", GoogleEngine(KEY, provider, url=url))
+            await good.search(REQUEST)
+            await good.aclose()
+        server.answer = refused  # type: ignore[method-assign]
+        async with server.running() as address:
+            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
+            bad = GoogleEngine(KEY, provider, url=url, max_retries=1)
+            with pytest.raises(SearchError) as caught:
+                await bad.search(REQUEST)
+            await bad.aclose()
+        nobody = GoogleEngine(KEY, provider, url="http://127.0.0.1:9/search", max_retries=1)
+        with pytest.raises(SearchError) as unreachable:
+            await nobody.search(REQUEST)
+        await nobody.aclose()
+        return f"{caught.value!r} {caught.getrepr(chain=True)} {unreachable.value!r} {nobody!r} {good.ledger!r}"
+
+    said = asyncio.run(search())
+    assert "***" in said and "asking again" in caplog.text, "there was something to hide"
+    forms = ("k3y", "with=signs", "with%3Dsigns")
+    for text in (said, caplog.text, *(path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())):
+        assert not any(form in text for form in forms)
+
+
+def forget_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SERPAPI_API_KEY", "SER_API_KEY", "SERPER_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_keys(monkeypatch)
+    with pytest.raises(UserError, match="serper needs a key: set SERPER_API_KEY, or pass --google_key_file"):
+        read_key("serper")
+    monkeypatch.setenv("SER_API_KEY", "of-the-paper")
+    assert read_key("serpapi") == "of-the-paper"
+    monkeypatch.setenv("SERPAPI_API_KEY", " ours\n")
+    assert read_key("serpapi") == "ours"
+    (tmp_path / "key").write_text("from-a-file\n")
+    assert read_key("serpapi", tmp_path / "key") == "from-a-file"
+
+
+@pytest.mark.parametrize("content", ["", "two words", "secret\nsecond line"])
+def test_a_file_that_holds_no_key_is_refused_without_being_shown(content: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(content)
+    with pytest.raises(UserError, match="must hold the key and nothing else") as caught:
+        read_key("serper", tmp_path / "key")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
+        read_key("serper", tmp_path / "none")

@@ -1,0 +1,142 @@
+"""The engine flags: they fit beside those of every recipe, and a mistake gets one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from retriever_parts import serving
+from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
+
+from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines.bm25 import BM25Engine, BM25Index
+from zerosearch.engines.cassette import CassetteEngine
+from zerosearch.engines.google import GoogleEngine
+from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.engines.retriever_server import RetrieverServer
+from zerosearch.engines.simulated import SimulatedEngine
+from zerosearch.errors import UserError
+from zerosearch.rollout.loop import RolloutSettings
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+
+def parsed(*flags: str) -> EngineOptions:
+    return TrlParser(EngineOptions).parse_args_and_config([*flags])[0]
+
+
+def test_no_flag_is_one_of_anothers() -> None:
+    others = {field.name for kind in (GRPOConfig, ModelConfig, SFTConfig, RolloutSettings) for field in fields(kind)}
+    assert not others & {field.name for field in fields(EngineOptions)}
+
+
+def test_every_flag_says_what_it_is_for() -> None:
+    assert all(field.metadata["help"].endswith(".") for field in fields(EngineOptions))
+
+
+def test_bm25_by_its_flags(corpus: Path) -> None:
+    engine = make_engine(parsed("--engine", "bm25", "--corpus", str(corpus), "--num_documents", "2"), "")
+    assert isinstance(engine, BM25Engine)
+    assert len(engine.lookup("Hampshire")) == 2
+
+
+def test_a_kept_index_by_its_flag(corpus: Path, tmp_path: Path) -> None:
+    make_engine(parsed("--engine", "bm25", "--corpus", str(corpus), "--index_dir", str(tmp_path / "index")), "")
+    assert (tmp_path / "index/zerosearch.json").is_file()
+
+
+def test_google_by_its_flags(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    flags = ("--google_provider", "serper", "--google_max_usd", "2.5", "--google_queries_per_s", "50")
+    options = parsed("--engine", "google", "--google_key_file", str(tmp_path / "key"), *flags)
+    engine = make_engine(options, "")
+    assert isinstance(engine, GoogleEngine)
+    assert (engine.provider_name, engine.max_usd, engine.num_documents) == ("serper", 2.5, 5)
+    assert engine.url == "https://google.serper.dev/search"
+    assert "secret" not in repr(options)
+
+
+def test_a_retriever_by_its_flags(corpus: Path) -> None:
+    async def ask(address: str) -> SearchResult:
+        flags = ("--engine", "retriever", "--retriever_url", address, "--retriever_protocol", "zerosearch")
+        engine = await asyncio.to_thread(make_engine, parsed(*flags), "")
+        result = await engine.search(SearchRequest("village", "Q?", ("a",)))
+        await engine.aclose()
+        return result
+
+    async def search() -> SearchResult:
+        async with serving(RetrieverServer(BM25Index(corpus))) as address:
+            return await ask(address)
+
+    assert asyncio.run(search()).documents[0].startswith("Jane Austen was born")
+
+
+def test_a_simulator_in_replay_is_not_asked_for(tmp_path: Path) -> None:
+    cassette = str(tmp_path / "c.sqlite")
+    request = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), key=(0, 0, 0, 0, 0))
+
+    class Written(SimulatedEngine):
+        """A simulator as if it had been asked already: its model is known, and it writes without a server."""
+
+        async def search(self, request: SearchRequest) -> SearchResult:
+            return SearchResult(("Emma is by Jane Austen.",), noisy=False)
+
+    recording = CassetteEngine(cassette, Written(model="3B", template="ask"))
+    asyncio.run(recording.search(request))
+    flags = ("--cassette", cassette, "--cassette_replay_only", "--simulator_url", "http://127.0.0.1:9/v1")
+    engine = make_engine(parsed(*flags), "ask")
+    assert isinstance(engine, CassetteEngine) and engine.identity()["model"] == "3B"
+    assert asyncio.run(engine.search(request)).documents == ("Emma is by Jane Austen.",)
+    with pytest.raises(UserError, match="name the model of simulated"):
+        make_engine(parsed(*flags), "another prompt")
+
+
+def test_google_in_replay_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SERPAPI_API_KEY", "SER_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    CassetteEngine(tmp_path / "c.sqlite", GoogleEngine("key"))
+    flags = ("--engine", "google", "--cassette", str(tmp_path / "c.sqlite"), "--cassette_replay_only")
+    engine = make_engine(parsed(*flags), "")
+    with pytest.raises(SearchError, match="holds no answer of google"):
+        asyncio.run(engine.search(SearchRequest("Emma", "Q?", ("a",))))
+
+
+def test_the_price_of_the_machine_reaches_the_ledger(corpus: Path, tmp_path: Path) -> None:
+    flags = ("--engine", "bm25", "--corpus", str(corpus), "--engine_usd_per_hour", "1.5")
+    engine = make_engine(parsed(*flags, "--cassette", str(tmp_path / "c.sqlite")), "")
+    assert isinstance(engine, CassetteEngine) and engine.ledger.usd_per_hour == 1.5
+    asyncio.run(engine.search(SearchRequest("village", "Q?", ("a",))))
+    assert engine.ledger.to_record()["queries"] == 1
+
+
+MISTAKES = {
+    "no such engine": ({"engine": "altavista"}, "engine is 'altavista': it must be one of simulated, bm25, retriever"),
+    "no such protocol": ({"retriever_protocol": "soap"}, "retriever_protocol is 'soap': it must be one of search-r1"),
+    "no such provider": ({"google_provider": "bing"}, "google_provider is 'bing': it must be one of serpapi, serper"),
+    "no corpus": ({"engine": "bm25"}, "--engine bm25 needs --corpus"),
+    "no documents": ({"num_documents": 0}, "num_documents is 0: it must be at least 1"),
+    "no simulator": ({"simulator_url": "http://127.0.0.1:9/v1"}, "no simulator answers at http://127.0.0.1:9/v1"),
+    "no retriever": (
+        {"engine": "retriever", "retriever_url": "http://127.0.0.1:9/retrieve"},
+        "no retriever answers at http://127.0.0.1:9/retrieve",
+    ),
+    "no key": ({"engine": "google"}, "serpapi needs a key: set SERPAPI_API_KEY, or pass --google_key_file"),
+    "no rate": ({"google_queries_per_s": 0.0}, "google_queries_per_s is 0.0: it must be above 0"),
+    "negative money": ({"google_max_usd": -1.0}, "google_max_usd is -1.0: it must be at least 0"),
+    "nothing to replay": ({"cassette_replay_only": True}, "--cassette_replay_only needs --cassette"),
+    "no cassette": (
+        {"engine": "google", "cassette": "/no/such.sqlite", "cassette_replay_only": True},
+        "there is no cassette /no/such.sqlite to replay",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SERPAPI_API_KEY", "SER_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    values, message = MISTAKES[mistake]
+    with pytest.raises(UserError, match=message):
+        make_engine(EngineOptions(**values), "")

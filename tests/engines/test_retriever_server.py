@@ -1,0 +1,279 @@
+"""The retriever's server, asked as the clients of Search-R1 and of the paper's code ask, and as nobody should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import aiohttp
+import pytest
+import requests
+from retriever_parts import asked, serving
+
+from zerosearch.engines.bm25 import BM25Index
+from zerosearch.engines.corpus import PassageFile
+from zerosearch.engines.retriever_server import Found, RetrieverServer
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+ROOT = Path(__file__).parents[2]
+EMMA = {"id": "0", "contents": '"Emma"\nEmma is a novel by Jane Austen, published in 1815.'}
+AUSTEN = {"id": "1", "contents": '"Jane Austen"\nJane Austen was born in Steventon, a village in Hampshire.'}
+
+
+@pytest.fixture(scope="module")
+def index(corpus: Path) -> BM25Index:
+    return BM25Index(corpus)
+
+
+def test_search_r1_s_own_requests(index: BM25Index) -> None:
+    # As search_r1/llm_agent/generation.py sends it, and as its retrieval_request.py does.
+    (status, reply), (_, batch), (_, plain), (_, none) = asked(
+        index,
+        {"queries": ["novel by Austen"], "topk": 2, "return_scores": True},
+        {"queries": ["novel 1815", "zebra", "county town"], "topk": 3, "return_scores": True},
+        {"queries": ["novel", "village"], "topk": None},
+        {"queries": [], "topk": 3, "return_scores": True},
+    )
+    assert status == 200
+    assert [found["document"] for found in reply["result"][0]] == [EMMA, AUSTEN]
+    scores = [found["score"] for found in reply["result"][0]]
+    assert scores == sorted(scores, reverse=True) and scores[1] > 0
+    assert [len(found) for found in batch["result"]] == [1, 0, 1], "one list a query, in their order"
+    assert batch["result"][2][0]["document"]["contents"].startswith('"Hampshire"')
+    assert plain == {"result": [[EMMA], [AUSTEN]]}, "without scores the documents stand by themselves"
+    assert none == {"result": []}
+
+
+def test_search_r1_s_client_reads_our_replies(index: BM25Index) -> None:
+    """The reading half of Search-R1's client (`_passages2string`), on a reply of ours."""
+    ((_, reply),) = asked(index, {"queries": ["novel"], "topk": 3, "return_scores": True})
+    text = ""
+    for place, found in enumerate(reply["result"][0]):
+        content = found["document"]["contents"]
+        title = content.split("\n")[0]
+        text += f"Doc {place + 1}(Title: {title}) " + "\n".join(content.split("\n")[1:]) + "\n"
+    assert text == 'Doc 1(Title: "Emma") Emma is a novel by Jane Austen, published in 1815.\n'
+
+
+def test_a_plain_requests_client(index: BM25Index) -> None:
+    """A blocking client of another library, which Search-R1's is."""
+
+    async def ask() -> requests.Response:
+        async with serving(RetrieverServer(index)) as address:
+            body = {"queries": ["novel"], "topk": 1, "return_scores": True}
+            return await asyncio.to_thread(requests.post, address, json=body, timeout=30)
+
+    response = asyncio.run(ask())
+    assert response.status_code == 200 and response.headers["Content-Type"].startswith("application/json")
+    assert response.json()["result"][0][0]["document"] == EMMA
+
+
+def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
+    (_, reply), (_, none), (_, default) = asked(
+        index, {"query": "novel by Austen", "top_k": 2}, {"query": "zebra", "top_k": 2}, {"query": "Hampshire"}, topk=1
+    )
+    assert reply == [
+        {"text": "Emma is a novel by Jane Austen, published in 1815."},
+        {"text": "Jane Austen was born in Steventon, a village in Hampshire."},
+    ]
+    assert none == []
+    assert len(default) == 1
+
+
+BAD: dict[str, tuple[Any, int, list[str], str]] = {
+    "no JSON": (b"{queries: 1}", 400, ["body"], "the body is not JSON"),
+    "nothing": (b"", 400, ["body"], "the body is not JSON"),
+    "too deep": (b"[" * 100_000, 400, ["body"], "the body is not JSON"),
+    "a list": ([1], 422, ["body"], "must be a JSON object"),
+    "no queries": ({"topk": 3}, 422, ["body", "queries"], "needs either queries, a list of texts, or query"),
+    "both protocols": ({"queries": ["a"], "query": "a"}, 422, ["body", "queries"], "either queries"),
+    "queries, one text": ({"queries": "novel"}, 422, ["body", "queries"], 'a list of texts, and is "novel"'),
+    "queries, a number": ({"queries": ["a", 1]}, 422, ["body", "queries"], "list of texts"),
+    "query, a list": ({"query": ["a"]}, 422, ["body", "query"], 'query must be a text, and is ["a"]'),
+    "topk 0": ({"queries": ["a"], "topk": 0}, 422, ["body", "topk"], "from 1 to 1000, and is 0"),
+    "topk too large": ({"queries": ["a"], "topk": 10**9}, 422, ["body", "topk"], "from 1 to 1000"),
+    "topk a text": ({"queries": ["a"], "topk": "3"}, 422, ["body", "topk"], 'and is "3"'),
+    "topk true": ({"queries": ["a"], "topk": True}, 422, ["body", "topk"], "and is true"),
+    "top_k a fraction": ({"query": "a", "top_k": 2.5}, 422, ["body", "top_k"], "and is 2.5"),
+    "scores": ({"queries": ["a"], "return_scores": "yes"}, 422, ["body", "return_scores"], "true or false"),
+}
+
+
+def test_bad_input_is_told_what_is_wrong(index: BM25Index) -> None:
+    replies = asked(index, *(body for body, *_ in BAD.values()))
+    for (status, reply), (name, (_, expected, place, message)) in zip(replies, BAD.items(), strict=True):
+        (detail,) = reply["detail"]
+        assert (status, detail["loc"]) == (expected, place), name
+        assert message in detail["msg"], name
+
+
+def test_no_such_page_other_methods_and_large_bodies_are_json_too(index: BM25Index) -> None:
+    assert asked(index, {}, path="/search") == [(404, {"detail": "Not Found"})]
+    ((status, reply),) = asked(index, b"x" * (17 * 2**20))
+    assert status == 413 and "detail" in reply
+    assert asked(index, b'{"queries": ["\xff"]}')[0][0] == 400
+
+    async def post_strange() -> int:
+        headers = {"Content-Type": "application/json; charset=klingon"}
+        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
+            return (await session.post(address, data=b"{}", headers=headers)).status
+
+    assert asyncio.run(post_strange()) == 400
+
+    async def get() -> tuple[int, str, Any]:
+        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
+            response = await session.get(address)
+            return response.status, response.headers["Allow"], await response.json()
+
+    assert asyncio.run(get()) == (405, "POST", {"detail": "Method Not Allowed"})
+
+
+def test_two_hundred_clients_at_once_and_nothing_lost(index: BM25Index) -> None:
+    words = ["novel", "village", "Steventon", "county", "zebra"]
+    expected = {word: [index.passages.row(number) for number, _ in index.top(word, 3)] for word in words}
+
+    async def client(address: str, number: int) -> int:
+        async with aiohttp.ClientSession() as session:  # a connection of its own, as another process has
+            right = 0
+            for turn in range(5):
+                asked_for = [words[(number + turn) % 5], words[(number * 3 + turn) % 5]]
+                body = {"queries": asked_for, "topk": 3, "return_scores": bool(number % 2)}
+                async with session.post(address, json=body) as response:
+                    found = (await response.json())["result"]
+                documents = [[row.get("document", row) for row in rows] for rows in found]
+                right += documents == [expected[word] for word in asked_for]
+            return right
+
+    async def ask() -> tuple[list[int], Any]:
+        async with serving(RetrieverServer(index)) as address:
+            right = await asyncio.gather(*(client(address, number) for number in range(200)))
+            async with aiohttp.ClientSession() as session:
+                return right, await (await session.get(address.replace("retrieve", "health"))).json()
+
+    right, health = asyncio.run(ask())
+    assert right == [5] * 200
+    assert health["queries"] == 2000
+    assert health["batches"] < 1000, "requests that wait are searched together"
+
+
+class SlowIndex:
+    """Finds the first passage, slowly; fails on "fail"."""
+
+    def __init__(self, passages: PassageFile, delay_s: float = 0.0) -> None:
+        self.passages, self.delay_s = passages, delay_s
+        self.started, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
+        self.threads: set[str] = set()
+
+    def search(self, queries: Sequence[str], count: int) -> list[Found]:
+        self.threads.add(threading.current_thread().name)
+        time.sleep(self.delay_s)
+        self.started.set()
+        self.may_end.wait(30)
+        if "fail" in queries:
+            raise ZeroDivisionError("a secret of the index")
+        return [[(0, 1.0)] for _ in queries]
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "slow"}
+
+
+def test_an_index_that_fails_fails_one_request_and_serves_the_next(index: BM25Index) -> None:
+    replies = asked(SlowIndex(index.passages), {"queries": ["fail"]}, {"queries": ["go on"]})
+    assert replies[0] == (500, {"detail": "the index failed: ZeroDivisionError"})
+    assert replies[1] == (200, {"result": [[EMMA]]})
+
+
+def test_a_query_that_fails_takes_no_other_with_it(index: BM25Index) -> None:
+    async def ask() -> list[int]:
+        async with (
+            serving(RetrieverServer(SlowIndex(index.passages, delay_s=0.1))) as address,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def post(query: str) -> int:
+                async with session.post(address, json={"queries": [query]}) as response:
+                    return response.status
+
+            # The first keeps the index busy until the others have arrived, so that they are one batch.
+            return await asyncio.gather(*map(post, ["first", "a", "fail", "b"]))
+
+    assert asyncio.run(ask()) == [200, 200, 500, 200]
+
+
+def test_it_answers_while_it_searches_and_finishes_what_is_under_way(index: BM25Index) -> None:
+    slow = SlowIndex(index.passages)
+    slow.may_end.clear()
+
+    async def ask() -> tuple[int, int]:
+        async with aiohttp.ClientSession() as session:
+            async with serving(RetrieverServer(slow)) as address:
+                search = asyncio.create_task(session.post(address, json={"queries": ["a"]}))
+                await asyncio.to_thread(slow.started.wait, 30)
+                health = await session.get(address.replace("retrieve", "health"))
+                asyncio.get_running_loop().call_later(0.2, slow.may_end.set)  # when the server has been told to end
+            return health.status, (await search).status
+
+    assert asyncio.run(ask()) == (200, 200)
+    assert all(name.startswith("index") for name in slow.threads)
+
+
+def test_health_says_which_index_this_is(index: BM25Index) -> None:
+    async def ask() -> Any:
+        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
+            return await (await session.get(address.replace("retrieve", "health"))).json()
+
+    health = asyncio.run(ask())
+    assert (health["status"], health["passages"]) == ("ok", 4)
+    assert health["index"]["kind"] == "bm25" and len(health["index"]["corpus_sha256"]) == 64
+
+
+def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_path: Path) -> None:
+    flags = ("--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", "0")
+    command = [sys.executable, str(ROOT / "recipes/serve_retriever.py"), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("retriever ready at http://127.0.0.1:") and "4 passages" in line
+        address = line.split()[3].rstrip(":")
+        body = {"queries": ["novel"], "topk": 1, "return_scores": False}
+        assert requests.post(address, json=body, timeout=30).json() == {"result": [[EMMA]]}
+        port = address.split(":")[2].split("/")[0]
+        second = subprocess.run(
+            [*command[:-1], port], capture_output=True, text=True, timeout=120, check=False, env=os.environ
+        )
+        assert second.returncode == 2 and "choose another with --port" in second.stderr
+        assert second.stderr.count("\n") == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert json.loads((tmp_path / "index/zerosearch.json").read_text())["num_passages"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpus", "none.jsonl"], "there is no file none.jsonl"),
+        (["--corpus", "none.jsonl", "--kind", "dense"], "--kind dense needs --index_dir"),
+        (["--corpus", "none.jsonl", "--topk", "0"], "topk is 0: it must be at least 1"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    flags: list[str], message: str, load_recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe: ModuleType = load_recipe("serve_retriever")
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(flags)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,525 @@
+"""An evaluation on a random model with a real engine: what it leaves, how it stops, and how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from scripted import Library, Writer
+
+from zerosearch.data import load_questions, read_passages
+from zerosearch.engines import SearchError, SearchRequest, SearchResult, limits
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.engines.limits import LimitReached, Limits
+from zerosearch.errors import UserError
+from zerosearch.evaluation.evaluate import evaluate
+from zerosearch.generation import loading
+from zerosearch.generation.chat_endpoint import EndpointGenerator, Prices
+from zerosearch.generation.loading import load_generator, model_identity
+from zerosearch.rollout.agents import AGENTS
+from zerosearch.rollout.in_flight import run_in_background
+from zerosearch.rollout.loop import RolloutSettings
+
+if TYPE_CHECKING:
+    from chat_server import ChatServer
+    from paid_search import PaidSearch
+
+pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
+
+SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=200, max_trajectory_tokens=2048)
+
+
+def rows_of(path: Path, copies: int = 1) -> list[dict[str, Any]]:
+    return load_questions(str(path)).to_list() * copies
+
+
+def trajectories(folder: Path) -> list[dict[str, Any]]:
+    """Read the trajectories of a folder without their times."""
+    records = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
+
+
+def test_an_evaluation_leaves_scores_and_every_trajectory(
+    corpus: Path,
+    questions: Path,
+    random_model: Path,
+    tmp_path: Path,
+) -> None:
+    generator = load_generator(str(random_model), "transformers", 2048)
+    about = {"model": "m", "dataset": "d", "generator": "transformers"}
+    rows = rows_of(questions, copies=8)
+    results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, tmp_path, p_noise=0.25, seed=3, about=about)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.25} == results
+    assert results["settings"]["max_turns"] == 3 and results["seconds"] > 0
+    assert {"python", "torch", "transformers"} <= set(results["versions"])
+
+    records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["dataset"]) for row in records] == [(row["id"], row["dataset"]) for row in rows]
+    assert results["searches"] == sum(row["searches"] for row in records) / 24
+    assert results["answer_rate"] == sum(row["answer"] is not None for row in records) / 24
+    assert sum(results["outcomes"].values()) == 24
+    assert records[0]["segments"][0]["text"].endswith("Question: Who wrote Emma?\n")
+    found = [part["text"] for row in records for part in row["segments"] if part["source"] == "documents"]
+    assert any(
+        passage.text in observation for passage in read_passages(corpus) for observation in found
+    )  # real passages were read
+
+
+def test_greedy_evaluation_repeats_itself(
+    corpus: Path,
+    questions: Path,
+    random_model: Path,
+    tmp_path: Path,
+) -> None:
+    greedy = RolloutSettings(max_turn_tokens=16, max_observation_tokens=200, temperature=0.0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        generator = load_generator(str(random_model), "transformers", 2048)
+        evaluate(rows_of(questions), generator, BM25Engine(corpus), greedy, tmp_path / name)
+    assert trajectories(tmp_path / "a") == trajectories(tmp_path / "b")
+
+
+class BrokenEngine:
+    """Fails every third search for good, and remembers what it was asked."""
+
+    name = "broken"
+    max_concurrency = 4
+
+    def __init__(self) -> None:
+        self.requests: list[SearchRequest] = []
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        self.requests.append(request)
+        if len(self.requests) % 3 == 0:
+            raise SearchError("the broken engine is broken")
+        return SearchResult(("a document",))
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_a_lost_search_leaves_trajectories_and_no_scores(questions: Path, random_model: Path, tmp_path: Path) -> None:
+    generator = load_generator(str(random_model), "transformers", 2048)
+    engine = BrokenEngine()
+    with pytest.raises(
+        SearchError, match="of 24 questions lost a search, so there are no scores: the broken engine is"
+    ):
+        evaluate(rows_of(questions, copies=8), generator, engine, SETTINGS, tmp_path, p_noise=0.5, seed=9)
+    assert len((tmp_path / "trajectories.jsonl").read_text().splitlines()) == 24
+    assert not (tmp_path / "results.json").exists()
+    assert {request.p_noise for request in engine.requests} == {0.5}
+    keys = [request.key for request in engine.requests]
+    assert len(set(keys)) == len(keys) and {(key[0], key[1]) for key in keys} == {
+        (9, 0)
+    }  # (seed, step, row, sample, turn)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model"):
+        load_generator(str(tmp_path / "nothing"), "transformers", 512)
+
+
+def test_vllm_that_is_not_installed_is_named_with_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vLLM is not installed.*--generator transformers"):
+        load_generator("any", "vllm", 512)
+
+
+def asked(count: int) -> list[dict[str, Any]]:
+    """Return questions whose answer is their number, of two datasets."""
+    return [
+        {"id": f"q{n}", "dataset": "nq" if n % 2 else "popqa", "question": f"What is {n}?", "golden_answers": [f"{n}"]}
+        for n in range(count)
+    ]
+
+
+def number_in(context: str) -> str:
+    return context.rsplit("What is ", 1)[1].split("?")[0]
+
+
+def search_then_answer(context: str) -> str:
+    """Search for the number, then answer with it; every third answer is wrong."""
+    number = number_in(context.split("<information>Doc")[0])
+    if "<information>Doc" not in context:
+        return f"<search> {number} </search>"
+    return f"<answer> {'no' if int(number) % 3 == 0 else number} </answer>"
+
+
+GREEDY = RolloutSettings(temperature=0.0)
+RAG_LIKE = AGENTS["ra-agent"]
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def dying(write: Callable[[str], str], after: int) -> Callable[[str], str]:
+    """Return a writer that dies at its turn number `after`."""
+    turns = iter(range(after))
+
+    def one(context: str) -> str:
+        if next(turns, None) is None:
+            raise Killed
+        return write(context)
+
+    return one
+
+
+def the_same(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what must not depend on interruptions: all but the time and the bill of the last command."""
+    return {name: value for name, value in results.items() if name not in ("seconds", "this_command")}
+
+
+def run(output_dir: Path, write: Callable[[str], str] = search_then_answer, **options: Any) -> dict[str, Any]:
+    output_dir.mkdir(exist_ok=True)
+    options = {"agent": RAG_LIKE, "max_live": 4} | options
+    return evaluate(asked(12), Writer(write), options.pop("engine", Library()), GREEDY, output_dir, **options)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    assert (whole["em"]["mean"], whole["searches"], whole["n"], whole["stopped"]) == (8 / 12, 1.0, 12, None)
+    for after in (1, 4, 5, 3):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", dying(search_then_answer, after), resume=True)
+        assert not (tmp_path / "killed/results.json").exists()
+    engine = Library()
+    finished = len((tmp_path / "killed/trajectories.jsonl").read_text().splitlines())
+    assert 0 < finished < 12
+    resumed = run(tmp_path / "killed", engine=engine, resume=True)
+    assert len(engine.requests) == resumed["this_command"]["trajectories"] == 12 - finished  # nothing is asked twice
+    assert the_same(resumed) == the_same(whole)
+    assert trajectories(tmp_path / "killed") == trajectories(tmp_path / "whole")
+    assert (tmp_path / "killed/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
+
+
+def test_a_finished_evaluation_that_is_resumed_asks_nothing(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    engine = Library()
+    assert the_same(run(tmp_path, dying(search_then_answer, 0), engine=engine, resume=True)) == the_same(whole)
+    assert engine.requests == []
+
+
+def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    path = tmp_path / "trajectories.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    engine = Library()
+    assert the_same(run(tmp_path, engine=engine, resume=True)) == the_same(whole)
+    assert [request.query for request in engine.requests] == ["11"]
+    path.write_bytes(b"broken\n" + path.read_bytes())
+    with pytest.raises(UserError, match="holds a line that is no JSON"):
+        run(tmp_path, resume=True)
+
+
+def test_without_resume_an_evaluation_starts_afresh(tmp_path: Path) -> None:
+    run(tmp_path)
+    engine = Library()
+    run(tmp_path, engine=engine)
+    assert len(engine.requests) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there, and 1 here"),
+        ({"agent": AGENTS["search-r1"]}, "agent is 'ra-agent' there, and 'search-r1' here"),
+        ({"about": {"model": "m"}}, "model is None there, and 'm' here"),
+        ({"p_noise": 0.5}, "p_noise is 0.0 there, and 0.5 here"),
+    ],
+)
+def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    run(tmp_path)
+    before = (tmp_path / "trajectories.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"holds another evaluation, which cannot be resumed as this one: {message}"):
+        run(tmp_path, resume=True, **change)
+    assert (tmp_path / "trajectories.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json (cannot be read|is no manifest).*name another folder"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("line", "lacks"), [("[1]", "row, sample, dataset"), ('{"row": 0, "sample": 0}', "dataset")])
+def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, line: str, lacks: str) -> None:
+    run(tmp_path)
+    with (tmp_path / "trajectories.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=f"line 13 is no trajectory of an evaluation: it lacks {lacks}"):
+        run(tmp_path, resume=True)
+
+
+def test_other_questions_or_settings_are_another_evaluation(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(UserError, match="data_sha256 is"):
+        evaluate(asked(11), Writer(search_then_answer), Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True)
+    longer = RolloutSettings(temperature=0.0, max_turn_tokens=9)
+    with pytest.raises(UserError, match=r"settings.max_turn_tokens is 500 there, and 9 here"):
+        evaluate(asked(12), Writer(search_then_answer), Library(), longer, tmp_path, agent=RAG_LIKE, resume=True)
+
+
+def test_a_resume_may_have_other_time_limits(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    patient = RolloutSettings(temperature=0.0, search_timeout_s=9.0, turn_timeout_s=9.0)
+    resumed = evaluate(asked(12), Writer(str), Library(), patient, tmp_path, agent=RAG_LIKE, resume=True)
+    assert resumed["by_dataset"] == whole["by_dataset"]
+
+
+def test_a_lost_search_is_tried_again_by_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match="12 of 12 questions lost a search"):
+        run(tmp_path, engine=Library(broken=True))
+    assert the_same(run(tmp_path, resume=True)) == the_same(run(tmp_path))
+
+
+def test_prompts_that_leave_no_room_for_a_turn_are_no_result(tmp_path: Path) -> None:
+    cramped = RolloutSettings(temperature=0.0, max_trajectory_tokens=10)
+    with pytest.raises(UserError, match="no prompt leaves room for a turn: max_trajectory_tokens"):
+        evaluate(asked(3), Writer(search_then_answer), Library(), cramped, tmp_path, agent=RAG_LIKE)
+
+
+def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
+    results = run(tmp_path, about={"model": "m", "revision": "r"}, seed=5)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest | {"model": "m", "revision": "r", "agent": "ra-agent", "engine": "library"} == manifest
+    assert manifest["engine_identity"] == {"engine": "library"}
+    assert (manifest["num_questions"], manifest["seed"], manifest["num_samples"]) == (12, 5, 1)
+    assert len(manifest["data_sha256"]) == 64 and manifest["settings"]["temperature"] == 0.0
+    assert results | manifest == results
+
+
+def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Path) -> None:
+    results = run(tmp_path, engine=BM25Engine(corpus))
+    engine = results["this_command"]["engine"]
+    # No passage holds such a number, so every question is searched for in both turns that may search.
+    assert engine == {"queries": 24, "sent": 24, "replayed": 0, "retries": 0, "failures": 0}
+    assert results["this_command"]["usd_at_google"] == pytest.approx(24 * 275 / 30_000)
+    assert results["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
+
+
+def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
+    results = run(
+        tmp_path, lambda context: f"<answer> {number_in(context)} </answer>", engine=None, agent=AGENTS["direct"]
+    )
+    assert (results["engine"], results["em"]["mean"], results["searches"]) == ("none", 1.0, 0.0)
+
+
+def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0  # a clock that only turns advance
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def slow(context: str) -> str:
+        nonlocal now
+        now += 1.0
+        return search_then_answer(context)
+
+    results = run(tmp_path, slow, limits=Limits(seconds=10.0), max_live=2)
+    assert 0 < results["n"] < 12
+    assert results["stopped"] == f"stopped at the limit of 10 s: {results['n']} of 12 trajectories are finished"
+    whole = run(tmp_path, resume=True)
+    assert (whole["n"], whole["stopped"]) == (12, None)
+    with pytest.raises(LimitReached, match="0 of 12 trajectories are finished"):
+        run(tmp_path, slow, limits=Limits(seconds=0.5))
+
+
+def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: ChatServer, tmp_path: Path) -> None:
+    chat_server.write = lambda messages: search_then_answer("".join(message["content"] for message in messages))
+    made = []
+
+    def pay(limit: float | None) -> dict[str, Any]:
+        made.append(EndpointGenerator(chat_server.url, "m", prices=Prices(0.0, 1e6), max_concurrency=1))
+        limits = Limits(usd=limit)
+        return evaluate(
+            asked(12), made[-1], Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True, limits=limits, max_live=2
+        )
+
+    stopped = pay(20.0)  # a dollar a word written: 2 for a search, 2 for an answer
+    assert 0 < stopped["n"] < 12 and "stopped at the limit of 20 USD" in stopped["stopped"]
+    assert 20 <= stopped["this_command"]["usd"] <= 22  # what was under way is finished
+    finished, replies = stopped["n"], len(chat_server.requests)
+    whole = pay(None)
+    assert len(chat_server.requests) - replies == 2 * (12 - finished)
+    assert (whole["usage"]["replies"], whole["usage"]["tokens_written"]) == (24, 48)  # over both commands
+    for one in made:
+        run_in_background(one.aclose(), 30)
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"max_queries": 5}, "stopped: the limit of 5 queries to Google is reached"),
+        ({"max_usd": 0.005, "usd_per_query": 0.001}, "stopped: the limit of 0.005 USD for Google is reached: 0.0050"),
+    ],
+)
+def test_a_budget_that_is_spent_stops_and_is_no_failure(
+    paid_search: PaidSearch, tmp_path: Path, budget: dict[str, Any], reason: str
+) -> None:
+    stopped = run(tmp_path, engine=paid_search.engine(**budget))
+    # Whatever comes back first: five searches are paid for, the sixth stops it, and two had to end before that one.
+    assert len(paid_search.queries) == 5 and 2 <= stopped["n"] <= 5
+    assert stopped["stopped"].startswith(reason)
+    assert stopped["stopped"].endswith(f": {stopped['n']} of 12 trajectories are finished")
+    assert stopped["outcomes"]["answered"] == stopped["n"] == len(trajectories(tmp_path))
+    counts = {"queries": 5, "sent": 5, "replayed": 0, "retries": 0, "failures": 0}
+    assert stopped["this_command"]["engine"] == counts
+    resumed = run(tmp_path, engine=paid_search.engine(), resume=True)
+    assert resumed["this_command"]["trajectories"] == 12 - stopped["n"]
+    (tmp_path / "whole").mkdir()
+    assert the_same(resumed) == the_same(run(tmp_path / "whole", engine=paid_search.engine()))
+    assert trajectories(tmp_path) == trajectories(tmp_path / "whole")
+
+
+def test_a_budget_for_nothing_leaves_nothing(paid_search: PaidSearch, tmp_path: Path) -> None:
+    with pytest.raises(LimitReached, match="the limit of 0 queries to Google is reached: 0 of 12 trajectories"):
+        run(tmp_path, engine=paid_search.engine(max_queries=0))
+    assert paid_search.queries == [] and trajectories(tmp_path) == []
+
+
+def test_a_failure_before_the_budget_is_spent_stays_a_failure(paid_search: PaidSearch, tmp_path: Path) -> None:
+    paid_search.refuses = lambda query: 400 if query == "0" else 200
+    with pytest.raises(SearchError, match="1 of 12 questions lost a search, so there are no scores: Google through"):
+        run(tmp_path, engine=paid_search.engine(max_queries=5))
+    outcomes = [record["outcome"] for record in trajectories(tmp_path)]
+    assert outcomes.count("failed_search") == 1 and outcomes.count("answered") == len(outcomes) - 1
+
+
+def test_a_refusal_ends_an_evaluation_that_cannot_go_on(paid_search: PaidSearch, tmp_path: Path) -> None:
+    paid_search.refuses = lambda query: 401
+    with pytest.raises(SearchError, match=r"of 12 questions lost a search.*check the key in SERPAPI_API_KEY"):
+        run(tmp_path, engine=paid_search.engine())
+    assert len(paid_search.queries) <= 4  # those under way, and not all twelve
+    paid_search.refuses = lambda query: 200
+    assert run(tmp_path, engine=paid_search.engine(), resume=True)["n"] == 12
+
+
+def test_a_limit_stays_reached_though_a_search_is_paid_back() -> None:
+    ledger = SimpleNamespace(usd_here=0.0, queries=0, sent=0, replayed=0, retries=0, failures=0)
+    account = limits.Account(None, SimpleNamespace(name="google", max_concurrency=1, ledger=ledger), Limits(usd=1.0))
+    assert account.may_go_on()
+    ledger.usd_here = 1.0
+    assert not account.may_go_on()
+    ledger.usd_here = 0.9
+    assert not account.may_go_on() and account.stopped() == "stopped at the limit of 1 USD"
+
+
+@pytest.mark.parametrize("limits", [{"usd": 0.0}, {"seconds": -1.0}, {"usd": float("nan")}])
+def test_a_limit_is_above_0(limits: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="must be above 0"):
+        Limits(**limits)
+
+
+def test_what_is_left_of_limits() -> None:
+    assert Limits(10.0, None).less(4.0, 100.0) == Limits(6.0, None)
+    with pytest.raises(LimitReached, match="the limit of 10 USD is used up"):
+        Limits(10.0, None).less(10.0, 1.0)
+
+
+def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:
+    writer = Writer(lambda context: f"<answer> {number_in(context)} </answer>")
+    sampling = RolloutSettings(temperature=1.0)
+    results = evaluate(asked(3), writer, None, sampling, tmp_path, agent=AGENTS["direct"], num_samples=4)
+    assert len(set(writer.seeds)) == 12
+    assert (results["n"], results["pass_at_k"]["4"]["mean"]) == (3, 1.0)
+    records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["sample"]) for record in records] == [(n, k) for n in range(3) for k in range(4)]
+
+
+def test_samples_that_would_all_be_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_samples above 1 needs a temperature above 0"):
+        run(tmp_path, num_samples=2)
+    with pytest.raises(UserError, match="num_samples is 0"):
+        run(tmp_path, num_samples=0)
+
+
+def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
+    for name, weights in (("a", b"1" * 3_000_000), ("b", b"1" * 2_999_999 + b"2"), ("c", b"1" * 3_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    (tmp_path / "c/training_args.bin").write_bytes(b"x")
+    a, b, c = (model_identity(str(tmp_path / name))["weights_fingerprint"] for name in "abc")
+    assert a == c != b
+
+
+EVALUATE = """\
+import datasets, os, signal, sys, torch
+from pathlib import Path
+from transformers import AutoTokenizer, LlamaForCausalLM
+from zerosearch.data import load_questions
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.evaluation.evaluate import TrajectoryFile, evaluate
+from zerosearch.generation.loading import load_generator
+from zerosearch.rollout.loop import RolloutSettings
+
+def run(model, questions, corpus, output_dir, lines, steps):
+    left = {"lines": int(lines), "steps": int(steps)}  # until it is killed
+    rows = load_questions(questions).to_list() * 20
+    settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
+    generator = load_generator(model, "transformers", 2048)
+    append, step = TrajectoryFile.append, generator.step
+
+    def counted_append(self, record):
+        append(self, record)
+        left["lines"] -= 1
+
+    def counted_step():
+        if left["lines"] <= 0:
+            left["steps"] -= 1
+            if left["steps"] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step()
+
+    TrajectoryFile.append, generator.step = counted_append, counted_step
+    evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
+
+for line in sys.stdin:  # a process for each, which need not import everything again
+    child = os.fork()
+    if child == 0:
+        run(*sys.argv[1:], *line.split())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_points_change_nothing(
+    corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    """Each kill is a SIGKILL to the process, some decoding steps after one of its trajectories has ended."""
+    rng, never = random.Random(0), 1000
+    kills = [(rng.randint(0, 4), rng.randint(0, 20)) for _ in range(10)]
+
+    def endings(name: str, *runs: tuple[int, int]) -> list[int]:
+        """Return how each run ended: by itself, or killed after so many lines and then steps."""
+        (tmp_path / name).mkdir(exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", EVALUATE, *map(str, (tiny_policy_dir, questions, corpus, tmp_path / name))],
+            input="".join(f"{lines} {steps}\n" for lines, steps in runs),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=600,
+            check=True,
+        )
+        return [int(line) for line in done.stdout.split()]
+
+    assert endings("whole", (never, never)) == [0]
+    assert endings("killed", *kills) == [-signal.SIGKILL] * 10
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert 10 <= len(trajectories(killed)) < 60 and not (killed / "results.json").exists()
+    assert endings("killed", (never, never)) == [0]
+    assert the_same(json.loads((killed / "results.json").read_text())) == the_same(
+        json.loads((whole / "results.json").read_text())
+    )
+    assert trajectories(killed) == trajectories(whole)

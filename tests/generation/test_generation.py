@@ -1,0 +1,365 @@
+"""Turns end where they should, ids and log-probabilities are the model's own, on transformers and on real vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.errors import UserError
+from zerosearch.generation import (
+    Generator,
+    RemoteGenerator,
+    SampledTurn,
+    Sampling,
+    TurnRequest,
+)
+from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
+from zerosearch.generation.vllm_colocated import VLLMGenerator
+from zerosearch.rollout.in_flight import run_in_background
+from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.rollout.trajectory import Trajectory, Turn
+
+PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
+
+
+class RainEngine:
+    """Always the same weather, in a length that depends on the query."""
+
+    name, max_concurrency = "rain", 16
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        return SearchResult(tuple(f"It rains {request.query[:place]}." for place in range(1, 6)))
+
+    async def aclose(self) -> None:
+        pass
+
+
+def load(directory: Path, num_slots: int = 256) -> TransformersGenerator:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return TransformersGenerator(lambda: nullcontext(model), tokenizer, [tokenizer.eos_token_id], 2048, num_slots)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_policy_dir: Path) -> TransformersGenerator:
+    return load(tiny_policy_dir)
+
+
+def sample(generator: Generator, requests: list[TurnRequest], temperature: float = 1.0) -> dict[int, SampledTurn]:
+    """Sample turns, all submitted at once, and return them by trajectory."""
+    turns: dict[int, SampledTurn] = {}
+    with generator.session(Sampling(temperature)):
+        for request in requests:
+            generator.submit(request)
+        while len(turns) < len(requests):
+            turns |= {turn.trajectory: turn for turn in generator.step()}
+    return turns
+
+
+def sample_remotely(
+    generator: RemoteGenerator, requests: list[TurnRequest], sampling: Sampling | None = None
+) -> dict[int, SampledTurn]:
+    """Sample turns elsewhere, all at once, and return them by trajectory."""
+
+    async def all_at_once() -> list[SampledTurn]:
+        return await asyncio.gather(*(generator.sample(request) for request in requests))
+
+    with generator.session(sampling or Sampling()):
+        return {turn.trajectory: turn for turn in run_in_background(all_at_once(), 60)}
+
+
+def roll_out(
+    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_turns: int = 3
+) -> list[Trajectory]:
+    rows = [
+        {"prompt": PROMPTS[n % 3], "question": PROMPTS[n % 3], "golden_answers": ["rain"], "id": str(n)}
+        for n in range(count)
+    ]
+    settings = RolloutSettings(max_turns, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
+    return run_rollouts(rows, generator, RainEngine(), settings)
+
+
+def recomputed_logprobs(directory: Path, trajectory: Trajectory) -> torch.Tensor:
+    """Return what a plain forward pass over the whole trajectory gives each completion id, (T,)."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    return logprobs[len(trajectory.prompt_ids) - 1 :]
+
+
+def largest_difference(directory: Path, trajectories: list[Trajectory]) -> float:
+    """Return by how much a policy token's log-probability differs from the recomputed one at most."""
+    differences = []
+    for trajectory in trajectories:
+        own = torch.tensor(trajectory.env_mask, dtype=torch.bool)
+        difference = torch.tensor(trajectory.logprobs) - recomputed_logprobs(directory, trajectory)
+        differences.append(difference[own].abs().max().item())
+    return max(differences)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends"),
+    [
+        (["<answer>", " x ", "</answer>"], True),
+        (["<answer>", " x ", "</ans", "wer", ">\n\n"], True),
+        (["<answer>", " x ", "</answer>. And"], True),
+        (["<", "/", "s", "e", "a", "r", "c", "h", ">"], True),
+        (["</search", " >"], False),
+        (["<search>", " a > b"], False),
+        (["</search>", " and more"], False),  # the turn has ended before
+    ],
+)
+def test_a_turn_ends_when_a_stop_string_is_complete(pieces: list[str], ends: bool) -> None:
+    class Pieces:
+        def decode(self, ids: list[int], **kwargs: bool) -> str:
+            return "".join(pieces[place] for place in ids)
+
+    turn_end = TurnEnd(Pieces())  # type: ignore[arg-type]
+    assert [turn_end.reached(range(place + 1)) for place in range(len(pieces))][-1] is ends
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().repeat(6, 1)
+    uniform = torch.tensor([0.0, 0.499, 0.501, 0.799, 0.801, 1.0], dtype=torch.float64)  # 1.0: as if by rounding
+    ids, logprobs = draw(logits, uniform, Sampling())
+    assert ids.tolist() == [0, 0, 2, 2, 3, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.3, 0.3, 0.2, 0.2]))
+
+
+def test_draw_at_temperature_0_takes_the_likeliest_and_tells_its_own_probability() -> None:
+    ids, logprobs = draw(torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([0.99]), Sampling(temperature=0.0))
+    assert ids.tolist() == [1]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.7]))
+
+
+def test_temperature_and_top_p_shape_the_distribution_and_its_log_probabilities() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    _, logprobs = draw(logits, torch.tensor([0.0]), Sampling(temperature=0.5))
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.25 / 0.38]))  # .25 / (.25 + .09 + .04)
+    ids, logprobs = draw(logits, torch.tensor([0.99]), Sampling(top_p=0.6))
+    assert ids.tolist() == [1], "0.5 alone does not reach 0.6, 0.5 + 0.3 does: the third is out"
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.3 / 0.8]))
+
+
+def test_sampling_that_cannot_work_is_refused() -> None:
+    with pytest.raises(UserError, match=r"temperature is -1: it must be 0 \(greedy\) or more"):
+        Sampling(temperature=-1)
+    with pytest.raises(UserError, match=r"top_p is 0: it must lie in \(0, 1\]"):
+        Sampling(top_p=0)
+
+
+def test_greedy_turns_are_those_of_generate(generator: TransformersGenerator, tiny_policy_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.float32)
+    contexts = [generator.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    turns = sample(generator, [TurnRequest(n, ids, 60, 0) for n, ids in enumerate(contexts)], temperature=0.0)
+    for n, ids in enumerate(contexts):
+        whole = model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=60,
+            do_sample=False,
+            stop_strings=["</search>", "</answer>"],
+            tokenizer=generator.tokenizer,
+        )
+        assert turns[n].token_ids == whole[0, len(ids) :].tolist()
+
+
+def test_log_probabilities_are_those_of_a_forward_pass_after_several_turns(
+    generator: TransformersGenerator, tiny_policy_dir: Path
+) -> None:
+    trajectories = roll_out(generator)
+    assert max(len(trajectory.turns) for trajectory in trajectories) == 4
+    assert sum(trajectory.searches for trajectory in trajectories) > 10
+    assert largest_difference(tiny_policy_dir, trajectories) < 1e-4
+
+
+def test_what_else_is_in_the_batch_changes_nothing(generator: TransformersGenerator) -> None:
+    context = generator.tokenizer(PROMPTS[0])["input_ids"]
+    requests = [TurnRequest(n, context * (n % 3 + 1), 40, seed=n) for n in range(12)]
+    together = sample(generator, requests)
+    alone = {n: sample(generator, [request])[n] for n, request in enumerate(requests)}
+    assert {n: turn.token_ids for n, turn in together.items()} == {n: turn.token_ids for n, turn in alone.items()}
+    assert len({tuple(turn.token_ids) for turn in together.values()}) > 6, "other seeds, other turns"
+
+
+def test_trajectories_wait_for_a_free_slot(tiny_policy_dir: Path, generator: TransformersGenerator) -> None:
+    few, many = roll_out(load(tiny_policy_dir, num_slots=3)), roll_out(generator)
+    assert [trajectory.completion_ids for trajectory in few] == [trajectory.completion_ids for trajectory in many]
+
+
+def test_turns_end_by_stop_string_end_of_sequence_or_length(generator: TransformersGenerator) -> None:
+    context = generator.tokenizer(PROMPTS[0])["input_ids"]
+    turns = sample(generator, [TurnRequest(n, context, 25, seed=n) for n in range(200)])
+    by_finish: dict[str, list[SampledTurn]] = {}
+    for turn in turns.values():
+        by_finish.setdefault(turn.finish, []).append(turn)
+        assert len(turn.logprobs) == len(turn.token_ids) <= 25
+    assert set(by_finish) == {"stop", "eos", "length"}
+    eos = generator.tokenizer.eos_token_id
+    assert all(turn.token_ids[-1] == eos for turn in by_finish["eos"])
+    assert all(len(turn.token_ids) == 25 for turn in by_finish["length"])
+    texts = [generator.tokenizer.decode(turn.token_ids) for turn in by_finish["stop"]]
+    assert all("</search>" in text[-12:] or "</answer>" in text[-12:] for text in texts)
+    assert any(text.endswith("</search>\n") for text in texts), "a closing tag that ends inside a token"
+
+
+def test_the_model_comes_back_in_the_mode_it_was_in(tiny_policy_dir: Path) -> None:
+    generator = load(tiny_policy_dir)
+    with generator.load() as model:
+        model.train()
+        roll_out(generator, count=1)
+        assert model.training
+
+
+def test_a_model_that_does_not_attend_to_everything_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    )
+    model = Qwen2ForCausalLM(config)
+    generator = TransformersGenerator(lambda: nullcontext(model), tiny_tokenizer, [0], 64)
+    with pytest.raises(UserError, match="full attention in every layer"), generator.session(Sampling()):
+        pass
+
+
+class SleepyEngine:
+    """TRL's owner of a colocated vLLM, its LLM and its engine in one, that writes down what it is told."""
+
+    def __init__(self, weights_sleeping: bool) -> None:
+        self.enable_sleep_mode = True
+        self._llm_weights_sleeping = weights_sleeping
+        self.llm = self.llm_engine = self
+        self.model_config = SimpleNamespace(max_model_len=100)
+        self.told: list[str] = []
+
+    def sync_weights(self) -> None:
+        self.told.append("sync weights")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake up {tags}")
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    def abort_request(self, numbers: list[str]) -> None:
+        assert numbers == []
+
+
+@pytest.mark.parametrize("weights_sleeping", [False, True])
+def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
+    weights_sleeping: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine = SleepyEngine(weights_sleeping)
+    with VLLMGenerator.of_trainer(engine, tiny_tokenizer).session(Sampling()):  # type: ignore[arg-type]
+        engine.told.append("rollout")
+    # TRL syncs before a rollout if a step was made; else the weights that went to sleep with the last one are gone.
+    synced = ["sync weights"] if weights_sleeping else []
+    assert engine.told == [*synced, "wake up ['kv_cache']", "rollout", "sleep 2"]
+    assert engine._llm_weights_sleeping
+
+
+VLLM_SCRIPT = """
+import json, os, sys
+from dataclasses import asdict
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+sys.path[:0] = ["tests", "tests/generation"]
+from test_generation import load, roll_out
+from pathlib import Path
+import torch
+from vllm import LLM
+from zerosearch.generation.vllm_workarounds import engine_options, weights_in_place
+from zerosearch.generation.vllm_colocated import VLLMGenerator
+
+directory = Path(sys.argv[1])
+with weights_in_place():
+    llm = LLM(str(directory), **engine_options("float32", 1024))
+generator = VLLMGenerator(llm, load(directory).tokenizer)
+
+def records(trajectories):
+    return [asdict(trajectory) for trajectory in trajectories]
+
+result = {"greedy": records(roll_out(generator, temperature=0.0)), "sampled": records(roll_out(generator))}
+result["again"] = records(roll_out(generator))
+# A weight sync as TRL does it, of every weight negated: what the engine then says must be the new model's.
+model = load(directory).load().__enter__()
+negated = {name: -weight for name, weight in model.state_dict().items()}
+vllm_model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+for item in negated.items():
+    vllm_model.load_weights([item])
+llm.reset_prefix_cache()
+result["synced"] = records(roll_out(generator, count=4))
+model.load_state_dict(negated)
+model.save_pretrained(sys.argv[2])
+Path(sys.argv[3]).write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def vllm_rollouts(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Roll out with real vLLM, in a process of its own: it leaves its mark on torch and on the environment."""
+    pytest.importorskip("vllm")
+    directory = tmp_path_factory.mktemp("vllm")
+    result = directory / "result.json"
+    arguments = [str(tiny_policy_dir), str(directory / "negated"), str(result)]
+    done = subprocess.run(
+        [sys.executable, "-c", VLLM_SCRIPT, *arguments], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rollouts = json.loads(result.read_text())
+    return {"negated": directory / "negated"} | {
+        name: [Trajectory(**record | {"turns": [Turn(**turn) for turn in record["turns"]]}) for record in records]
+        for name, records in rollouts.items()
+    }
+
+
+@pytest.mark.slow
+def test_vllm_gives_the_same_greedy_trajectories_as_transformers(
+    vllm_rollouts: dict[str, Any], generator: TransformersGenerator
+) -> None:
+    expected = roll_out(generator, temperature=0.0)
+    for ours, theirs in zip(vllm_rollouts["greedy"], expected, strict=True):
+        assert (ours.prompt_ids, ours.completion_ids) == (theirs.prompt_ids, theirs.completion_ids)
+        assert (ours.env_mask, ours.outcome, ours.answer) == (theirs.env_mask, theirs.outcome, theirs.answer)
+
+
+@pytest.mark.slow
+def test_log_probabilities_of_vllm_are_those_of_a_forward_pass(
+    vllm_rollouts: dict[str, Any], tiny_policy_dir: Path
+) -> None:
+    trajectories = vllm_rollouts["sampled"]
+    assert sum(trajectory.searches for trajectory in trajectories) > 10
+    assert largest_difference(tiny_policy_dir, trajectories) < 1e-4
+    assert {turn.kind for trajectory in trajectories for turn in trajectory.turns} == {"search", "answer", "invalid"}
+
+
+@pytest.mark.slow
+def test_vllm_samples_by_the_key_of_each_turn(vllm_rollouts: dict[str, Any]) -> None:
+    first, second = vllm_rollouts["sampled"], vllm_rollouts["again"]
+    assert [one.completion_ids for one in first] == [one.completion_ids for one in second]
+    assert len({tuple(one.completion_ids) for one in first}) > len(first) // 2
+
+
+@pytest.mark.slow
+def test_a_weight_sync_reaches_every_weight_that_vllm_uses(
+    vllm_rollouts: dict[str, Any], tiny_policy_dir: Path
+) -> None:
+    assert largest_difference(vllm_rollouts["negated"], vllm_rollouts["synced"]) < 1e-4
+    assert largest_difference(tiny_policy_dir, vllm_rollouts["synced"]) > 0.1

@@ -1,0 +1,287 @@
+"""Turns of a vLLM server: what is asked, what is read, what fails, and that a real one samples what the others do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from http_servers import free_ports, serving
+from test_generation import largest_difference, load, roll_out, sample_remotely
+from transformers import PreTrainedTokenizerFast
+
+from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.vllm_server import VLLMServerGenerator, read_turn, serve_arguments, serve_command
+from zerosearch.http import CallFailed
+
+MODELS = {"object": "list", "data": [{"id": "policy", "max_model_len": 512}]}
+
+
+class CompletionServer:
+    """As much of vLLM's server as a generator talks to; `reply` says what a completion request gets.
+
+    No request gets its reply before `gathers` of them are under way.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Any], gathers: int = 1) -> None:
+        self.reply = reply
+        self.gathers, self.gathered = gathers, asyncio.Event()
+        self.logprobs_mode = "raw_logprobs"
+        self.bodies: list[dict[str, Any]] = []
+
+    async def completions(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        if len(self.bodies) == self.gathers:
+            self.gathered.set()
+        await asyncio.wait_for(self.gathered.wait(), 30)
+        reply = self.reply(body)
+        return reply if isinstance(reply, web.Response) else web.json_response(reply)
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response(MODELS)
+
+    async def info(self, request: web.Request) -> web.Response:
+        assert request.query["config_format"] == "json"
+        return web.json_response({"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}})
+
+    def serving(self) -> AbstractContextManager[str]:
+        app = web.Application()
+        app.add_routes([web.get("/v1/models", self.models), web.get("/server_info", self.info)])
+        app.add_routes([web.post("/v1/completions", self.completions)])
+        return serving(app)
+
+
+def completion(ids: list[int], reason: str = "stop", stop_reason: Any = "</answer>") -> dict[str, Any]:
+    logprobs = {"token_logprobs": [-0.25 * place for place in range(len(ids))]}
+    choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
+    return {"choices": [choice]}
+
+
+def make(url: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> VLLMServerGenerator:
+    return VLLMServerGenerator(url, tokenizer, 4096, **{"max_retries": 1, **options})
+
+
+def test_a_turn_is_asked_for_by_its_ids_and_read_as_sampled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    server = CompletionServer(lambda body: completion([5, 6, 7]))
+    with server.serving() as url:
+        generator = make(url + "/", tiny_tokenizer)
+        assert isinstance(generator, RemoteGenerator)
+        server.logprobs_mode = "processed_logprobs"
+        turns = sample_remotely(generator, [TurnRequest(3, (1, 2), 40, seed=2**53 - 1)], Sampling(0.7, 0.9))
+        assert generator.max_context_tokens == 512, "what the server takes"
+    assert turns == {3: SampledTurn(3, [5, 6, 7], [-0.0, -0.25, -0.5], "stop")}
+    assert server.bodies == [
+        {
+            "model": "policy",
+            "prompt": [1, 2],
+            "max_tokens": 40,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "seed": 2**53 - 1,
+            "stop": ["</search>", "</answer>"],
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_reason", "finish"),
+    [("stop", "</search>", "stop"), ("stop", None, "eos"), ("stop", 7, "eos"), ("length", None, "length")],
+)
+def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
+    assert read_turn(completion([1], reason, stop_reason), 0).finish == finish
+
+
+@pytest.mark.parametrize(
+    ("reply", "may_pass", "message"),
+    [
+        ({"choices": [{"text": "no ids"}]}, False, "its reply is no completion with token ids"),
+        ([], False, "its reply is no completion with token ids"),
+        (completion([1, 2], "abort", None), True, "gave the turn up: 2 tokens, finish_reason 'abort'"),
+        (completion([], "stop", None), True, "gave the turn up: 0 tokens"),
+    ],
+)
+def test_a_reply_without_a_turn_is_none(reply: Any, may_pass: bool, message: str) -> None:
+    with pytest.raises(CallFailed, match=message) as caught:
+        read_turn(reply, 0)
+    assert caught.value.may_pass is may_pass
+
+
+def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    server = CompletionServer(lambda body: completion([5]), gathers=40)
+    with server.serving() as url:
+        requests = [TurnRequest(number, (1,), 4, seed=number) for number in range(40)]
+        turns = sample_remotely(make(url, tiny_tokenizer), requests)
+    assert sorted(turns) == list(range(40))
+
+
+def test_a_turn_that_fails_on_its_way_is_asked_for_again(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    replies = [web.Response(status=503, text="overloaded"), completion([5])]
+    server = CompletionServer(lambda body: replies.pop(0))
+    with server.serving() as url:
+        turns = sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=11)])
+    assert turns[0].token_ids == [5]
+    assert [body["seed"] for body in server.bodies] == [11, 11]
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_fails_for_good_is_named_with_its_remedy(
+    status: int, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    server = CompletionServer(lambda body: web.Response(status=status, text="no memory left"))
+    with (
+        server.serving() as url,
+        pytest.raises(
+            GenerationError, match=rf"the vLLM server at {url}.*HTTP status {status}: no memory left"
+        ) as caught,
+    ):
+        sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)])
+    assert len(server.bodies) == (2 if status == 500 else 1), "400 is final"
+    assert serve_command(url, gpu=False) in str(caught.value)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, 0.9)])
+def test_log_probabilities_of_another_distribution_are_refused(
+    sampling: Sampling, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    server = CompletionServer(lambda body: completion([5]))
+    with (
+        server.serving() as url,
+        pytest.raises(GenerationError, match=r"reports raw_logprobs, .*--logprobs-mode processed_logprobs"),
+    ):
+        sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)], sampling)
+    assert server.bodies == []
+
+
+def test_no_server_at_all_is_said_before_the_rollout(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    generator = make("http://127.0.0.1:9", tiny_tokenizer, max_retries=0)
+    with pytest.raises(GenerationError, match=r"the vLLM server at http://127.0.0.1:9.*failed.*start it again"):
+        roll_out(generator, count=1)
+
+
+def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    told: list[str] = []
+
+    def reply(body: dict[str, Any]) -> Any:
+        told.append("turn")
+        return completion([5])
+
+    with CompletionServer(reply).serving() as url:
+        generator = make(url, tiny_tokenizer, ready=lambda: told.append("weights are there"))
+        sample_remotely(generator, [TurnRequest(0, (1,), 4, seed=0)])
+    assert told == ["weights are there", "turn"]
+
+
+TRAINING_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["tests", "tests/generation"]
+from rain import RainEngine, rain_trainer
+
+policy, output, url = sys.argv[1:]
+class Engine(RainEngine):
+    async def search(self, request):
+        Path(output, f"step-{request.key[1]}").touch()
+        return await super().search(request)
+
+rain_trainer(
+    policy, output, Engine(), use_vllm=True, vllm_mode="server", vllm_server_base_url=url, max_steps=10_000,
+    per_device_train_batch_size=8, learning_rate=1e-3,
+).train()
+"""
+
+
+@contextmanager
+def policy_server(policy: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start a server as the error messages say to, and yield its address once it answers."""
+    url = f"http://127.0.0.1:{free_ports()}"
+    arguments = serve_arguments(str(policy), url.rpartition(":")[2], gpu=False)
+    environment = {
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with log.open("wb") as output:
+        command = [sys.executable, *arguments, "--max-model-len", "1024"]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        yield url, process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def real_server(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    pytest.importorskip("vllm")
+    with policy_server(tiny_policy_dir, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_a_real_server_samples_what_transformers_do(real_server: Any, tiny_policy_dir: Path) -> None:
+    here = load(tiny_policy_dir)
+    there = VLLMServerGenerator(real_server[0], here.tokenizer, 2048)
+    expected = roll_out(here, temperature=0.0)
+    for ours, theirs in zip(roll_out(there, temperature=0.0), expected, strict=True):
+        assert (ours.prompt_ids, ours.completion_ids) == (theirs.prompt_ids, theirs.completion_ids)
+        assert (ours.env_mask, ours.outcome, ours.answer) == (theirs.env_mask, theirs.outcome, theirs.answer)
+    first, second = roll_out(there), roll_out(there)
+    assert [one.completion_ids for one in first] == [one.completion_ids for one in second], "by the key of each turn"
+    assert {turn.kind for trajectory in first for turn in trajectory.turns} == {"search", "answer", "invalid"}
+    assert largest_difference(tiny_policy_dir, first) < 1e-4
+
+
+@pytest.mark.slow
+def test_training_in_server_mode_pushes_the_weights_and_stops_with_a_checkpoint_when_the_server_ends(
+    real_server: Any, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    url, server = real_server
+    output = tmp_path / "policy"
+    command = [sys.executable, "-c", TRAINING_SCRIPT, str(tiny_policy_dir), str(output), url]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not any(int(path.name.removeprefix("step-")) >= 4 for path in output.glob("step-*")):
+        assert training.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(server.pid, signal.SIGKILL)
+    printed, _ = training.communicate(timeout=240)
+    assert training.returncode == 1
+    assert re.search(rf"GenerationError: step \d+ could not be rolled out: the vLLM server at {url}", printed)
+    assert "start it again" in printed
+    (checkpoint,) = output.glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["global_step"] >= 3
+    logs = [entry for entry in state["log_history"] if "sampling/sampling_logp_difference/max" in entry]
+    # Each step sampled with its own weights: those of the step before are further away at this learning rate.
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in logs[:3]) < 1e-3
+    assert logs[2]["kl"] > 1e-5, "the weights did move"

@@ -1,0 +1,60 @@
+"""recipes/bench/train_step.py: the same step by both trainers, which teaches the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_both_trainers_take_the_same_step(tmp_path: Path) -> None:
+    output = tmp_path / "bench/train_step.json"
+    flags = ("--shape", "tiny", "--rounds", "1", "--output", str(output))
+    command = [sys.executable, "recipes/bench/train_step.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert result["max_relative_gradient_difference"] < 1e-4
+    # Stock pads every trajectory to the longest; ours only within a micro-batch, which holds one here.
+    batch = result["batch"]
+    padded = batch["trajectories"] * batch["longest"]
+    assert result["forward_token_ratio"] == pytest.approx(batch["tokens"] / padded, rel=0.01)
+    assert 0 < batch["policy_tokens"] < batch["tokens"] < padded
+    for name in ("time_ratio", "time_ratio_to_compact_stock", "memory_ratio"):
+        assert result["spread"][name]["min"] == result["spread"][name]["median"] > 0, "of one round"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "rounds is 0: it must be at least 1"),
+        (["--warmup_steps", "-1"], "warmup_steps is -1: it must be at least 0"),
+        (["--micro_batch", "3"], "micro_batch is 3: it must divide a step's 5 trajectories"),
+        (["--shape", "huge"], "invalid choice: 'huge'"),
+        (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
+    ],
+)
+def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+    assert message in refusal("bench/train_step", flags)
+
+
+def test_a_step_has_a_group_for_each_question(load_recipe: Callable[[str], ModuleType]) -> None:
+    bench = load_recipe("bench/train_step")
+    made = bench.trajectories(3)
+    assert len(made) == 3 * bench.GROUP
+    for trajectory in made:
+        assert len(trajectory.completion_ids) == len(trajectory.env_mask) == len(trajectory.logprobs)
+        assert {0, 1} == set(trajectory.env_mask) and trajectory.answer
+    assert made[0].prompt_ids == made[bench.GROUP - 1].prompt_ids != made[bench.GROUP].prompt_ids

@@ -1,0 +1,69 @@
+"""Every configuration in recipes/ is read by what reads it, and those of the paper's runs hold the paper's values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import ModelConfig, TrlParser
+
+from zerosearch.engines.options import EngineOptions
+from zerosearch.training.trainer import SearchConfig
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# Appendix F: noise from p_s to p_e.
+PAPER_RUNS = {
+    "qwen2.5-3b": ("Qwen/Qwen2.5-3B", 0.0, 0.25),
+    "qwen2.5-3b-instruct": ("Qwen/Qwen2.5-3B-Instruct", 0.0, 0.25),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", 0.0, 0.75),
+    "qwen2.5-7b-instruct": ("Qwen/Qwen2.5-7B-Instruct", 0.0, 0.75),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", 0.25, 0.5),
+    "llama-3.2-3b-instruct": ("meta-llama/Llama-3.2-3B-Instruct", 0.25, 0.5),
+}
+# Devices, ZeRO stage (0: no DeepSpeed) and machines.
+LAUNCHES = {
+    "cpu": (1, 0, 1),
+    "single_gpu": (1, 0, 1),
+    "ddp": (4, 0, 1),
+    "zero2": (4, 2, 1),
+    "zero3": (4, 3, 1),
+    "zero3_cpu": (2, 3, 1),
+    "zero3_two_nodes": (16, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_a_run_of_the_paper(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("grpo")
+    parser = TrlParser((recipe.RecipeArguments, EngineOptions, SearchConfig, ModelConfig))
+    arguments, options, config, model = parser.parse_args_and_config(
+        ["--config", str(RECIPES / f"configs/{name}.yaml")]
+    )
+    assert (model.model_name_or_path, config.noise_start, config.noise_end) == PAPER_RUNS[name]
+    assert (arguments.prompt, options.engine, options.num_documents) == ("paper", "simulated", 5)
+    assert (config.algorithm, config.learning_rate, config.beta, config.max_steps) == ("reinforce", 1e-6, 0.001, 200)
+    trajectories = config.per_device_train_batch_size * config.gradient_accumulation_steps * 4
+    assert (config.num_generations, trajectories) == (5, 64 * 5)
+    assert config.output_dir == f"outputs/{name}"
+
+
+def test_every_training_config_is_a_run_of_the_paper_or_small() -> None:
+    training = {path.stem for path in RECIPES.glob("configs/*.yaml") if "num_generations:" in path.read_text()}
+    assert training == {*PAPER_RUNS, "tinyworld", "hotpotqa-smoke"}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_configuration(name: str) -> None:
+    config = load_config_from_file(str(RECIPES / f"accelerate/{name}.yaml"))  # raises for an unknown key
+    stage = (config.deepspeed_config or {}).get("zero_stage", 0)
+    assert (config.num_processes, stage, config.num_machines) == LAUNCHES[name]
+
+
+def test_every_launch_configuration_is_tested() -> None:
+    assert {path.stem for path in RECIPES.glob("accelerate/*.yaml")} == set(LAUNCHES)

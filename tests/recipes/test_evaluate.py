@@ -1,0 +1,431 @@
+"""recipes/evaluate.py as a user runs it: what it prints and leaves, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zerosearch.data import BENCHMARKS, load_questions, read_passages
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.generation.loading import load_generator
+from zerosearch.metrics import exact_match, f1
+from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS
+from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.simulator.traces import sole_writer
+from zerosearch.tinyworld.world import World, question_rows
+
+if TYPE_CHECKING:
+    from chat_server import ChatServer, Messages
+    from paid_search import PaidSearch
+
+pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
+
+LoadRecipe = Callable[[str], ModuleType]
+
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
+
+
+@pytest.fixture
+def arguments(corpus: Path, questions: Path, random_model: Path, tmp_path: Path) -> dict[str, str]:
+    """Return flags that work, with transformers and short turns."""
+    return {
+        "model": str(random_model),
+        "dataset": str(questions),
+        "corpus": str(corpus),
+        "output_dir": str(tmp_path / "out"),
+        "generator": "transformers",
+        "max_turn_tokens": "24",
+        "max_observation_tokens": "200",
+    }
+
+
+def argv(flags: dict[str, str]) -> list[str]:
+    return [part for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def test_it_prints_a_table_and_leaves_results(
+    load_recipe: LoadRecipe, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_recipe("evaluate").main(argv(arguments))
+    printed = capsys.readouterr().out.splitlines()
+    results = json.loads((Path(arguments["output_dir"]) / "results.json").read_text())
+    assert [line.split("  ")[0] for line in printed if line] == [
+        "dataset",
+        "nq",
+        "musique",
+        "mean of datasets",
+        f"{arguments['output_dir']}/results.json, trajectories.jsonl, table.md, scores.svg",
+        *(["engine", "bm25"] if results["searches"] else []),
+    ]
+    described = {"model": arguments["model"], "dataset": arguments["dataset"], "generator": "transformers"}
+    assert results | described | {"engine": "bm25", "n": 3, "seed": 0} == results
+    assert results["settings"]["temperature"] == 0.0  # greedy by default
+    assert list(results["by_dataset"]) == ["nq", "musique"]
+
+
+def test_values_come_from_a_config_file_and_flags_win(
+    load_recipe: LoadRecipe, arguments: dict[str, str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("max_turns: 1\nmax_turn_tokens: 5\ndataset_limit: 1\n")
+    load_recipe("evaluate").main(["--config", str(config), *argv(arguments)])
+    results = json.loads((Path(arguments["output_dir"]) / "results.json").read_text())
+    assert (results["n"], results["settings"]["max_turns"], results["settings"]["max_turn_tokens"]) == (1, 1, 24)
+
+
+def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arguments: dict[str, str]) -> None:
+    output_dir = Path(arguments["output_dir"])
+    output_dir.mkdir()
+    (output_dir / "results.json").write_text("old")
+    load_recipe("evaluate").main([*argv(arguments), "--overwrite_output_dir"])
+    assert json.loads((output_dir / "results.json").read_text())["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_dir": "FULL"}, "the output folder FULL is not empty; name another, or pass --overwrite_output_dir"),
+        ({"model": "FULL"}, "there is no model 'FULL'"),
+        ({"dataset": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
+        ({"dataset": "FULL/rows.jsonl"}, "FULL/rows.jsonl line 1 lacks 'golden_answers'; it has question"),
+        ({"corpus": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
+        ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
+        ({"corpus": ""}, "--engine bm25 needs --corpus"),
+        ({"agent": "nobody"}, "there is no agent 'nobody', but: policy, direct, cot, rag"),
+        ({"agent": "search-o1", "prompt": "tinyworld"}, "there is no agent 'search-o1', but: policy, direct"),
+        ({"engine": "bing"}, "engine is 'bing': it must be one of"),
+        ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
+        ({"dataset": "nq", "benchmark_source": "FULL"}, "there is no file FULL/nq/test.jsonl"),
+        ({"num_questions": "0"}, "num_questions is 0"),
+        ({"num_samples": "3"}, "num_samples above 1 needs a temperature above 0"),
+        ({"max_usd": "0"}, "the limit of usd is 0.0: it must be above 0"),
+        ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: a probability lies in [0, 1]"),
+        ({"engine": "simulated", "simulator_url": "http://127.0.0.1:9/v1"}, "--model SIMULATOR --port 9"),
+        ({"max_turns": "-1"}, "max_turns is -1"),
+        ({"dataset_limit": "0"}, "limit is 0"),
+        ({"config": "FULL/config.yaml"}, "no_such_key"),
+        ({"config": "FULL/none.yaml"}, "No such file"),
+        ({"config": "FULL/broken.yaml"}, "while parsing a flow node expected the node content"),
+        ({"model": ""}, "the following arguments are required: --model"),
+        ({"num_samples": "two"}, "argument --num_samples/--num-samples: invalid int value: 'two'"),
+        ({"seed": "-1"}, "seed is -1: it must be at least 0"),
+        ({"no_such_flag": "1"}, "no_such_flag"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    load_recipe: LoadRecipe,
+    change: dict[str, str],
+    message: str,
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "rows.jsonl").write_text('{"question": "Why?"}\n')
+    (full / "config.yaml").write_text("no_such_key: 1\n")
+    (full / "broken.yaml").write_text("model: [1,\n")
+    changed = {name: value.replace("FULL", str(full)) for name, value in (arguments | change).items() if value}
+    with pytest.raises(SystemExit) as caught:
+        load_recipe("evaluate").main(argv(changed))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message.replace("FULL", str(full)) in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.fixture
+def endpoint(chat_server: ChatServer, corpus: Path, questions: Path, tmp_path: Path) -> list[str]:
+    """Return flags for a scripted model behind an endpoint, which looks every question up once."""
+
+    def write(messages: Messages) -> str:
+        asked = messages[0]["content"]
+        may_search = "<search>" in asked and "<information>" not in messages[-1]["content"][:20]
+        return "<search> Emma author </search>" if may_search else "<answer> Jane Austen </answer>"
+
+    chat_server.write = write
+    flags = {"dataset": str(questions), "corpus": str(corpus), "output_dir": str(tmp_path / "out")}
+    return argv(flags | {"generator": "endpoint", "endpoint_url": chat_server.url})
+
+
+def test_one_command_compares_models_and_agents(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = ["--model", "small", "org/large", "--agent", "policy", "direct", "rag"]
+    load_recipe("evaluate").main([*endpoint, *matrix])
+    names = ["small policy", "small direct", "small rag", "large policy", "large direct", "large rag"]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("evaluation  ") :].splitlines()
+    assert [line[:12].strip() for line in table[1:7]] == names
+    assert "bm25" in printed and "USD at Google" in printed
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())["evaluations"]
+    assert list(found) == names
+    assert {name: results["engine"] for name, results in found.items() if "small" in name} == {
+        "small policy": "bm25",
+        "small direct": "none",
+        "small rag": "bm25",
+    }
+    assert [found[name]["searches"] for name in names] == [1.0, 0.0, 1.0] * 2
+    assert {results["em"]["mean"] for results in found.values()} == {1 / 3}
+    assert found["large rag"]["model"] == "org/large"
+    for name in names:
+        folder = out / name.replace(" ", "-")
+        assert json.loads((folder / "results.json").read_text()) == found[name]
+        assert len((folder / "trajectories.jsonl").read_text().splitlines()) == 3
+    assert (out / "table.md").read_text().count("| large rag |") == 2
+    assert "large rag" in (out / "scores.svg").read_text()
+
+
+def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*endpoint, "--model", "m", "--agent", "direct", "policy", "--endpoint_usd_written", "1000000"]
+    evaluate = load_recipe("evaluate")
+    # An answer takes 3 dollars. At one request at a time two questions are under way, and the first reaches the limit.
+    evaluate.main([*flags, "--max_usd", "2", "--endpoint_concurrency", "1"])
+    printed = capsys.readouterr().out
+    assert "direct: stopped at the limit of 2 USD: 2 of 3 trajectories are finished; --resume true goes on" in printed
+    assert len(chat_server.requests) == 2
+    with pytest.raises(SystemExit):
+        evaluate.main(flags)
+    assert "holds an evaluation: --resume true goes on, --overwrite_output_dir" in capsys.readouterr().err
+    evaluate.main([*flags, "--resume", "true"])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert [results["n"] for results in found.values()] == [3, 3]
+    assert all(results["stopped"] is None for results in found.values())
+    assert len(chat_server.requests) == 3 * 2 + 3
+    evaluate.main([*flags, "--resume", "true"])
+    assert len(chat_server.requests) == 9  # all was there
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--resume", "true", "--seed", "1"])
+    assert "holds another evaluation, which cannot be resumed as this one: seed is 0" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_to_one_folder(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sole_writer(tmp_path / "out"), pytest.raises(SystemExit) as caught:
+        load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
+    assert caught.value.code == 2
+    assert "another run is writing to" in capsys.readouterr().err
+    load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
+
+
+def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    paid_search: PaidSearch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SERPAPI_API_KEY", "s3cret")
+
+    def write(messages: Messages) -> str:
+        if "<information>" in messages[-1]["content"][:20]:
+            return "<answer> Jane Austen </answer>"
+        return f"<search> {messages[0]['content'].rsplit('Question: ')[-1]} </search>"
+
+    chat_server.write = write
+    flags = [*endpoint, "--model", "m", "--engine", "google", "--google_url", paid_search.url]
+    flags += ["--endpoint_concurrency", "1"]  # so two questions are under way, and one has ended when a third begins
+    load_recipe("evaluate").main([*flags, "--google_max_queries", "2"])
+    finished = json.loads((tmp_path / "out/results.json").read_text())["n"]
+    assert finished in (1, 2)
+    stopped = f"the limit of 2 queries to Google is reached: {finished} of 3 trajectories are finished"
+    assert f"policy: stopped: {stopped}; --resume true goes on" in capsys.readouterr().out
+    load_recipe("evaluate").main([*flags, "--resume", "true"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["n"], results["stopped"], results["outcomes"]["answered"]) == (3, None, 3)
+    assert len(paid_search.queries) == len(set(paid_search.queries)) == 3
+    (bill,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("google "))
+    assert bill[1] == str(3 - finished) and bill[3] == "0.01"  # one was sent, the other came from the cassette
+    assert all(b"s3cret" not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_models_are_told_apart_by_as_little_of_their_paths_as_need_be(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
+) -> None:
+    evaluate = load_recipe("evaluate")
+    assert evaluate.model_labels(["/a/one", "two"]) == ["one", "two"]
+    assert evaluate.model_labels(["/a/run/policy", "data/policy"]) == ["run/policy", "data/policy"]
+    assert evaluate.model_labels(["x/a/p", "y/a/p", "p"]) == ["x/a/p", "y/a/p", "p"]
+    evaluate.main([*endpoint, "--model", "/a/policy", "/b/policy", "--agent", "direct"])
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["a-policy-direct", "b-policy-direct"]  # all of them in the output folder
+
+
+def test_the_benchmarks_are_asked_as_many_of_each_as_wanted(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
+) -> None:
+    for name, benchmark in BENCHMARKS.items():
+        path = tmp_path / "flashrag" / benchmark.path(name)
+        path.parent.mkdir(parents=True)
+        rows = [{"id": f"{n}", "question": f"what is {n}", "golden_answers": ["Jane Austen"]} for n in range(6)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: m\nagent: direct\nnum_questions: 2\nbenchmark_source: {tmp_path / 'flashrag'}\n")
+    load_recipe("evaluate").main(["--config", str(config), *endpoint, "--dataset", "benchmarks"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {name: scores["n"] for name, scores in results["by_dataset"].items()} == dict.fromkeys(BENCHMARKS, 2)
+    assert (results["questions_per_dataset"], results["macro_average"]["em"]["mean"]) == (2, 1.0)
+    head = "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | Avg |"
+    assert head in (tmp_path / "out/table.md").read_text()
+
+
+def test_the_key_is_named_by_its_variable_and_never_written(
+    load_recipe: LoadRecipe,
+    endpoint: list[str],
+    chat_server: ChatServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret-key")
+    load_recipe("evaluate").main([*endpoint, "--model", "m", "--agent", "direct", "--endpoint_key_env", "SOME_KEY"])
+    assert set(chat_server.keys) == {"Bearer secret-key"}
+    written = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert not any("secret-key" in text for text in [*written, *capsys.readouterr()])
+
+
+@pytest.fixture(scope="module")
+def real_model(load_recipe: LoadRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("real-model")
+    load_recipe("random_model").main(["--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(directory)])
+    return directory
+
+
+@real_data
+@pytest.mark.slow
+def test_trajectories_and_masks_on_real_questions_and_passages(real_model: Path) -> None:
+    rows = load_questions(str(SHARED / "qa_multihop.jsonl"), limit=80).to_list()
+    generator = load_generator(str(real_model), "transformers", 4096)
+    engine = BM25Engine(SHARED / "wiki_passages.jsonl")
+    settings = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=1000)
+    trajectories = run_rollouts(rows, generator, engine, settings)
+    decode = generator.tokenizer.decode
+    for row, trajectory in zip(rows, trajectories, strict=True):
+        ids, mask = trajectory.completion_ids, trajectory.env_mask
+        assert len(ids) == len(mask) == len(trajectory.logprobs)
+        assert decode(trajectory.prompt_ids).endswith(f"Question: {row['question'].rstrip('?')}?\n")
+        # What the policy wrote, and nothing else, has mask 1; the observations are what stands between its turns.
+        policy_ids = [token for token, is_policy in zip(ids, mask, strict=True) if is_policy]
+        assert len(policy_ids) == trajectory.policy_tokens
+        place = 0
+        for turn in trajectory.turns:
+            assert decode(ids[place : place + turn.num_tokens]) == turn.text
+            assert set(mask[place : place + turn.num_tokens]) == {1}
+            place += turn.num_tokens
+            assert decode(ids[place : place + turn.num_observation_tokens]) == turn.observation
+            assert 1 not in mask[place : place + turn.num_observation_tokens]
+            place += turn.num_observation_tokens
+            assert turn.documents == (
+                engine.lookup(turn.content) if turn.observation and turn.kind == "search" else ()
+            )
+        assert len(ids) - place == (trajectory.outcome == "answered")  # the end-of-sequence token after an answer
+    assert sum(trajectory.searches for trajectory in trajectories) >= 20
+    assert sum(trajectory.answer is not None for trajectory in trajectories) >= 5
+    assert any(turn.documents for trajectory in trajectories for turn in trajectory.turns)
+    assert {trajectory.outcome for trajectory in trajectories} <= {"answered", "turns_exhausted", "truncated"}
+
+
+@real_data
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["vllm", "transformers"])
+def test_the_recipe_scores_two_models_on_real_questions(generator: str, real_model: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(real_model, tmp_path / "other")
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", generator),
+            *("--model", str(other), str(real_model)),
+            *("--dataset", str(SHARED / "qa_multihop.jsonl"), "--dataset_limit", "60", "--engine", "bm25"),
+            *("--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(tmp_path / "out")),
+            *("--temperature", "1", "--max_turn_tokens", "48"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{real_model.name} policy" in done.stdout and "2 of 2" in done.stdout
+    assert "| method | HotpotQA |" in (tmp_path / "out/table.md").read_text()
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == ["other policy", f"{real_model.name} policy"]
+    assert len({results["weights_fingerprint"] for results in found.values()}) == 1
+    folder = tmp_path / "out" / f"{real_model.name}-policy"
+    results = json.loads((folder / "results.json").read_text())
+    records = [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
+    assert results["n"] == len(records) == 60 and results["generator"] == generator
+    for name, metric in (("em", exact_match), ("f1", f1)):
+        scores = [metric(record["answer"], record["golden_answers"]) for record in records]
+        assert results[name]["mean"] == pytest.approx(sum(scores) / 60)
+        assert [record[name] for record in records] == scores
+    assert results["searches"] * 60 == sum(record["searches"] for record in records) >= 10
+    texts = {passage.text[:80] for passage in read_passages(SHARED / "wiki_passages.jsonl")}
+    observations = [part["text"] for record in records for part in record["segments"] if part["source"] == "documents"]
+    found = [text for text in observations if "Doc 1: " in text]
+    assert found and all(any(start[:30] in text for start in texts) for text in found)
+
+
+@real_data
+@pytest.mark.slow
+def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_model: Path, tmp_path: Path) -> None:
+    flags = {
+        "model": str(real_model),
+        "generator": "transformers",
+        "dataset": str(SHARED / "qa_multihop.jsonl"),
+        "num_questions": "10",
+        "corpus": str(SHARED / "wiki_passages.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "temperature": "1",
+        "max_turn_tokens": "32",
+    }
+    load_recipe("evaluate").main([*argv(flags), "--agent", *AGENTS])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == list(AGENTS)
+    for name, results in found.items():
+        assert results["n"] == 20 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
+        assert (results["searches"] > 0) == AGENTS[name].searches
+    assert found["rag"]["searches"] == 1.0
+    assert len({results["data_sha256"] for results in found.values()}) == 1
+
+
+@pytest.mark.slow
+def test_tinyworlds_agents_are_compared_by_one_command(load_recipe: LoadRecipe, tmp_path: Path) -> None:
+    world = World.draw(seed=0, n_people=60, held_out=True)
+    for name, rows in (("corpus", world.passages()), ("test", question_rows(world, 60, seed=0))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "config": str(ROOT / "recipes/configs/evaluate-tinyworld.yaml"),
+        "model": str(ROOT / "data/tinyworld/policy"),
+        "generator": "transformers",
+        "dataset": str(tmp_path / "test.jsonl"),
+        "corpus": str(tmp_path / "corpus.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    load_recipe("evaluate").main([*argv(flags), "--agent", *TINYWORLD_AGENTS])
+    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
+    assert list(found) == list(TINYWORLD_AGENTS)
+    em = {name: results["em"]["mean"] for name, results in found.items()}
+    # Without documents nothing is known of this world; comparisons can be guessed.
+    assert max(em["direct"], em["cot"], em["closed-book"]) < 0.2 < em["policy"]
+    assert found["rag"]["searches"] == 1.0 and found["direct"]["answer_rate"] > 0.9

@@ -1,0 +1,241 @@
+"""The training recipe as a user runs it: a few steps of everything, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from chat_server import ChatServer
+from hub_stub import HubStub
+
+from zerosearch.prompts import POLICY_PROMPT
+
+pytest_plugins = ("chat_server", "hub_stub", "recipe_modules")  # fixtures
+
+LoadRecipe = Callable[[str], ModuleType]
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/grpo.py"
+WORDS = "Emma Jane Austen rain novel born who where".split()
+
+SETTINGS = {
+    "engine": "bm25",
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 2,
+    "max_turns": 2,
+    "max_turn_tokens": 24,
+    "max_observation_tokens": 128,
+    "max_trajectory_tokens": 1536,  # the paper's prompt is 900 characters, most of them tokens of the tiny policy
+    "learning_rate": 1e-2,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run that works."""
+    questions = [
+        {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}", *WORDS]} for n in range(12)
+    ]
+    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
+    return SETTINGS | {
+        "model_name_or_path": str(tiny_policy_dir),
+        "dataset": str(write_rows(tmp_path / "qa.jsonl", questions)),
+        "corpus": str(write_rows(tmp_path / "corpus.jsonl", passages)),
+        "output_dir": str(tmp_path / "policy"),
+    }
+
+
+def run(settings: dict[str, Any], tmp_path: Path, *flags: str, launcher: tuple[str, ...] = ()) -> Any:
+    """Run the recipe as a user does and return the finished process."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, str(RECIPE), "--config", str(config), *flags],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=environment,
+    )
+
+
+def log_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return json.loads((Path(settings["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+
+
+def edit_dataset(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Return a change of the settings that changes the third question."""
+
+    def change_settings(settings: dict[str, Any]) -> None:
+        path = Path(settings["dataset"])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        change(rows[2])
+        write_rows(path, rows)
+
+    return change_settings
+
+
+def fill_output_dir(settings: dict[str, Any]) -> None:
+    Path(settings["output_dir"]).mkdir()
+    (Path(settings["output_dir"]) / "thesis.tex").write_text("Years of work.")
+
+
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "unknown key": (lambda s: s.update(learning_rat=1), "learning_rat"),
+    "no model named": (lambda s: s.pop("model_name_or_path"), "--model_name_or_path"),
+    "no such model": (lambda s: s.update(model_name_or_path="/no/such/model"), "there is no model '/no/such/model'"),
+    "no such dataset": (lambda s: s.update(dataset="/no/such/qa.jsonl"), "there is no file /no/such/qa.jsonl"),
+    "missing column": (edit_dataset(lambda row: row.pop("question")), "line 3 lacks 'question'"),
+    "no golden answer": (edit_dataset(lambda row: row.update(golden_answers=[])), "line 3: 'golden_answers' is empty"),
+    "no corpus": (lambda s: s.pop("corpus"), "--engine bm25 needs --corpus"),
+    "no simulator": (
+        lambda s: s.update(engine="simulated", simulator_url="http://127.0.0.1:9/v1"),
+        "start one with: python recipes/serve_simulator.py",
+    ),
+    "noise": (lambda s: s.update(noise_end=1.5), "noise end is 1.5: a probability lies in [0, 1]"),
+    "batch and group": (lambda s: s.update(per_device_train_batch_size=7), "must be divisible by num_generations (4)"),
+    "output folder in use": (fill_output_dir, "is not empty; name another, or pass --overwrite_output_dir"),
+    "nothing to resume": (
+        lambda s: s.update(resume_from_checkpoint="true"),
+        "there is no checkpoint to resume from: /",
+    ),
+    "no such checkpoint": (lambda s: s.update(resume_from_checkpoint="/no/such"), "to resume from: /no/such"),
+    "unknown engine": (lambda s: s.update(engine="altavista"), "engine is 'altavista': it must be one of"),
+    "unknown prompt": (lambda s: s.update(prompt="mine"), "prompt is 'mine': it must be one of paper, tinyworld"),
+    "unknown algorithm": (lambda s: s.update(algorithm="dpo"), "it must be reinforce, rloo, grpo or ppo"),
+    "quantized without LoRA": (lambda s: s.update(load_in_4bit=True), "a quantized policy cannot learn"),
+    "too few questions": (lambda s: s.update(per_device_train_batch_size=80), "has 12 questions, and a step takes 20"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_clear_sentence_and_status_2(
+    mistake: str,
+    settings: dict[str, Any],
+    load_recipe: LoadRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    change, message = MISTAKES[mistake]
+    change(settings)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as stopped:
+        load_recipe("grpo").main(["--config", str(config)])
+    assert stopped.value.code == 2
+    (last,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in last
+
+
+def test_an_unknown_flag_is_named_without_a_page_of_usage(
+    load_recipe: LoadRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_recipe("grpo").main(["--dataset", "qa.jsonl", "--output_dir", "x", "--noise_edn", "0.5"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "noise_edn" in error and len(error.splitlines()) <= 3
+
+
+def test_a_run_by_plain_python(settings: dict[str, Any], load_recipe: LoadRecipe, tmp_path: Path) -> None:
+    done = run(settings, tmp_path, "--max_steps", "3")  # a flag wins over the file
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = Path(settings["output_dir"])
+    assert [entry["step"] for entry in log_of(settings)[:-1]] == [1, 2, 3]
+    assert log_of(settings)[-2]["search/p_noise"] == 0.5, "the curriculum ends with the run"
+    assert (output / "model.safetensors").exists() and (output / "tokenizer.json").exists()
+    record = json.loads((output / "trajectories.jsonl").read_text().splitlines()[0])
+    question = record["question"]
+    assert POLICY_PROMPT.format(question=question) in record["segments"][0]["text"]
+    queries = json.loads((output / "engine_queries.json").read_text())
+    assert list(queries) == ["bm25"] and queries["bm25"] > 0
+    config = str(tmp_path / "config.yaml")
+    load_recipe("grpo").main(
+        ["--config", config, "--overwrite_output_dir", "--save_strategy", "steps", "--max_steps", "1"]
+    )
+    assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1}
+    load_recipe("grpo").main(["--config", config, "--resume_from_checkpoint", "true", "--max_steps", "2"])
+    assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo"])
+def test_a_run_with_a_colocated_vllm_and_a_simulator(
+    algorithm: str, settings: dict[str, Any], chat_server: ChatServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml"))
+    documents = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
+    chat_server.write = lambda messages: 503 if len(chat_server.requests) % 5 == 0 else documents
+    settings |= {"engine": "simulated", "simulator_url": chat_server.url, "noise_start": 0.5}
+    settings |= {"use_vllm": True, "algorithm": algorithm, "max_steps": 3}
+    done = run(settings, tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, _, third, _ = log_of(settings)
+    assert third["kl"] > 1e-4, "the policy has moved"
+    # vLLM samples by the weights that the trainer has, before and after they moved: the sync reaches all of them.
+    assert first["sampling/sampling_logp_difference/max"] < 1e-3
+    assert third["sampling/sampling_logp_difference/max"] < 1e-3
+    assert first["search/failed_search"] == 0 and sum(entry.get("search/retries", 0) for entry in log_of(settings)) > 0
+    assert first["search/p_noise"] == 0.5 and 0 < first["search/noisy_share"] < 1
+    queries = json.loads((Path(settings["output_dir"]) / "engine_queries.json").read_text())
+    assert queries == {"simulated": len(chat_server.requests)}
+    for prompt in (request["messages"][-1]["content"] for request in chat_server.requests):
+        number = re.search(r'question: "Who wrote (\d+)\?" whose answer is gold (\d+)\.', prompt)
+        assert number is not None and number[1] == number[2], "each search has its own question and answer"
+
+
+@pytest.mark.slow
+def test_two_ranks_roll_out_what_one_does(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = str(ROOT / "recipes/accelerate/zero3_cpu.yaml")
+    sharded = settings | {"use_vllm": True, "per_device_train_batch_size": 4, "max_steps": 3}
+    done = run(sharded, tmp_path, launcher=("-m", "accelerate.commands.launch", "--config_file", config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, _, third, _ = log_of(settings)
+    assert third["kl"] > 1e-4
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in (first, third)) < 1e-3
+    # Sampling is keyed by question, sample and turn, and does not know of ranks.
+    done = run(settings | {"use_vllm": True, "max_steps": 3, "overwrite_output_dir": True}, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = log_of(settings)[0]
+    names = ("reward", "search/searches", "search/policy_tokens", "search/observation_tokens", "search/answered")
+    assert [alone[name] for name in names] == pytest.approx([first[name] for name in names])
+
+
+@pytest.mark.slow
+def test_push_to_hub(settings: dict[str, Any], hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings |= {"push_to_hub": True, "hub_model_id": "someone/policy", "max_steps": 1}
+    for name, value in {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
+        monkeypatch.setenv(name, value)
+    done = run(settings, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"model.safetensors", "tokenizer.json", "README.md", "trajectories.jsonl"} <= HubStub.committed.keys()
+    weights = Path(settings["output_dir"]) / "model.safetensors"
+    assert HubStub.committed["model.safetensors"] == weights.read_bytes()
+    assert b"zerosearch" in HubStub.committed["README.md"]

@@ -1,0 +1,277 @@
+"""Each agent on the one rollout loop: what it is asked, what it may do, what it reads, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted import Library, Writer
+
+from zerosearch.data import Passage, passage_of
+from zerosearch.engines import result_of
+from zerosearch.errors import UserError
+from zerosearch.prompts import POLICY_PROMPT, TINYWORLD_POLICY_PROMPT, agent_prompt, reading_prompt
+from zerosearch.protocol import format_titled_observation, titled_documents
+from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.rollout.loop import RolloutSettings, Trajectory, run_rollouts
+
+PASSAGES = Path(__file__).parents[3] / "shared/data/wiki_passages.jsonl"
+SETTINGS = RolloutSettings(max_turns=2, temperature=0.0)
+QUESTION = "Who wrote Emma?"
+ROW = {"id": "q", "question": QUESTION, "golden_answers": ["Jane Austen"]}
+
+
+def roll_out(
+    agent: Agent, write: Callable[[str], str], engine: Library | None = None
+) -> tuple[Trajectory, Writer, Library]:
+    writer, engine = Writer(write), engine or Library()
+    rows = [ROW | {"prompt": agent.messages(QUESTION)}]
+    (trajectory,) = run_rollouts(rows, writer, engine, SETTINGS, agent=agent, p_noise=0.5)
+    return trajectory, writer, engine
+
+
+def texts(trajectory: Trajectory) -> list[tuple[str, str]]:
+    return [(part["source"], part["text"]) for part in trajectory.to_record(ROW, "PROMPT")["segments"]]
+
+
+@pytest.mark.parametrize("name", ["direct", "cot", "r1"])
+def test_an_agent_without_engine_has_one_turn_and_its_search_is_not_sent(name: str) -> None:
+    agent = AGENTS[name]
+    assert not agent.searches
+    trajectory, writer, engine = roll_out(agent, lambda context: "<search> Emma </search>")
+    assert (trajectory.outcome, trajectory.answer, len(trajectory.turns)) == ("turns_exhausted", None, 1)
+    assert engine.requests == [] and trajectory.searches == 0
+    assert writer.contexts == [agent.template.format(question=QUESTION)]
+    trajectory, *_ = roll_out(agent, lambda context: "<think> Hm. </think> <answer> Jane Austen </answer>")
+    assert (trajectory.outcome, trajectory.answer) == ("answered", "Jane Austen")
+
+
+def test_rag_reads_what_a_search_for_the_question_finds() -> None:
+    trajectory, writer, engine = roll_out(AGENTS["rag"], lambda context: "<answer> Jane Austen </answer>")
+    (request,) = engine.requests
+    assert (request.query, request.question, request.golden_answers) == (QUESTION, QUESTION, ("Jane Austen",))
+    (prompt,) = writer.contexts
+    assert prompt.endswith(
+        "<information>Doc 1: Emma: Found for Who wrote Emma?\nDoc 2: Rain: It rains.</information>\n\n"
+        "Question: Who wrote Emma?\n"
+    )
+    assert (trajectory.answer, trajectory.searches, len(trajectory.turns)) == ("Jane Austen", 1, 1)
+    assert trajectory.lookup is not None and trajectory.lookup.documents[1] == "Rain: It rains."
+    assert trajectory.prompt_ids == writer.tokenizer(prompt)["input_ids"]  # what the record shows as the prompt
+
+
+def test_rag_may_not_search_again() -> None:
+    trajectory, _, engine = roll_out(AGENTS["rag"], lambda context: "<search> Emma </search>")
+    assert (trajectory.outcome, len(engine.requests)) == ("turns_exhausted", 1)
+
+
+def test_a_lookup_that_fails_ends_the_trajectory() -> None:
+    trajectory, writer, _ = roll_out(AGENTS["rag"], lambda context: "x", Library(broken=True))
+    assert (trajectory.outcome, trajectory.error, trajectory.searches) == ("failed_search", "the library is closed", 1)
+    assert writer.contexts == []
+
+
+def write_two_searches(context: str) -> str:
+    return "<answer> Jane Austen </answer>" if context.count("</search>") > 2 else "<search> Emma author </search>"
+
+
+def test_an_agent_that_searches_may_use_all_turns() -> None:
+    trajectory, writer, engine = roll_out(AGENTS["ra-agent"], lambda context: "<search> Emma </search>")
+    assert (len(engine.requests), len(trajectory.turns), trajectory.outcome) == (2, 3, "turns_exhausted")
+    assert writer.contexts[1].endswith("Doc 2: Rain: It rains.</information>\n\n")
+
+
+def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
+    def write(context: str) -> str:
+        if context.endswith("What helps:\n"):
+            return "<think> Which? </think> Emma is by <answer> Jane Austen </answer>"
+        return (
+            "<answer> Jane Austen </answer>"
+            if "<information>Emma" in context
+            else "<think> Hm. </think> <search> Emma </search>"
+        )
+
+    trajectory, writer, _ = roll_out(AGENTS["search-o1"], write)
+    first, reading, last = writer.contexts
+    assert reading == reading_prompt(
+        question=QUESTION,
+        reasoning="<think> Hm. </think> <search> Emma </search>",
+        query="Emma",
+        documents="Doc 1: Emma: Found for Emma\nDoc 2: Rain: It rains.",
+        template=AGENTS["search-o1"].reading_template or "",
+    )
+    notes = "\n\n<information>Emma is by <answer> Jane Austen </answer></information>\n\n"
+    assert last == f"{first}<think> Hm. </think> <search> Emma </search>{notes}"
+    # The notes are the environment's: their tags are no action, their tokens are masked, their seed is another.
+    assert [turn.kind for turn in trajectory.turns] == ["search", "answer"]
+    assert len(set(writer.seeds)) == 3
+    sampled = [
+        token for token, is_policy in zip(trajectory.completion_ids, trajectory.env_mask, strict=True) if is_policy
+    ]
+    assert writer.tokenizer.decode(sampled) == "".join(turn.text for turn in trajectory.turns)
+    assert trajectory.reading_tokens > 0 and writer.released == [1, 0]
+    record = trajectory.to_record(ROW, "PROMPT")["segments"]
+    assert record[2]["text"] == notes and record[2]["documents"] == ["Emma: Found for Emma", "Rain: It rains."]
+
+
+def test_search_r1_shows_titles() -> None:
+    trajectory, writer, _ = roll_out(AGENTS["search-r1"], write_two_searches)
+    assert trajectory.cut_observations == 0
+    assert writer.contexts[0] == POLICY_PROMPT.format(question=QUESTION)
+    assert writer.contexts[1].endswith(
+        '\n\n<information>Doc 1(Title: "Emma") Found for Emma author\nDoc 2(Title: "Rain") It rains.</information>\n\n'
+    )
+
+
+def test_titles_that_an_engine_tells_apart_are_shown_as_they_are() -> None:
+    passages = [
+        Passage("Emma", "Emma is a novel.\nBy Jane Austen."),
+        Passage("Three Colours: Red", "Three Colors: Red (French: Rouge) is a film."),
+        Passage("", "Note: it rains."),
+    ]
+    documents = AGENTS["search-r1"].documents_of(result_of(passages))
+    assert AGENTS["search-r1"].write_observation(documents) == (
+        '\n\n<information>Doc 1(Title: "Emma") Emma is a novel. By Jane Austen.\n'
+        'Doc 2(Title: "Three Colours: Red") Three Colors: Red (French: Rouge) is a film.\n'
+        "Doc 3: Note: it rains.</information>\n\n"
+    )
+    assert AGENTS["policy"].documents_of(result_of(passages))[0] == "Emma is a novel.\nBy Jane Austen."
+
+
+def test_a_document_without_a_title_is_shown_without_one() -> None:
+    long = "This sentence goes on for quite a while before it ends: here"
+    assert format_titled_observation(titled_documents(["No title", long, "Emma: A novel."], ())) == (
+        f'\n\n<information>Doc 1: No title\nDoc 2: {long}\nDoc 3(Title: "Emma") A novel.</information>\n\n'
+    )
+
+
+@pytest.mark.skipif(not PASSAGES.is_file(), reason=f"{PASSAGES} is not here")
+def test_real_passages_look_as_search_r1_shows_them() -> None:
+    rows = [json.loads(line) for line in PASSAGES.open(encoding="utf-8")]
+    others = []
+    for row in rows:
+        title, _, text = row["contents"].partition("\n")
+        documents = AGENTS["search-r1"].documents_of(result_of([passage_of(row, "here")]))
+        expected = f"\n\n<information>Doc 1(Title: {title}) {' '.join(text.split())}</information>\n\n"
+        if AGENTS["search-r1"].write_observation(documents) != expected:
+            others.append((title.strip('"'), text))
+    assert len(rows) > 10_000 and len(others) < 10
+    assert all(text.startswith(f"{title}: ") for title, text in others)  # once is enough
+
+
+def test_closed_book_is_the_policy_whose_searches_find_nothing() -> None:
+    trajectory, writer, engine = roll_out(AGENTS["closed-book"], write_two_searches)
+    assert engine.requests == [] and trajectory.searches == 0
+    assert writer.contexts[0] == POLICY_PROMPT.format(question=QUESTION)
+    assert writer.contexts[1].endswith("<search> Emma author </search>\n\n<information></information>\n\n")
+    assert [turn.kind for turn in trajectory.turns] == ["search", "search", "answer"]
+
+
+def test_tinyworlds_direct_agent_begins_with_its_answer() -> None:
+    trajectory, writer, _ = roll_out(TINYWORLD_AGENTS["direct"], lambda context: " Jane Austen </answer>")
+    prompt = TINYWORLD_POLICY_PROMPT.format(question=QUESTION)
+    assert writer.contexts == [f"{prompt}<think> Look up. </think> <answer>"]
+    assert (trajectory.answer, trajectory.outcome, len(trajectory.turns)) == ("Jane Austen", "answered", 1)
+
+
+def test_tinyworlds_cot_agent_thinks_once_and_must_answer_then() -> None:
+    def write(context: str) -> str:
+        return (
+            " Jane Austen </answer>"
+            if context.endswith("<answer>")
+            else "<think> Emma. </think> <search> Emma </search>"
+        )
+
+    trajectory, _, engine = roll_out(TINYWORLD_AGENTS["cot"], write)
+    assert trajectory.answer == "Jane Austen" and engine.requests == []
+    assert texts(trajectory)[1:] == [
+        ("policy", "<think> Emma. </think> <search> Emma </search>"),
+        ("documents", "\n\n<information></information>\n\n<think> unknown. </think> <answer>"),
+        ("policy", " Jane Austen </answer>"),
+    ]
+    policy_tokens = sum(trajectory.env_mask)
+    assert policy_tokens == trajectory.policy_tokens  # the opening is the environment's
+
+
+def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:
+    engine, most, ended = Library(), 0, 0
+
+    def watch(index: int, trajectory: Trajectory, event: str) -> None:
+        nonlocal most, ended
+        most = max(most, len(engine.requests) - ended)
+        ended += event == "end"
+
+    rows = [
+        {"question": f"Q{n}?", "golden_answers": ["x"], "prompt": AGENTS["rag"].messages(f"Q{n}?")} for n in range(30)
+    ]
+    writer = Writer(lambda context: f"<answer> {context.rsplit('Question: ', 1)[1].strip()} </answer>")
+    trajectories = run_rollouts(rows, writer, engine, SETTINGS, agent=AGENTS["rag"], max_live=4, watch=watch)
+    assert [trajectory.answer for trajectory in trajectories] == [f"Q{n}?" for n in range(30)]
+    assert 1 < most <= 4 and ended == 30
+
+
+def test_what_a_watcher_raises_ends_the_rollout() -> None:
+    def watch(index: int, trajectory: Trajectory, event: str) -> None:
+        raise KeyError("enough")
+
+    rows = [ROW | {"prompt": AGENTS["direct"].messages(QUESTION)}]
+    with pytest.raises(KeyError, match="enough"):
+        run_rollouts(rows, Writer(lambda context: "x"), Library(), SETTINGS, agent=AGENTS["direct"], watch=watch)
+
+
+def test_every_agents_prompt_shows_the_question_and_the_tag_of_the_answer() -> None:
+    for agent in (*AGENTS.values(), *TINYWORLD_AGENTS.values()):
+        (message,) = agent.messages(" who wrote Emma", "Doc 1: {x}")
+        assert message["role"] == "user" and "who wrote Emma?" in message["content"]
+        assert "<answer>" in message["content"]
+        assert ("Doc 1: {x}" in message["content"]) == agent.looks_up_question
+
+
+def test_all_baselines_of_table_3_are_there() -> None:
+    assert list(AGENTS) == [
+        "policy",
+        "direct",
+        "cot",
+        "rag",
+        "ra-agent",
+        "search-o1",
+        "r1",
+        "search-r1",
+        "closed-book",
+    ]
+    assert [agent.name for agent in choose_agents(["rag", "cot"], AGENTS)] == ["rag", "cot"]
+    with pytest.raises(UserError, match="there is no agent 'rga', but: policy, direct"):
+        choose_agents(["rga"], AGENTS)
+
+
+def test_a_template_with_other_fields_is_refused() -> None:
+    with pytest.raises(UserError, match=r"names \{answer\}"):
+        agent_prompt("Who?", "{question} {answer}")
+    with pytest.raises(UserError, match=r"lacks \{documents\}"):
+        reading_prompt(question="q", reasoning="r", query="q", documents="d", template="{query}")
+
+
+# Each agent's prompt to the letter: results say nothing when a word of it has changed.
+GOLDEN_PROMPTS = {
+    "direct": "Answer the given question from what you know. Give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "cot": "Answer the given question from what you know. Think step by step inside <think> and </think> first. Then give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "rag": "Answer the given question with the help of the documents between <information> and </information>, some of which may not matter. Give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>.\n\n<information>Doc 1: x</information>\n\nQuestion: Who wrote Emma?\n",  # noqa: E501
+    "ra-agent": "Answer the given question by searching. Work out inside <think> and </think> what has to be looked up, one thing at a time. To look something up, write a short query inside <search> and </search>, and stop: the documents found are returned between <information> and </information>. Search again, with other words or for the next thing, until the documents hold the answer. Then give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "search-o1": "Answer the given question by reasoning step by step inside <think> and </think>. Whenever you are not sure of something, write a short query inside <search> and </search>, and stop: a reader goes through the documents found, and returns what matters for your reasoning between <information> and </information>. Go on from there, and search again whenever you need to. At the end give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+    "r1": "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
+}
+GOLDEN_READING_PROMPT = 'Somebody works on the question below and has searched for something. Read the documents found and write down, in a few sentences, what they say that helps to take the next step; add nothing that they do not say, and do not answer the question itself. If nothing in them helps, write "Nothing helpful was found."\n\nQuestion: Who wrote Emma?\nReasoning so far: R.\nQuery: Emma\nDocuments:\nDoc 1: x\nWhat helps:\n'  # noqa: E501
+
+
+def test_the_agents_prompts_to_the_letter() -> None:
+    for name, golden in GOLDEN_PROMPTS.items():
+        assert AGENTS[name].messages("Who wrote Emma", "Doc 1: x") == [{"role": "user", "content": golden}]
+    template = AGENTS["search-o1"].reading_template or ""
+    fields = {"question": "Who wrote Emma?", "reasoning": "R.", "query": "Emma", "documents": "Doc 1: x"}
+    assert reading_prompt(template=template, **fields) == GOLDEN_READING_PROMPT
+    assert TINYWORLD_AGENTS["rag"].messages("Who wrote Emma?", "Doc 1: x")[0]["content"] == (
+        "Think in <think>, look things up with <search>, then give a short <answer>. Question: Who wrote Emma?\n"
+        "\n\n<information>Doc 1: x</information>\n\n"
+    )

@@ -1,0 +1,234 @@
+"""Document sets: from judged searches to what the simulator should write, split by question, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import pytest
+from hub_stub import HubStub
+
+from zerosearch.errors import UserError
+from zerosearch.metrics import normalize_answer
+from zerosearch.simulator.dataset import SetOptions, build_sets, split_of, statistics
+from zerosearch.simulator.examples import load_examples
+from zerosearch.simulator.judge import rule_verdict, rule_verdicts
+from zerosearch.simulator.traces import read_traces
+
+pytest_plugins = ("recipe_modules", "hub_stub")  # fixtures
+
+ROOT = Path(__file__).parents[2]
+TRACES = ROOT.parent / "shared/data/search_traces.jsonl"
+real_data = pytest.mark.skipif(not TRACES.is_file(), reason="no real data here")
+
+
+def trace(query: str, *documents: str, verdicts: list[bool | None], **columns: Any) -> dict[str, Any]:
+    given = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"], "query": query} | columns
+    return given | {"documents": list(documents), "verdicts": {"rule": verdicts, "judge-1": verdicts}}
+
+
+EMMA = [
+    trace("Emma author", "By Jane Austen.", "It rains.", "It snows.", "?", verdicts=[True, False, False, None]),
+    trace("emma  Author", "By Jane Austen.", "Jane Austen wrote it.", verdicts=[True, True]),  # the same query
+    trace("Austen novels", "It hails.", "Emma, by Jane Austen.", verdicts=[False, True]),
+    trace("weather", "It thaws.", verdicts=[False]),
+]
+
+
+def contents(sets: list[dict[str, Any]]) -> dict[tuple[str, bool], list[str]]:
+    return {(row["query"], row["useful"]): row["documents"] for row in sets}
+
+
+def test_a_query_gives_a_set_of_each_label() -> None:
+    sets = build_sets(EMMA, SetOptions())
+    assert contents(sets) == {
+        ("Emma author", True): ["By Jane Austen.", "Jane Austen wrote it."],
+        ("Emma author", False): ["It rains.", "It snows."],
+        ("Austen novels", True): ["Emma, by Jane Austen."],
+        ("Austen novels", False): ["It hails."],
+        ("weather", False): ["It thaws."],
+    }
+    assert {(row["question"], row["judge"], *row["golden_answers"]) for row in sets} == {
+        ("Who wrote Emma?", "rule", "Jane Austen")
+    }
+
+
+def test_sets_can_be_filled_up_from_the_question_but_not_made_of_it() -> None:
+    sets = contents(build_sets(EMMA, SetOptions(fill_from_question=True, num_documents=3)))
+    assert sets[("Austen novels", True)] == ["Emma, by Jane Austen.", "By Jane Austen.", "Jane Austen wrote it."]
+    assert sets[("weather", False)] == ["It thaws.", "It rains.", "It snows."]
+    assert ("weather", True) not in sets
+
+
+def test_small_sets_can_be_left_out() -> None:
+    sets = contents(build_sets(EMMA, SetOptions(min_documents=2)))
+    assert set(sets) == {("Emma author", True), ("Emma author", False)}
+
+
+def test_a_set_holds_no_more_than_it_may_and_no_document_twice() -> None:
+    documents = [f"Document {n // 2}." for n in range(20)]
+    (built,) = build_sets([trace("q", *documents, verdicts=[False] * 20)], SetOptions())
+    assert built["documents"] == [f"Document {n}." for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_words": 0}, "num_words is 0"),
+        ({"min_documents": 6}, "num_documents is 5, less than min_documents 6"),
+        ({"p_test": 1.0}, "p_test is 1.0"),
+        ({"fill_from_question": True, "judge": "judge-1"}, "needs the verdicts of the rule: those of 'judge-1'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SetOptions(**options)
+
+
+def test_verdicts_that_are_missing_are_named() -> None:
+    with pytest.raises(UserError, match=r"search 1 has no verdicts of 'judge-2'; it was judged by: rule, judge-1"):
+        build_sets(EMMA, SetOptions(judge="judge-2"))
+    with pytest.raises(UserError, match="search 1 has 1 verdicts of 'rule' on 2 documents"):
+        build_sets([trace("q", "a", "b", verdicts=[True])], SetOptions())
+
+
+def test_the_split_is_the_questions_own() -> None:
+    assert [split_of(f"Question {n}?", 0.1) for n in range(1000)].count("test") == 104  # 10 %, by a hash
+    assert {split_of(text, 0.5) for text in ("Who wrote  Emma?", "who wrote emma")} == {
+        split_of("Who wrote Emma", 0.5)
+    }
+    assert split_of("x", 0.0) == "train"
+    # What is in the test set with 5 % stays there with 10 %.
+    assert all(split_of(f"{n}", 0.1) == "test" for n in range(500) if split_of(f"{n}", 0.05) == "test")
+
+
+def test_statistics_count_what_went_in_and_came_out() -> None:
+    sets = build_sets(EMMA, SetOptions(p_test=0.0))
+    found = statistics(EMMA, sets, "rule")
+    assert found["documents"] == {"useful": 4, "noisy": 4, "no_verdict": 1}
+    assert (found["searches"], found["questions"]) == (4, 1)
+    train, test = found["sets"]["train"], found["sets"]["test"]
+    assert train["questions"] == 1 and test["questions"] == 0 and test["useful"]["words"] is None
+    assert (train["useful"]["sets"], train["useful"]["documents"]) == (2, {"1": 1, "2": 1})
+    assert train["useful"]["answer_rate"] == 1.0 and train["noisy"]["answer_rate"] == 0.0
+    assert train["noisy"]["words"] == {"mean": 2.0, "p5": 2.0, "p50": 2.0, "p95": 2.0}
+
+
+@real_data
+def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions() -> None:
+    traces = [{**row, "verdicts": {"rule": rule_verdicts(row)}} for row in read_traces(TRACES)]
+    sets = build_sets(traces, SetOptions())
+    assert len(sets) == 2990
+    for row in sets:
+        assert 1 <= len(row["documents"]) <= 5
+        assert all(0 < len(text.split()) <= 38 for text in row["documents"])
+        assert all(rule_verdict(text, row["golden_answers"]) is row["useful"] for text in row["documents"])
+    asked = {
+        name: {normalize_answer(row["question"]) for row in sets if row["split"] == name} for name in ("train", "test")
+    }
+    assert asked["train"] and asked["test"] and not asked["train"] & asked["test"]
+    keys = [(normalize_answer(row["question"]), normalize_answer(row["query"]), row["useful"]) for row in sets]
+    assert len(set(keys)) == len(keys)
+    assert build_sets(traces, SetOptions()) == sets
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    path = tmp_path / "traces.jsonl"
+    rows = [
+        {
+            "question": f"Who wrote book {n}?",
+            "golden_answers": [f"Author {n}"],
+            "query": f"book {n}",
+            "documents": [
+                {"title": f"Book {n}", "text": f"It is by Author {n}."},
+                "Rain: It rains.",
+                "Snow: It snows.",
+            ],
+        }
+        for n in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_recipe_makes_a_dataset_that_loads(
+    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sft"
+    load_recipe("build_simulator_data").main(["--traces", str(traces), "--output_dir", str(folder), "--p_test", "0.3"])
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert len(loaded["train"]) + len(loaded["test"]) == 60
+    row = next(row for row in loaded["train"] if row["useful"])
+    n = row["query"].split()[1]
+    assert row["prompt"] == [
+        {"role": "system", "content": ""},
+        {
+            "role": "user",
+            "content": "You are the Google search engine.\n"
+            "Given a query, you need to generate five useful documents for the query.\n\n"
+            f'The user is trying to answer the question: "Who wrote book {n}?" whose answer is Author {n}.\n'
+            "Each document should contain about 30 words, and these documents should contain useful information.\n\n"
+            f"Query: book {n}\nUseful Output:\n",
+        },
+    ]
+    assert row["completion"] == [{"role": "assistant", "content": f"Doc 1: Book {n}: It is by Author {n}."}]
+    assert (row["judge"], row["split"]) == ("rule", "train")
+    found = json.loads((folder / "statistics.json").read_text())
+    assert found["documents"] == {"useful": 30, "noisy": 60, "no_verdict": 0}
+    assert f"| train | {found['sets']['train']['useful']['sets']} useful |" in capsys.readouterr().out
+    card = (folder / "README.md").read_text()
+    assert "by a rule: a golden answer" in card and "Useful Output:\n\nDoc 1: Book" in card
+    assert (
+        load_examples(str(folder), "test").to_list()
+        == loaded["test"].select_columns(["prompt", "completion"]).to_list()
+    )
+
+
+def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sft"
+    command = [sys.executable, str(ROOT / "recipes/build_simulator_data.py"), "--traces", str(traces)]
+    command += ["--output_dir", str(folder), "--push_to_hub", "someone/sft"]
+    environment = {"PATH": "/usr/bin", "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert HubStub.paths[0] == "/api/repos/create"
+    assert set(HubStub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
+    assert HubStub.committed["train.jsonl"] == (folder / "train.jsonl").read_bytes()
+    assert HubStub.committed["README.md"].startswith(b"---\ntask_categories:")
+    assert "pushed to" in done.stdout and "/someone/sft" in done.stdout
+    HubStub.refuse = True
+    done = subprocess.run(
+        [*command, "--overwrite_output_dir", "true"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 2
+    assert (
+        "error: the dataset 'someone/sft' cannot be made on the Hub" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--judge", "qwen-max"], "search 1 has no verdicts of 'qwen-max'; it was judged by: rule"),
+        (["--min_documents", "4"], "makes a set: see --judge and --min_documents"),
+        (["--num_words", "0"], "num_words is 0"),
+        (["--traces", "none.jsonl"], "there is no file none.jsonl"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    refusal: Callable[[str, list[str]], str], traces: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    error = refusal("build_simulator_data", ["--traces", str(traces), "--output_dir", str(tmp_path / "o"), *flags])
+    assert message in error

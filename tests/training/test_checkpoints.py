@@ -1,0 +1,133 @@
+"""A killed run leaves a whole checkpoint, and goes on from it as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zerosearch.errors import UserError
+from zerosearch.training.checkpoints import checkpoint_to_resume, forget_later_steps
+
+ROOT = Path(__file__).parents[2]
+WORDS = "Emma Jane Austen rain novel born who where".split()
+
+
+def write_checkpoint(folder: Path, state: str | None) -> None:
+    folder.mkdir(parents=True)
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+
+
+def test_the_last_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
+    for name, state in {"2": "{}", "10": "{}", "12": None, "14": '{"log_', "best": "{}"}.items():
+        write_checkpoint(tmp_path / f"checkpoint-{name}", state)
+    assert checkpoint_to_resume("true", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    named = str(tmp_path / "checkpoint-2")
+    assert checkpoint_to_resume(named, str(tmp_path)) == named
+    assert checkpoint_to_resume("false", str(tmp_path)) is checkpoint_to_resume(None, str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("asked", ["true", "/no/such/checkpoint"])
+def test_no_checkpoint_is_a_mistake(asked: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-12", None)
+    with pytest.raises(UserError, match="there is no checkpoint to resume from: "):
+        checkpoint_to_resume(asked, str(tmp_path))
+
+
+def test_trajectories_of_later_steps_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    lines = [json.dumps({"step": step, "question": "Où?"}, ensure_ascii=False) + "\n" for step in (1, 1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 3, "que', encoding="utf-8")
+    forget_later_steps(path, 2)
+    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
+    path.write_text("".join(lines[:3]) + '{"st', encoding="utf-8")
+    forget_later_steps(path, 2)
+    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
+    forget_later_steps(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def command(output: Path, algorithm: str, policy: Path, data: Path, *flags: str) -> list[str]:
+    settings: dict[str, Any] = {
+        "model_name_or_path": policy,
+        "dataset": data / "qa.jsonl",
+        "engine": "bm25",
+        "corpus": data / "corpus.jsonl",
+        "output_dir": output,
+        "algorithm": algorithm,
+        "critic_learning_rate": 1e-3,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 5,
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "max_turns": 2,
+        "max_turn_tokens": 24,
+        "max_observation_tokens": 128,
+        "max_trajectory_tokens": 1536,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": "false",
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    pairs = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "recipes/grpo.py"), *pairs, *flags]
+
+
+def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the weights, and log and trajectories without their clock times."""
+    timed = ("time/", "search/latency", "step_time", "train_")
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    log = [{name: value for name, value in entry.items() if not name.startswith(timed)} for entry in log]
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
+    return load_file(output / "model.safetensors"), log, records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_a_killed_run_ends_as_one_left_alone(algorithm: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    questions = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(40)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    straight = command(alone, algorithm, tiny_policy_dir, tmp_path)
+    subprocess.run(straight, check=True, capture_output=True, env=environment, timeout=300)
+
+    rng = random.Random(algorithm)
+    interrupted = command(killed, algorithm, tiny_policy_dir, tmp_path)
+    for flags in ((), ("--resume_from_checkpoint", "true")):  # killed twice, the second time as it had resumed
+        before = {folder.name for folder in killed.glob("checkpoint-*")}
+        with subprocess.Popen([*interrupted, *flags], stderr=subprocess.DEVNULL, env=environment) as process:
+            deadline = time.monotonic() + 200
+            while process.poll() is None and time.monotonic() < deadline:
+                if {folder.name for folder in killed.glob("checkpoint-*")} - before:
+                    break
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 0.3))  # within the writing of a checkpoint, or behind it
+            process.kill()
+    assert not (killed / "model.safetensors").exists(), "it was killed before its end"
+    # Should it have been killed within its first checkpoint, there is none: then it starts afresh.
+    whole = any((folder / "trainer_state.json").exists() for folder in killed.glob("checkpoint-*"))
+    last = ["--resume_from_checkpoint", "true"] if whole else ["--overwrite_output_dir", "true"]
+    subprocess.run([*interrupted, *last], check=True, capture_output=True, env=environment, timeout=300)
+
+    weights, log, trajectories = outcome(alone)
+    resumed_weights, resumed_log, resumed_trajectories = outcome(killed)
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    assert resumed_log == log
+    assert resumed_trajectories == trajectories
