@@ -34,11 +34,12 @@ from zerosearch.engines.limits import LimitReached, Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.evaluation.evaluate import check_samples, evaluate, write_json
-from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table, scores_plot
+from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
+from zerosearch.report.plots import scores_plot
 from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.rollout.loop import RolloutSettings

@@ -30,6 +30,7 @@ from trl import TrlParser
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.prompts import PROMPTED_SIMULATOR, SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
+from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, measure_simulator
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import Rule, read_held_out
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         except ServerDied as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
-    paths = write_card(card, Path(recipe.output))
+    paths = [*write_card(card, Path(recipe.output)), write_fidelity_plot(card, Path(recipe.output))]
     print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
     print(json.dumps({name: round(card[name], 4) for name in HEADLINE if name in card}))
 

@@ -37,6 +37,7 @@ from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
 from zerosearch.generation.hardware import fit_to_cpu
 from zerosearch.generation.models import load_tokenizer
 from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
+from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, simulator_card
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions, measure_simulator
@@ -200,6 +201,7 @@ def measured(recipe: RecipeArguments, queries: list[HeldOutQuery], folder: Path,
     except (ServerDied, UserError) as error:
         raise UserError(f"the simulator is saved, but could not be measured ({again}): {error}") from error
     write_card(card, folder / "fidelity")
+    write_fidelity_plot(card, folder / "fidelity")
     return card_markdown(card)
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
 from zerosearch.errors import UserError
 from zerosearch.evaluation.scores import compare, summarize
-from zerosearch.evaluation.tables import comparison_table, markdown_tables, matrix_table, results_table, scores_plot
+from zerosearch.evaluation.tables import (
+    comparison_table,
+    markdown,
+    markdown_tables,
+    matrix_table,
+    number,
+    results_table,
+    with_interval,
+)
 
 
 def record(
@@ -71,10 +78,10 @@ def test_intervals_repeat_with_the_seed_and_vanish_without_variation() -> None:
 
 def test_the_table_has_a_line_a_dataset_and_their_mean() -> None:
     assert results_table(summarize([record("nq", "x", "x")] * 5 + [record("musique", None, "x", searches=2)])) == (
-        "dataset                 n  EM [95 %]            F1 [95 %]            cover-EM answered searches\n"
-        "nq                      5  1.000 [1.000, 1.000] 1.000 [1.000, 1.000]    1.000    1.000     1.00\n"
-        "musique                 1  0.000 [0.000, 0.000] 0.000 [0.000, 0.000]    0.000    0.000     2.00\n"
-        "mean of datasets           0.500 [0.500, 0.500] 0.500 [0.500, 0.500]    0.500"
+        "dataset           n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches\n"
+        "nq                5  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]     1.000     1.000      1.00\n"
+        "musique           1  0.000 [0.000, 0.000]  0.000 [0.000, 0.000]     0.000     0.000      2.00\n"
+        "mean of datasets     0.500 [0.500, 0.500]  0.500 [0.500, 0.500]     0.500"
     )
     assert "mean of datasets" not in results_table(summarize([record("nq", "x", "x")]))
 
@@ -138,14 +145,13 @@ def test_a_comparison_averages_datasets() -> None:
     second = paired(["x"] * 8) + paired(["x"] * 2, "popqa")
     found = compare(first, second)
     assert (found["em"]["mean"], found["macro_average"]["em"]["mean"]) == (0.8, 0.5)
+    low, high = (f"{found['em'][side]:+.3f}" for side in ("low", "high"))
     assert comparison_table(found) == (
-        "dataset                 n  EM difference [95 %]     F1 difference [95 %]     better  worse   same\n"
-        "nq                      8  +1.000 [+1.000, +1.000]  +1.000 [+1.000, +1.000]       8      0      0\n"
-        "popqa                   2  +0.000 [+0.000, +0.000]  +0.000 [+0.000, +0.000]       0      0      2\n"
-        "all questions          10  "
-        + (f"+0.800 [{found['em']['low']:+.3f}, {found['em']['high']:+.3f}]  " * 2)
-        + "     8      0      2\n"
-        "mean of datasets           +0.500 [+0.500, +0.500]  +0.500 [+0.500, +0.500]"
+        "dataset            n  EM difference [95 %]     F1 difference [95 %]     better  worse  same\n"
+        "nq                 8  +1.000 [+1.000, +1.000]  +1.000 [+1.000, +1.000]       8      0     0\n"
+        "popqa              2  +0.000 [+0.000, +0.000]  +0.000 [+0.000, +0.000]       0      0     2\n"
+        f"all questions     10  +0.800 [{low}, {high}]  +0.800 [{low}, {high}]       8      0     2\n"
+        "mean of datasets      +0.500 [+0.500, +0.500]  +0.500 [+0.500, +0.500]"
     )
 
 
@@ -187,27 +193,18 @@ def test_the_markdown_has_pass_at_k_where_it_is_known() -> None:
 
 def test_several_evaluations_fit_a_terminal() -> None:
     assert matrix_table(EVALUATIONS) == (
-        "evaluation       n  EM [95 %]            F1 [95 %]            cover-EM answered searches  turns\n"
-        "direct           2  0.000 [0.000, 0.000] 0.000 [0.000, 0.000]    0.000    0.500     0.00   1.00\n"
-        "policy           3  0.667 [0.000, 1.000] 0.889 [0.667, 1.000]    1.000    1.000     1.33   2.33"
+        "evaluation  n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches  turns\n"
+        "direct      2  0.000 [0.000, 0.000]  0.000 [0.000, 0.000]     0.000     0.500      0.00   1.00\n"
+        "policy      3  0.667 [0.000, 1.000]  0.889 [0.667, 1.000]     1.000     1.000      1.33   2.33"
     )
 
 
-def test_the_plot_is_an_svg_with_a_mark_an_evaluation() -> None:
-    root = ElementTree.fromstring(scores_plot(EVALUATIONS | {"<b>": EVALUATIONS["policy"]}))
-    space = "{http://www.w3.org/2000/svg}"
-    assert [mark.find(f"{space}title").text for mark in root.iter(f"{space}circle")] == [  # type: ignore[union-attr]
-        "direct: 0.0 [0.0, 0.0]",
-        "policy: 66.7 [66.7, 66.7]",
-        "<b>: 66.7 [66.7, 66.7]",
-    ]
-    places = [float(mark.get("cx", "")) for mark in root.iter(f"{space}circle")]
-    assert places[1] - places[0] == places[2] - places[0] == pytest.approx(420 * 2 / 3, abs=0.1)
-    texts = {mark.text: float(mark.get("x", "")) for mark in root.iter(f"{space}text")}
-    assert {"direct", "<b>", "66.7 [66.7, 66.7]", "EM in percent, mean of the datasets, with 95 % intervals"} <= set(
-        texts
-    )
-    name = "a/long/model-name " * 5
-    wide = ElementTree.fromstring(scores_plot({name: EVALUATIONS["policy"]}))
-    (place,) = (float(mark.get("x", "")) for mark in wide.iter(f"{space}text") if mark.text == name)
-    assert place >= 7 * len(name)  # room for it, at about seven pixels a letter
+def test_numbers_are_written_as_people_read_them() -> None:
+    values = (0.5, 1, {"mean": 0.25}, None, float("nan"), "x", True)
+    assert [number(value) for value in values] == ["0.500", "1.000", "0.250", "n/a", "n/a", "n/a", "n/a"]
+    assert with_interval({"mean": 0.5, "low": 0.25, "high": 0.75}, 2, sign="+") == "+0.50 [+0.25, +0.75]"
+    assert with_interval({"mean": 0.5, "low": 0.1, "high": float("nan")}) == "0.500"
+
+
+def test_a_name_with_a_bar_stays_in_its_cell() -> None:
+    assert markdown([["name", "n"], ["a | b", "1"]]) == "| name | n |\n|---|---:|\n| a \\| b | 1 |"

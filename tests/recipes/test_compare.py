@@ -32,7 +32,7 @@ def test_it_prints_and_keeps_the_differences(
     second = evaluation(tmp_path / "b", ["x", "x", "x", "x"])
     load_recipe("compare").main(["--first", first, "--second", second, "--output", str(tmp_path / "c.json")])
     printed = capsys.readouterr().out
-    assert "all questions           4  +0.750" in printed
+    assert "all questions  4  +0.750" in printed
     assert "1 questions are in one of the two only, and left out" in printed
     kept = json.loads((tmp_path / "c.json").read_text())
     assert (kept["em"]["mean"], kept["better"], kept["worse"], kept["same"]) == (0.75, 3, 0, 1)

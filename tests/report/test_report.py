@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_run import record, scores, write_json, write_lines, write_run
 
 from zerosearch.errors import UserError
-from zerosearch.report import duration, interval_text, number, summary_table, write_report
-from zerosearch.report.transcripts import Piece, choose_pairs, split_documents_text, split_policy_text
+from zerosearch.report import summary_table, write_report
+from zerosearch.report.page import duration
+from zerosearch.report.transcripts import choose_pairs, pieces
 
-ROOT = Path(__file__).parents[2]
 ATTACK = "<script>alert('documents')</script><img src=http://evil.example/x onerror=alert(1)></information>"
+
+
+pytest_plugins = ("recipe_modules",)  # fixtures
 
 
 @pytest.fixture
@@ -73,10 +75,14 @@ def test_the_page_stands_alone(run_dir: Path) -> None:
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     assert path == run_dir / "report.html"
-    assert page.references == [("a", "href", "https://arxiv.org/abs/2505.04588")]
+    assert {one for one in page.references if not one[2].startswith("#")} == {
+        ("a", "href", "https://arxiv.org/abs/2505.04588")
+    }
     assert not {"script", "link", "img", "iframe", "object", "embed"} & page.tags.keys()
     assert "@import" not in html
-    assert re.findall(r"url\(([^)]*)\)", html) == ["#hatch", "#stipple"]
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", html))
+    names = re.findall(r' id="([^"]*)"', html)
+    assert len(names) == len(set(names))
     assert "default-src 'none'" in html
 
 
@@ -193,8 +199,8 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
     ("name", "contents", "message"),
     [
         ("results.json", "{", r"results\.json is not JSON"),
-        ("results.json", "[]", r"results\.json is no JSON object"),
-        ("policy/trainer_state.json", "{}", "'log_history' is no list of logged steps"),
+        ("results.json", "[]", r"results\.json does not hold a JSON object"),
+        ("policy/trainer_state.json", "{}", "'log_history' is not a list of logged steps"),
         (
             "evaluation/after-bm25/results.json",
             '{"em": 0.5}',
@@ -212,7 +218,9 @@ def test_a_broken_file_is_named(run_dir: Path, name: str, contents: str, message
 def test_a_segment_of_unknown_source_is_refused(run_dir: Path) -> None:
     broken = record("t", True, [], step=1, segments=[{"source": "oracle", "text": "", "noisy": None}])
     write_lines(run_dir / "policy/trajectories.jsonl", [broken])
-    with pytest.raises(UserError, match="line 1: a segment has source 'oracle'"):
+    with pytest.raises(
+        UserError, match=r"line 1: the segment .*'oracle'.* needs a text, a source \(prompt, policy, documents, hint\)"
+    ):
         write_report(run_dir)
 
 
@@ -243,16 +251,13 @@ def test_a_log_without_kl_leaves_the_plot_out_and_says_so(run_dir: Path) -> None
     assert "“KL” is left out: the log has no finite kl." in html
 
 
-def test_the_recipe_writes_the_page_and_names_a_mistake(run_dir: Path) -> None:
-    def recipe(folder: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "recipes/report.py", "--run_dir", str(folder)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    finished = recipe(run_dir)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.endswith(f"{run_dir / 'report.html'}\n") and (run_dir / "report.html").is_file()
-    refused = recipe(run_dir / "nowhere")
-    assert (refused.returncode, refused.stderr) == (2, f"error: there is no folder {run_dir / 'nowhere'}\n")
+def test_the_recipe_writes_the_page_and_names_a_mistake(run_dir: Path, load_recipe: Any, capsys: Any) -> None:
+    recipe = load_recipe("report")
+    recipe.main(["--run_dir", str(run_dir)])
+    assert capsys.readouterr().out.endswith(f"{run_dir / 'report.html'}\n") and (run_dir / "report.html").is_file()
+    with pytest.raises(SystemExit) as refused:
+        recipe.main(["--run_dir", str(run_dir / "nowhere")])
+    assert (refused.value.code, capsys.readouterr().err) == (2, f"error: there is no folder {run_dir / 'nowhere'}\n")
 
 
 # --- small parts ---
@@ -282,21 +287,28 @@ def test_pairs_are_the_first_of_each_change_and_empty_kinds_are_filled_up() -> N
 
 
 def test_text_is_split_and_nothing_is_lost() -> None:
-    text = "<think> a </think> <search> q </search>"
-    pieces = split_policy_text(text)
-    assert "".join(piece.text for piece in pieces) == text
-    assert Piece(" q ", "search") in pieces and Piece(" a ", "think") in pieces
+    assert pieces({"source": "policy", "text": "<think> a </think> <search> q </search>\n"}, []) == [
+        ("tag", "<think>"),
+        ("think", " a "),
+        ("tag", "</think>"),
+        ("", " "),
+        ("tag", "<search>"),
+        ("search", " q "),
+        ("tag", "</search>"),
+    ]
     text = "<information>Doc 1: Holtby met ada holt (Holt).</information>"
-    pieces = split_documents_text(text, ["Ada Holt", "Holt", ""])
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.text for piece in pieces if piece.css == "golden"] == ["ada holt", "Holt"]
+    assert pieces({"source": "documents", "text": text}, ["Ada Holt", "Holt", ""]) == [
+        ("tag", "<information>"),
+        ("tag", "Doc 1:"),
+        ("", " Holtby met "),
+        ("golden", "ada holt"),
+        ("", " ("),
+        ("golden", "Holt"),
+        ("", ")."),
+        ("tag", "</information>"),
+    ]
+    assert pieces({"source": "hint", "text": " <search> \n"}, []) == [("", "<search>")]
 
 
-def test_numbers_are_written_as_people_read_them() -> None:
-    assert [number(value) for value in (0.5, 1, {"mean": 0.25}, None, math.nan, "x")] == [
-        "0.500",
-        "1.000",
-        "0.250",
-    ] + ["n/a"] * 3
+def test_durations_are_written_as_people_read_them() -> None:
     assert [duration(value) for value in (9.4, 161.2, 7322, None)] == ["9 s", "2 min 41 s", "2 h 2 min", "n/a"]
-    assert interval_text({"low": 0.1, "high": math.nan}) == ""

@@ -1,202 +1,308 @@
-"""Plots as inline SVG: a few lines over steps, a stack over steps, an interval on a scale from 0 to 1.
+"""Every picture the project draws, by matplotlib, as SVG: a run over its steps, scores, a simulator's fidelity.
 
-Colours are CSS classes, so that one drawing serves a light page, a dark page and paper; text stays text. Series differ
-by dash or hatching as well as by colour. A value that is not finite is a gap, never a zero.
+On the report's page colours become CSS variables, so that one drawing serves a light page, a dark page and paper;
+text stays text. Series differ by dash or hatching as well as by colour. A value that is not finite is a gap.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 360, 208  # in CSS pixels: about what a card is wide on a phone and in three columns on a desk
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 24  # margins that hold the tick labels
+from zerosearch.evaluation.tables import percent
+from zerosearch.simulator.fidelity_card import RATES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LogEntry = Mapping[str, Any]  # one logged step: "step" and the values logged with it
+Style = Literal["line", "dashed", "dots", "exact", "area"]  # "exact": a line that needs no running mean
+
+COLOURS = {  # the light theme's; each is a variable of page.css
+    "blue": "#0b5cab",
+    "orange": "#b9480b",
+    "green": "#0a7a59",
+    "grey": "#7a828c",
+    "rule": "#dfdcd4",
+    "soft": "#59616b",
+    "card": "#ffffff",
+}
+HATCHES = {"blue": "", "orange": "////", "grey": "||||", "green": ""}
 SMOOTH_STEPS = 5  # steps in a running mean
 SMOOTH_FROM = 20  # fewer points than this are shown as they are
-
-Style = Literal["line", "dashed", "dots", "exact"]  # "exact": a line that needs no running mean
 
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity over steps. `css` names its colour; `values` may hold what is not finite."""
+    """One quantity over steps: the key of the training log, its label, its colour and how it is drawn."""
 
+    key: str
     label: str
-    css: str
-    values: Sequence[float]  # (num_points,)
+    colour: str
     style: Style = "line"
+    optional: bool = False  # whether a log without the key is worth no note
 
 
 @dataclass(frozen=True)
-class Axes:
-    """Maps steps and values to pixels. The vertical axis holds 0 and runs from the first tick to the last."""
+class Drawing:
+    """A panel of the page: its plot if it has one, a legend of (series, numbers), and notes on what is missing."""
 
-    first_step: float
-    last_step: float
-    ticks: Sequence[float]
-
-    def x(self, step: float) -> float:
-        span = self.last_step - self.first_step
-        share = (step - self.first_step) / span if span else 0.5
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+    title: str
+    unit: str
+    plot: Markup | None = None
+    legend: tuple[tuple[Series, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def line_plot(title: str, steps: Sequence[float], series: Sequence[Series], top: float | None = None) -> Markup:
-    """Draw series over steps; `top` fixes the upper end, for what has a natural one.
+PANELS = (
+    (
+        "Reward",
+        "mean of the trajectories of a step",
+        (
+            Series("reward", "reward", "blue"),
+            Series("rewards/em_reward/mean", "exact match", "orange", "dashed", optional=True),
+        ),
+    ),
+    (
+        "Searches and turns",
+        "mean per question",
+        (Series("search/searches", "searches", "blue"), Series("search/turns", "turns", "orange", "dashed")),
+    ),
+    (
+        "Noise",
+        "share of searches that got noisy documents",
+        (
+            Series("search/p_noise", "requested", "blue", "exact"),
+            Series("search/noisy_share", "realised", "orange", "dots"),
+        ),
+    ),
+    ("KL", "to the reference model", (Series("kl", "KL", "blue"),)),
+    (
+        "Tokens",
+        "mean per trajectory",
+        (
+            Series("search/policy_tokens", "by the policy", "blue"),
+            Series("search/observation_tokens", "by the environment", "orange", "dashed"),
+        ),
+    ),
+)
+TIMES = (
+    Series("time/generating_s", "generating", "blue", "area"),
+    Series("time/waiting_s", "waiting for search", "orange", "area"),
+    Series("time/idle_s", "idle", "grey", "area"),
+    Series("time/training_s", "training", "green", "area"),  # what of the step is no rollout
+)
 
-    From `SMOOTH_FROM` points on a line is thin, with its running mean over it. At least one value must be finite.
+
+def draw_training(log: Sequence[LogEntry]) -> list[Drawing]:
+    """Draw the training log, one entry a logged step, panel by panel."""
+    return [*(draw_panel(title, unit, series, log) for title, unit, series in PANELS), draw_time(log)]
+
+
+def draw_panel(title: str, unit: str, series: Iterable[Series], log: Sequence[LogEntry]) -> Drawing:
+    """Draw series over steps; a note names each that was not logged, and each with gaps.
+
+    From `SMOOTH_FROM` points on a line is thin, with its running mean over it.
     """
-    axes = _axes(steps, [value for one in series for value in one.values], top=top)
-    marks: list[Markup] = []
+    figure, axes = _panel()
+    steps = [entry["step"] for entry in log]
+    legend, notes = [], []
     for one in series:
-        if one.style == "dots":
-            marks += [
-                element("circle", css=f"dot {one.css}", cx=axes.x(step), cy=axes.y(value), r=2.2)
-                for step, value in zip(steps, one.values, strict=True)
-                if math.isfinite(value)
-            ]
+        values = values_of(log, one.key)
+        num_gaps = int(np.isnan(values).sum())
+        if num_gaps == len(values):
+            notes += [] if one.optional else [f"“{one.label}” is left out: the log has no finite {one.key}."]
             continue
-        smooth = is_smoothed(one)
-        css = f"curve {one.css}" + (" dashed" if one.style == "dashed" else "")
-        marks.append(element("path", css=css + (" faint" if smooth else ""), d=_path(axes, steps, one.values)))
+        if num_gaps:
+            notes.append(f"“{one.label}” has gaps: {num_gaps} of {len(values)} logged steps have no finite {one.key}.")
+        smooth = one.style in ("line", "dashed") and len(values) >= SMOOTH_FROM
+        _draw_line(axes, steps, values, one, faint=smooth)
         if smooth:
-            marks.append(element("path", css=css, d=_path(axes, steps, running_mean(one.values))))
-    return _figure(title, axes, marks)
+            _draw_line(axes, steps, running_mean(values), one)
+        legend.append((one, _first_and_last(values, SMOOTH_STEPS if smooth or one.style == "dots" else 1)))
+    if not legend:
+        return Drawing(title, unit, notes=tuple(notes))
+    axes.update_datalim(
+        [(steps[0], 0), (steps[-1], float(title == "Reward"))]
+    )  # the axes hold 0, and the highest reward
+    return Drawing(title, unit, _inline(figure, axes, f"{title} over steps", steps), tuple(legend), tuple(notes))
 
 
-def stack_plot(title: str, steps: Sequence[float], series: Sequence[Series]) -> Markup:
-    """Draw series as parts of a whole, the first at the bottom, one column to a step.
-
-    A step at which a part is not finite is a gap in all of them. At least one step must be whole.
-    """
-    columns = list(zip(*(one.values for one in series), strict=True))
-    whole = [index for index, column in enumerate(columns) if all(map(math.isfinite, column))]
-    half = min((later - step for step, later in pairwise(steps)), default=1) / 2
-    axes = _axes(steps, [sum(columns[index]) for index in whole], margin=half)
-    marks = []
-    for place, one in enumerate(series):
-        path = ""
-        for index in whole:
-            low, high = sum(columns[index][:place]), sum(columns[index][: place + 1])
-            left, right = axes.x(steps[index] - half), axes.x(steps[index] + half)
-            path += f"M{left:.1f} {axes.y(low):.1f}V{axes.y(high):.1f}H{right:.1f}V{axes.y(low):.1f}Z"
-        marks.append(element("path", css=f"area {one.css}", d=path))
-    return _figure(title, axes, marks)
-
-
-def interval_plot(title: str, mean: float, low: float, high: float, css: str) -> Markup:
-    """Draw a mean and its interval on a scale from 0 to 1 as wide as the place it is put in."""
-    marks = [element("line", css="scale", x1="0%", x2="100%", y1=8, y2=8)]
-    marks += [element("line", css="tick", x1=f"{at}%", x2=f"{at}%", y1=5, y2=11) for at in (0, 50, 100)]
-    if math.isfinite(low) and math.isfinite(high):
-        marks.append(
-            element("line", css=f"whisker {css}", x1=f"{100 * low:.1f}%", x2=f"{100 * high:.1f}%", y1=8, y2=8)
+def draw_time(log: Sequence[LogEntry]) -> Drawing:
+    """Stack the parts of a step's time. An entry stands for the steps since the one before it."""
+    title, unit = "Time", "seconds per step"
+    edges = np.array([0, *(entry["step"] for entry in log)])
+    rollout, step = values_of(log, "time/rollout_s"), values_of(log, "time/step_s")
+    parts = np.array([*(values_of(log, one.key) for one in TIMES[:-1]), step - rollout])  # (4, len(log))
+    parts[:, ~np.all(parts >= 0, axis=0)] = np.nan  # an incomplete split is a gap in all parts
+    num_missing = int(np.isnan(parts[0]).sum())
+    if num_missing == len(log):
+        return Drawing(title, unit, notes=("Left out: no logged step has a complete time split.",))
+    figure, axes = _panel()
+    tops = parts.cumsum(axis=0)
+    for one, low, high in zip(TIMES, [np.zeros(len(log)), *tops], tops, strict=False):
+        colour, hatch = COLOURS[one.colour], HATCHES[one.colour]
+        axes.stairs(
+            high,
+            edges,
+            baseline=low,
+            fill=True,
+            facecolor=COLOURS["card"] if hatch else colour,
+            edgecolor=colour,
+            linewidth=0,
+            hatch=hatch,
+            hatch_linewidth=2,
         )
-    marks.append(element("circle", css=f"mean {css}", cx=f"{100 * mean:.1f}%", cy=8, r=4.5))
-    body = element("title", text=title) + Markup("").join(marks)
-    return element("svg", css="interval", text=body, role="img", height=16)
+    seconds = np.nansum(parts * np.diff(edges), axis=1)
+    total = seconds.sum()
+    legend = (
+        (one, f"{of_one:.1f} s in all" + (f", {of_one / total:.0%}" if total > 0 else ""))
+        for one, of_one in zip(TIMES, seconds, strict=True)
+    )
+    note = f"{num_missing} of {len(log)} logged steps have no complete time split and are left out."
+    plot = _inline(figure, axes, "Seconds per step, by what they went into", edges)
+    return Drawing(title, unit, plot, tuple(legend), (note,) if num_missing else ())
 
 
-def swatch(one: Series, stacked: bool = False) -> Markup:
-    """Draw a series' sample for a legend."""
-    if stacked:
-        mark = element("rect", css=f"area {one.css}", x=1, y=1, width=20, height=10)
-    elif one.style == "dots":
-        mark = Markup("").join(element("circle", css=f"dot {one.css}", cx=x, cy=6, r=2.2) for x in (4, 11, 18))
-    else:
-        mark = element("path", css=f"curve {one.css} {one.style}", d="M2 6H20")
-    return element("svg", css="swatch", text=mark, width=22, height=12, aria_hidden="true")
+def values_of(log: Sequence[LogEntry], key: str) -> np.ndarray:
+    """Return the values logged under a key, NaN for what is missing or not a finite number."""
+    found = (entry.get(key) for entry in log)
+    numbers = (
+        value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan for value in found
+    )
+    return np.array([value if math.isfinite(value) else math.nan for value in numbers], dtype=float)  # (len(log),)
 
 
-def is_smoothed(one: Series) -> bool:
-    """Say whether `line_plot` draws a running mean over the series."""
-    return one.style in ("line", "dashed") and len(one.values) >= SMOOTH_FROM
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean of the last `SMOOTH_STEPS` finite values at each point; a gap stays a gap."""
-    means = []
-    for index, value in enumerate(values):
-        window = [one for one in values[max(0, index + 1 - SMOOTH_STEPS) : index + 1] if math.isfinite(one)]
-        means.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
-    return means
+    means = [np.nanmean(values[max(0, end - SMOOTH_STEPS) : end]) for end in range(1, len(values) + 1)]
+    return np.where(np.isnan(values), np.nan, means)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Return three to six round numbers, evenly spaced, that cover `low` to `high`."""
-    if low == high:
-        high = low + 1
-    span = high - low
-    unit = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4.001)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
+def scores_plot(evaluations: Mapping[str, Any]) -> str:
+    """Draw the EM of each evaluation, the mean of its datasets, with its interval; return an SVG file's text."""
+    figure, axes = _rows("EM in percent, mean of the datasets, with 95 % intervals", list(evaluations))
+    for row, results in enumerate(evaluations.values()):
+        em = results["macro_average"]["em"]
+        axes.plot([100 * em["low"], 100 * em["high"]], [row, row], color=COLOURS["blue"], linewidth=3, alpha=0.4)
+        axes.plot([100 * em["mean"]], [row], "o", color=COLOURS["blue"])
+        axes.annotate(percent(em), (1.02, row), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+    axes.set_xlim(left=0)
+    return _svg(figure, "scores")
 
 
-def element(tag: str, css: str = "", text: str = "", **attributes: str | float) -> Markup:
-    """Return one SVG element; values and text are escaped, an underscore in a name stands for a hyphen."""
-    shown = {"class": css} if css else {}
-    for name, value in attributes.items():
-        key = name if name == "viewBox" else name.replace("_", "-")
-        shown[key] = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-    pairs = "".join(f' {name}="{escape(value)}"' for name, value in shown.items())
-    return Markup(f"<{tag}{pairs}>{escape(text)}</{tag}>")
-
-
-def _axes(steps: Sequence[float], values: Sequence[float], top: float | None = None, margin: float = 0.0) -> Axes:
-    """Return axes that hold 0, all finite values and `top`; `margin` is the room beside the steps, in steps."""
-    finite = [0.0, *(value for value in values if math.isfinite(value)), *([] if top is None else [top])]
-    return Axes(steps[0] - margin, steps[-1] + margin, nice_ticks(min(finite), max(finite)))
-
-
-def _path(axes: Axes, steps: Sequence[float], values: Sequence[float]) -> str:
-    """Return path data that breaks at gaps; a lone point is a line of no length, which a round cap makes a dot."""
-    path = ""
-    for run in _finite_runs(steps, values):
-        path += "M" + "L".join(f"{axes.x(step):.1f} {axes.y(value):.1f}" for step, value in run)
-        path += "h0" if len(run) == 1 else ""
+def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
+    """Draw a fidelity card's rates and realised against requested noise to `prefix`.svg, and return the path."""
+    shown = [(card[name], card[f"{name}_interval"], words) for name, words in RATES[:3] if name in card]
+    figure, axes = _rows(
+        "", [words.replace(" that ", "\nthat ") for *_, words in shown], columns=1 + ("noise" in card)
+    )
+    for row, (rate, (low, high), _) in enumerate(shown):
+        axes.barh(row, rate, height=0.5, color=COLOURS["blue"])
+        axes.plot([low, high], [row, row], "|-", color=COLOURS["grey"], linewidth=1.5)
+    axes.set_xlim(0, 1)
+    if "noise" in card:
+        noise, points = figure.axes[1], card["noise"]
+        requested = [point["requested"] for point in points]
+        low, high = zip(*(point["realised_interval"] for point in points), strict=True)
+        noise.plot([0, 1], [0, 1], color=COLOURS["rule"], linewidth=1)
+        noise.fill_between(requested, low, high, color=COLOURS["orange"], alpha=0.2, linewidth=0)
+        noise.plot(
+            requested,
+            [p["realised"] for p in points],
+            "o-",
+            color=COLOURS["orange"],
+            label="realised, by the documents",
+        )
+        noise.plot(requested, [p["coin"] for p in points], "x", color=COLOURS["blue"], label="the coin's share")
+        noise.set_xlabel("requested noise")
+        noise.legend(frameon=False)
+    path = prefix.with_name(f"{prefix.name}.svg")
+    path.write_text(_svg(figure, "fidelity"), encoding="utf-8")
     return path
 
 
-def _finite_runs(steps: Sequence[float], values: Sequence[float]) -> Iterator[list[tuple[float, float]]]:
-    run: list[tuple[float, float]] = []
-    for step, value in zip(steps, values, strict=True):
-        if math.isfinite(value):
-            run.append((step, value))
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
+def _panel() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(5, 2.9), facecolor="none"
+    )  # in inches of 72 CSS pixels: about a card on a phone or a desk
+    return figure, figure.add_axes((0.11, 0.12, 0.87, 0.83))
 
 
-def _figure(title: str, axes: Axes, marks: Sequence[Markup]) -> Markup:
-    parts = [element("title", text=title)]
-    for tick in axes.ticks:
-        y = axes.y(tick)
-        parts.append(element("line", css="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
-        parts.append(element("text", css="label end", text=f"{tick:.6g}", x=LEFT - 6, y=y + 4))
-    for step in _step_ticks(axes):
-        parts.append(element("text", css="label middle", text=f"{step:g}", x=axes.x(step), y=HEIGHT - 6))
-    return element(
-        "svg", css="plot", text=Markup("").join([*parts, *marks]), role="img", viewBox=f"0 0 {WIDTH} {HEIGHT}"
+def _rows(title: str, labels: Sequence[str], columns: int = 1) -> tuple[Figure, Axes]:
+    """Return a figure whose first axes have a labelled row for each thing drawn, the first on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(8 + 0.1 * max(map(len, labels), default=0), 1.2 + 0.4 * len(labels) + 1.4 * (columns > 1)),
+        layout="constrained",
+    )
+    axes = figure.subplots(1, columns, squeeze=False)[0, 0]
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.set_ylim(max(len(labels), 1) - 0.3, -0.7)
+    axes.set_title(title, loc="left", fontsize="medium", color=COLOURS["soft"])
+    for one in figure.axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw_line(axes: Axes, steps: Sequence[float], values: np.ndarray, one: Series, faint: bool = False) -> None:
+    finite = np.isfinite([math.nan, *values, math.nan])
+    alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])  # a line through one point shows nothing
+    axes.plot(
+        steps,
+        values,
+        linestyle={"dots": "none", "dashed": "-" if faint else "--"}.get(one.style, "-"),
+        color=COLOURS[one.colour],
+        linewidth=1 if faint else 2.25,
+        alpha=0.38 if faint else 0.75 if one.style == "dots" else 1,
+        marker="o",
+        markersize=4,
+        markevery=None if one.style == "dots" else list(alone),
+        clip_on=False,
     )
 
 
-def _step_ticks(axes: Axes) -> list[float]:
-    first, last = math.ceil(axes.first_step), math.floor(axes.last_step)
-    if first == last:
-        return [first]
-    inside = [tick for tick in nice_ticks(first, last) if first <= tick <= last and tick == int(tick)]
-    # The first and last step frame the axis; a round number too near to either would run into it.
-    room = (last - first) / 8
-    return [first, *(tick for tick in inside if first + room < tick < last - room), last]
+def _first_and_last(values: np.ndarray, few: int) -> str:
+    finite = values[np.isfinite(values)]
+    return f"{finite[:few].mean():.3g} → {finite[-few:].mean():.3g}"
+
+
+def _inline(figure: Figure, axes: Axes, title: str, steps: Sequence[float] | np.ndarray) -> Markup:
+    """Return the figure as an <svg> element in the page's colours."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*axes.dataLim.intervaly)
+    axes.set(yticks=ticks, ylim=(ticks[0], ticks[-1]), xticks=np.unique(np.linspace(steps[0], steps[-1], 4).round()))
+    axes.margins(x=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(length=0, pad=6, labelcolor=COLOURS["soft"])
+    axes.grid(axis="y", color=COLOURS["rule"], linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)
+    svg = _svg(figure, title).partition("<svg")[2]
+    svg = re.sub(r'<style.*?</style>|(?<=<g) id="[^"]+"|font-family:[^;]+; ', "", svg, flags=re.DOTALL)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return Markup(f'<svg class="plot" role="img" aria-label="{escape(title)}"{svg}')
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):  # the same data, the same file; text as text
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

@@ -1,4 +1,4 @@
-"""The fidelity card for readers: Markdown tables and a plot beside the JSON."""
+"""The fidelity card for readers: Markdown tables beside the JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ RATES = (
     ("answer_rate", "searches that answer the query"),
     ("max_noise_error", "largest difference of realised and requested noise"),
     ("max_coin_error", "largest difference of the coin's share and requested noise"),
+)
+SUFFIXES = (
+    ("", ""),
+    ("_where_the_answer_is_asked", ", where the query asks for the question's answer"),
+    ("_where_another_fact_is_asked", ", where it asks for another fact"),
 )
 FORMAT_RATES = (
     ("valid_format_rate", 'replies that are "Doc 1: ..." to the last and nothing else'),
@@ -43,12 +48,11 @@ DOCUMENT_ROWS = (
 
 
 def write_card(card: Card, prefix: Path) -> list[Path]:
-    """Write `prefix`.json, .md and, where noise or rates can be drawn, .svg; return the paths."""
+    """Write `prefix`.json and `prefix`.md; return the paths."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    paths = [prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".json", ".md", ".svg")]
+    paths = [prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".json", ".md")]
     paths[0].write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     paths[1].write_text(f"# Fidelity\n\n{card_markdown(card)}\n", encoding="utf-8")
-    draw_card(card, paths[2])
     return paths
 
 
@@ -84,13 +88,6 @@ def card_markdown(card: Card) -> str:
     return "\n".join(lines)
 
 
-SUFFIXES = (
-    ("", ""),
-    ("_where_the_answer_is_asked", ", where the query asks for the question's answer"),
-    ("_where_another_fact_is_asked", ", where it asks for another fact"),
-)
-
-
 def _noise_table(card: Card) -> list[str]:
     lines = [
         "Realised noise: the share of searches whose documents do not answer the query, those asked to be noisy and "
@@ -112,40 +109,3 @@ def _shown(part: Mapping[str, Any], name: str, digits: int = 3) -> str:
     interval = part.get(f"{name}_interval")
     bounds = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
     return f"{part[name]:.{digits}f}{bounds}"
-
-
-def draw_card(card: Card, path: Path) -> None:
-    """Draw requested against realised noise, and the rates with their intervals, as SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    shown = [(name, words) for name, words in RATES[:3] if name in card]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2 if "noise" in card else 1, squeeze=False)
-    rates = panels[0, 0]
-    places = range(len(shown))
-    values = [card[name] for name, _ in shown]
-    bounds = [card[f"{name}_interval"] for name, _ in shown]
-    errors = [[value - low for value, (low, _) in zip(values, bounds, strict=True)]]
-    errors.append([high - value for value, (_, high) in zip(values, bounds, strict=True)])
-    rates.barh(places, values, xerr=errors, height=0.5, color="#2a6f97", ecolor="#1c2127", capsize=3)
-    rates.set_yticks(places, [words.replace(" that ", "\nthat ") for _, words in shown])
-    rates.set_xlim(0, 1)
-    rates.set_ylim(-0.7, max(len(shown), 1) - 0.3)
-    rates.invert_yaxis()
-    if "noise" in card:
-        noise = panels[0, 1]
-        requested = [point["requested"] for point in card["noise"]]
-        realised = [point["realised"] for point in card["noise"]]
-        low, high = zip(*(point["realised_interval"] for point in card["noise"]), strict=True)
-        noise.plot([0, 1], [0, 1], color="#c9ccd1", linewidth=1)
-        noise.fill_between(requested, low, high, color="#b9480b", alpha=0.2, linewidth=0)
-        noise.plot(requested, realised, color="#b9480b", marker="o", label="realised, by the documents")
-        coins = [point["coin"] for point in card["noise"]]
-        noise.plot(requested, coins, color="#2a6f97", linestyle="none", marker="x", label="the coin's share")
-        noise.set_xlabel("requested noise")
-        noise.legend(frameon=False)
-    for axes in panels.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    with rc_context({"svg.hashsalt": "zerosearch"}):  # the same card, the same file
-        figure.savefig(path, metadata={"Date": None})

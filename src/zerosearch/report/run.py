@@ -1,0 +1,131 @@
+"""What training and evaluation left in a run's folder:
+
+results.json                                         the run in short
+policy/trainer_state.json                            the log over steps
+policy/trajectories.jsonl                            trajectories sampled in training
+evaluation/{before,after}-ENGINE/results.json        scores with their intervals
+evaluation/{before,after}-ENGINE/trajectories.jsonl  what the policy did
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zerosearch.errors import UserError
+from zerosearch.evaluation.tables import is_finite
+
+SIMULATED = "simulated"  # the one engine that is not real
+POLICIES = ("before", "after")  # training
+ROUNDING = 1e-3  # a difference up to this between two files is rounding
+
+Scores = dict[str, Any]  # the contents of an evaluation's results.json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder; what is missing is empty."""
+
+    folder: Path
+    results: dict[str, Any]
+    log: list[dict[str, Any]]  # one entry a logged step, in order
+    scores: dict[str, dict[str, Scores]]  # engine, then "before" or "after"; real engines come first
+
+    @property
+    def engine(self) -> str | None:
+        """The engine of the headline: the one results.json names, else the first evaluated."""
+        return self.results.get("engine") or next(iter(self.scores), None)
+
+    @property
+    def evaluations(self) -> list[tuple[str, str, Scores]]:
+        """The evaluations as (engine, "before" or "after", scores), real engines first."""
+        return [(engine, policy, scores) for engine, both in self.scores.items() for policy, scores in both.items()]
+
+    def headline(self, policy: str) -> Scores:
+        """Return the scores before or after training that the page opens with; empty if there are none."""
+        mean = self.results.get(f"em_{policy}")
+        told = {} if mean is None else {"em": {"mean": mean}}
+        return self.scores.get(self.engine or "", {}).get(policy, told)
+
+    def notes(self) -> Iterator[str]:
+        """Yield a sentence on each thing that is missing, and on each number that two files tell differently."""
+        if not self.results:
+            yield "results.json is missing: seed, durations and the count of real-engine queries are not known."
+        elif not isinstance(self.results.get("real_engine_queries_in_training"), int):
+            yield "results.json has no real_engine_queries_in_training: queries to a real engine are not known."
+        if not self.log:
+            yield "policy/trainer_state.json is missing, or has no step of training: there are no plots over steps."
+        for engine in dict.fromkeys([*([self.engine] if self.engine else []), *self.scores, SIMULATED]):
+            for policy in POLICIES:
+                if policy not in self.scores.get(engine, {}):
+                    yield f"evaluation/{policy}-{engine}/results.json is missing: no scores {policy} training."
+        for key in ("em_before", "em_after", "f1_after"):
+            score, policy = key.split("_")
+            told, evaluated = self.results.get(key), self.headline(policy).get(score, {}).get("mean")
+            if is_finite(told) and is_finite(evaluated) and abs(told - evaluated) > ROUNDING:
+                yield (
+                    f"results.json says {key} is {told}, but evaluation/{policy}-{self.engine}/results.json says "
+                    f"{evaluated}: the files may be of different runs."
+                )
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run's folder.
+
+    Raises `UserError` if there is no such folder, it holds none of the files, or a file is malformed.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    results, log = _read_json(folder / "results.json"), _read_log(folder / "policy" / "trainer_state.json")
+    found = {path.parent.name: path for path in folder.glob("evaluation/*-*/results.json")}
+    engines = {name.removeprefix(f"{policy}-") for name in found for policy in POLICIES if name.startswith(policy)}
+    scores = {
+        engine: {
+            policy: _read_scores(found[f"{policy}-{engine}"]) for policy in POLICIES if f"{policy}-{engine}" in found
+        }
+        for engine in sorted(engines, key=lambda name: (name == SIMULATED, name))
+    }
+    if results is None and log is None and not scores:
+        raise UserError(
+            f"{folder} holds no run: none of results.json, policy/trainer_state.json, "
+            "evaluation/{before,after}-ENGINE/results.json is there"
+        )
+    return Run(folder, results or {}, log or [], scores)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object, None if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _read_scores(path: Path) -> Scores:
+    scores = _read_json(path) or {}
+    for name in ("em", "f1"):
+        if not isinstance(scores.get(name), dict) or "mean" not in scores[name]:
+            raise UserError(f"{path}: {name!r} is {scores.get(name)!r}, not an object with mean, low and high")
+    return scores
+
+
+def _read_log(path: Path) -> list[dict[str, Any]] | None:
+    """Return the training log, an entry a step in order; evaluations and the summary at the end are left out."""
+    state = _read_json(path)
+    if state is None:
+        return None
+    history = state.get("log_history")
+    steps = [entry.get("step") if isinstance(entry, dict) else None for entry in history or ()]
+    if not isinstance(history, list) or not all(map(is_finite, steps)):
+        raise UserError(f"{path}: 'log_history' is not a list of logged steps")
+    by_step = {entry["step"]: entry for entry in history if "loss" in entry or "reward" in entry}
+    return [by_step[step] for step in sorted(by_step)]
