@@ -18,10 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.tinyworld.world import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
@@ -34,8 +34,8 @@ class TinyWorldArguments:
 
     output_dir: str = "outputs/tinyworld"
     seed: int = 0
-    n_train: int = 2000
-    n_test: int = 300
+    n_train: int = field(default=2000, metadata={"min": 1})
+    n_test: int = field(default=300, metadata={"min": 1})
     n_searches: int = 6000
     n_searched_worlds: int = 40
     asked_relation_in_noise: bool = field(
@@ -44,9 +44,6 @@ class TinyWorldArguments:
     n_people: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("n_train", "n_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not 1 <= self.n_searched_worlds <= MOST_SEARCHED_WORLDS:
             raise UserError(f"n_searched_worlds is {self.n_searched_worlds}: choose 1 to {MOST_SEARCHED_WORLDS}")
         if self.n_searches < 2 * self.n_searched_worlds:
@@ -78,8 +75,8 @@ def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]
 
 @exit_on_user_error
 def main() -> None:
+    (arguments,) = parse(TinyWorldArguments)
     with user_mistakes():
-        arguments: TinyWorldArguments = HfArgumentParser(TinyWorldArguments).parse_args_into_dataclasses()[0]
         directory = Path(arguments.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
 

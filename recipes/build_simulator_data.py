@@ -4,7 +4,8 @@
     python recipes/build_simulator_data.py --traces judged.jsonl --judge qwen-max --output_dir outputs/sft
 
 The output folder is a dataset as `datasets.load_dataset` and the Hub take it: train.jsonl, test.jsonl and a card;
-statistics.json holds the counts of the card. `--push_to_hub you/name` uploads it. Searches that nobody has judged yet
+statistics.json holds the counts of the card. Rows are judged
+searches; the tuning recipe writes the prompt. `--push_to_hub you/name` uploads it. Searches that nobody has judged yet
 are judged here by the rule (the answer occurs in the document). Next: recipes/sft_simulator.py --searches FOLDER.
 """
 
@@ -15,19 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.prompts import SIMULATOR_PROMPT
+from zerosearch.errors import UserError
+from zerosearch.prompts import PAPER
 from zerosearch.simulator.cards import create_repository, dataset_card, push_folder
 from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.simulator.examples import simulator_example
 from zerosearch.simulator.judge import RULE, rule_verdicts
 from zerosearch.simulator.traces import read_traces, write_jsonl
-
-# Edit here for an ablation: what the simulator is asked.
-PROMPT = SIMULATOR_PROMPT
 
 
 @dataclass
@@ -66,8 +63,7 @@ def judged(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    with user_mistakes():
-        (arguments,) = TrlParser(BuildArguments).parse_args_and_config(argv)
+    (arguments,) = parse(BuildArguments, argv=argv)
     options = arguments.set_options()
     traces = judged(read_traces(arguments.traces))
     sets = build_sets(traces, options)
@@ -77,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     repository = arguments.push_to_hub and create_repository(arguments.push_to_hub, "dataset", arguments.private)
     found = statistics(traces, sets, options.judge)
     for split in SPLITS:
-        rows = [{**simulator_example(row, PROMPT), **row} for row in sets if row["split"] == split]
+        rows = [row for row in sets if row["split"] == split]
         if rows:
             write_jsonl(directory / f"{split}.jsonl", rows)
     (directory / "statistics.json").write_text(json.dumps(found, indent=2) + "\n")
     about = {"traces": Path(arguments.traces).name, **asdict(options)}
-    example = simulator_example(sets[0], PROMPT)
+    example = simulator_example(sets[0], PAPER.simulator)
     shown = "\n".join(message["content"] for message in [*example["prompt"][1:], *example["completion"]])
     title = (repository or directory.resolve().name).split("/")[-1]
     (directory / "README.md").write_text(dataset_card(title, found, about, shown), encoding="utf-8")

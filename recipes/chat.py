@@ -24,26 +24,20 @@ from typing import Any, Literal, TextIO
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported; its start fills the screen
 
-from trl import TrlParser
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import NoEngine
 from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.chat_endpoint import EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator
 from zerosearch.generation.tokenization import decoded_text
-from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
-from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
+from zerosearch.prompts import PAPER, PROMPT_SETS, Agent, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
-
-PROMPTS = {
-    "paper": (AGENTS, SIMULATOR_PROMPT),
-    "tinyworld": (TINYWORLD_AGENTS, TINYWORLD_SIMULATOR_PROMPT),
-}
 
 # Terminal colours, by what is being written.
 COLORS = {"think": "\033[2m", "search": "\033[33m", "answer": "\033[1;32m", "documents": "\033[36m", "note": "\033[2m"}
@@ -58,8 +52,8 @@ class ChatArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of the policy; for an endpoint, the model's name there."})
     question: str | None = field(default=None, metadata={"help": "Ask this one question and end."})
-    agent: str = field(default="policy", metadata={"help": f"How the model is used: {', '.join(AGENTS)}."})
-    prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
+    agent: str = field(default="policy", metadata={"help": f"How the model is used: {', '.join(PAPER.agents)}."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     generator: Literal["vllm", "transformers", "endpoint"] = field(
         default="vllm", metadata={"help": "What runs the model; endpoint: any OpenAI-style server, --endpoint_url."}
     )
@@ -68,9 +62,6 @@ class ChatArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("prompt", tuple(PROMPTS)), ("generator", ("vllm", "transformers", "endpoint"))):
-            if getattr(self, name) not in choices:  # a config file is not checked by the parser
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         if self.question is not None and not self.question.strip():
             raise UserError("the question is empty")
 
@@ -181,7 +172,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Roll out one question, and write what happens as it happens."""
-        row = {"question": question, "golden_answers": [self.answer], "prompt": self.agent.messages(question)}
+        row = {"question": question, "golden_answers": [self.answer]}
         started = time.perf_counter()
         (trajectory,) = run_rollouts(
             [row], self.generator, self.engine, self.settings, agent=self.agent, watch=self._watch
@@ -262,12 +253,12 @@ def questions_of_the_user() -> Iterator[str]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Load the model and the engine, then answer."""
-    with user_mistakes():
-        parser = TrlParser((ChatArguments, ChatEngine, ChatSettings, EndpointOptions))
-        arguments, engine_options, settings, endpoint_options = parser.parse_args_and_config(argv)
-    known_agents, simulator_template = PROMPTS[arguments.prompt]
-    (agent,) = choose_agents([arguments.agent], known_agents)
-    engine = make_engine(engine_options, simulator_template) if agent.searches else NoEngine()
+    arguments, engine_options, settings, endpoint_options = parse(
+        ChatArguments, ChatEngine, ChatSettings, EndpointOptions, argv=argv
+    )
+    prompts = PROMPT_SETS[arguments.prompt]
+    (agent,) = prompts.choose([arguments.agent])
+    engine = make_engine(engine_options, prompts.simulator) if agent.searches else NoEngine()
     if arguments.generator == "endpoint":
         generator: Any = make_endpoint(endpoint_options, arguments.model)
     else:

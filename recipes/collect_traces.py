@@ -17,23 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trl import TrlParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines.limits import Limits
 from zerosearch.engines.options import EngineOptions, make_engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.evaluation.collecting import MAX_FAILED, MAX_LIVE, collect_traces
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
-from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT
+from zerosearch.prompts import PAPER
 from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.rollout.loop import RolloutSettings
 
-# Edit here for an ablation: what the model is asked. The paper does not give the words it collected with.
-PROMPT = POLICY_PROMPT
-GENERATORS = ("endpoint", "vllm", "transformers")
+# How the model is asked. The paper does not give the words it collected with.
+AGENT = PAPER.policy
 
 
 @dataclass
@@ -51,15 +49,10 @@ class CollectArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     max_usd: float | None = field(default=None, metadata={"help": "Stop when this command has cost so much."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop when this command has taken so long."})
-    questions_in_flight: int = field(default=MAX_LIVE, metadata={"help": "Questions under way at once."})
-    max_failed: int = field(default=MAX_FAILED, metadata={"help": "Give up when so many questions lost a search."})
-
-    def __post_init__(self) -> None:
-        if self.generator not in GENERATORS:  # a config file is not checked by the parser
-            raise UserError(f"generator is {self.generator!r}: it must be one of {', '.join(GENERATORS)}")
-        for name in ("questions_in_flight", "max_failed"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+    questions_in_flight: int = field(default=MAX_LIVE, metadata={"min": 1, "help": "Questions under way at once."})
+    max_failed: int = field(
+        default=MAX_FAILED, metadata={"min": 1, "help": "Give up when so many questions lost a search."}
+    )
 
 
 @dataclass
@@ -85,17 +78,17 @@ def load_model(arguments: CollectArguments, options: EndpointOptions, max_tokens
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    with user_mistakes():
-        parser = TrlParser((CollectArguments, CollectEngine, EndpointOptions, RolloutSettings))
-        arguments, engine_options, endpoint_options, settings = parser.parse_args_and_config(argv)
+    arguments, engine_options, endpoint_options, settings = parse(
+        CollectArguments, CollectEngine, EndpointOptions, RolloutSettings, argv=argv
+    )
     limits = Limits(arguments.max_usd, arguments.max_seconds)
-    questions = load_questions(arguments.dataset, arguments.dataset_split, PROMPT, arguments.dataset_limit).to_list()
+    questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit).to_list()
     output_dir = Path(arguments.output_dir)
     engine_options.cassette = engine_options.cassette or str(output_dir / "searches.sqlite")
-    engine = make_engine(engine_options, SIMULATOR_PROMPT)
+    engine = make_engine(engine_options, PAPER.simulator)
     generator: Generator | RemoteGenerator
     generator, identity = load_model(arguments, endpoint_options, settings.max_trajectory_tokens)
-    about = {**identity, "dataset": arguments.dataset, "generator": arguments.generator, "prompt": PROMPT}
+    about = {**identity, "dataset": arguments.dataset, "generator": arguments.generator, "prompt": AGENT.template}
     try:
         results = collect_traces(
             questions,
@@ -103,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             engine,
             settings,
             output_dir,
+            agent=AGENT,
             seed=arguments.seed,
             about=about,
             limits=limits,

@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.evaluation.evaluate import read_whole_lines, write_json
 from zerosearch.evaluation.scores import Record, compare
 from zerosearch.evaluation.tables import comparison_table
@@ -25,12 +24,8 @@ class ComparisonArguments:
 
     first: str = field(metadata={"help": "Output folder of an evaluation."})
     second: str = field(metadata={"help": "Output folder of another; a difference above 0 says that it is better."})
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    seed: int = field(default=0, metadata={"min": 0, "help": "Seed of the bootstrap."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the comparison."})
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}: it must be at least 0")
 
 
 def trajectories(folder: str) -> list[Record]:
@@ -44,8 +39,7 @@ def trajectories(folder: str) -> list[Record]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Read two evaluations, compare them, print and keep the result."""
-    with user_mistakes():
-        (arguments,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses(argv)
+    (arguments,) = parse(ComparisonArguments, argv=argv)
     differences = compare(trajectories(arguments.first), trajectories(arguments.second), arguments.seed)
     print(comparison_table(differences))
     if differences["unpaired"]:

@@ -23,10 +23,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.report import summary_table, write_report
 from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
 
@@ -193,8 +192,7 @@ def clear(directory: Path) -> None:
 @exit_on_user_error
 def main() -> None:
     """Run the demo, write results.json and report.html, print a table."""
-    with user_mistakes():
-        arguments: DemoArguments = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse(DemoArguments)
     exit_on_signals()  # so that no server outlives the demo
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()

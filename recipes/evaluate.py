@@ -25,31 +25,23 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from trl import TrlParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.limits import LimitReached, Limits
 from zerosearch.engines.options import EngineOptions, make_engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import check_samples, evaluate, write_json
 from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
-from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
+from zerosearch.prompts import PAPER, PROMPT_SETS, Agent, PromptSetName, SimulatorTemplate
 from zerosearch.report.plots import scores_plot
-from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.rollout.loop import RolloutSettings
 from zerosearch.simulator.traces import sole_writer
-
-# --prompt chooses how the agents ask, and what the simulator is asked ({question}, {golden_answer}, ...).
-PROMPTS = {
-    "paper": (AGENTS, SIMULATOR_PROMPT),
-    "tinyworld": (TINYWORLD_AGENTS, TINYWORLD_SIMULATOR_PROMPT),
-}
 
 PAID_SEARCHES = "searches.sqlite"  # the cassette in the output folder, for an engine that costs money
 
@@ -66,9 +58,9 @@ class EvaluationArguments:
     )
     output_dir: str = field(metadata={"help": "Folder for results, trajectories, table and plot."})
     agent: list[str] = field(
-        default_factory=lambda: ["policy"], metadata={"help": f"How the model is used: {', '.join(AGENTS)}."}
+        default_factory=lambda: ["policy"], metadata={"help": f"How the model is used: {', '.join(PAPER.agents)}."}
     )
-    prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows of each dataset only."})
     num_questions: int | None = field(
@@ -77,12 +69,14 @@ class EvaluationArguments:
     benchmark_source: str = field(
         default=FLASHRAG, metadata={"help": "Where the seven benchmarks are: a Hub id, or a folder in its layout."}
     )
-    p_noise: float = field(default=0.0, metadata={"help": "For simulated: how likely a search gets noisy documents."})
+    p_noise: float = field(
+        default=0.0, metadata={"min": 0, "max": 1, "help": "For simulated: how likely a search gets noisy documents."}
+    )
     generator: Literal["vllm", "transformers", "endpoint"] = field(
         default="vllm", metadata={"help": "What runs the model; endpoint: any OpenAI-style server, --endpoint_url."}
     )
     num_samples: int = field(default=1, metadata={"help": "Trajectories a question, for pass@k; with --temperature."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling, noise and bootstrap."})
+    seed: int = field(default=0, metadata={"min": 0, "help": "Seed of sampling, noise and bootstrap."})
     max_usd: float | None = field(default=None, metadata={"help": "Stop when this command has cost so much."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop when this command has taken so long."})
     resume: bool = field(default=False, metadata={"help": "Go on with the evaluation that is in output_dir."})
@@ -91,13 +85,6 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         for name in ("model", "dataset", "agent"):
             setattr(self, name, as_list(name, getattr(self, name)))
-        for name, choices in (("prompt", tuple(PROMPTS)), ("generator", ("vllm", "transformers", "endpoint"))):
-            if getattr(self, name) not in choices:  # a config file is not checked by the parser
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        if not 0.0 <= self.p_noise <= 1.0:
-            raise UserError(f"p_noise is {self.p_noise}: a probability lies in [0, 1]")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}: it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -284,11 +271,11 @@ def report(found: dict[str, Any], output_dir: Path) -> None:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check all that can be checked early, answer the questions, write and print the scores."""
-    with user_mistakes():
-        parser = TrlParser((EvaluationArguments, EvaluationEngines, EvaluationSettings, EndpointOptions))
-        arguments, engine_options, settings, endpoint_options = parser.parse_args_and_config(argv)
-    known_agents, simulator_template = PROMPTS[arguments.prompt]
-    agents = choose_agents(arguments.agent, known_agents)
+    arguments, engine_options, settings, endpoint_options = parse(
+        EvaluationArguments, EvaluationEngines, EvaluationSettings, EndpointOptions, argv=argv
+    )
+    prompts = PROMPT_SETS[arguments.prompt]
+    agents = prompts.choose(arguments.agent)
     check_samples(arguments.num_samples, settings)
     output_dir = claim_output(arguments)
     questions = load_question_sets(
@@ -299,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.benchmark_source,
     )
     search = any(agent.searches for agent in agents)
-    engines = engine_options.ready(output_dir, simulator_template) if search else []
+    engines = engine_options.ready(output_dir, prompts.simulator) if search else []
     todo = list(evaluations(arguments.model, agents, engines))
     found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
     report(found, output_dir)

@@ -19,28 +19,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir, load_questions
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
 from zerosearch.generation.models import load_tokenizer
-from zerosearch.prompts import POLICY_PROMPT, SIMULATOR_PROMPT, TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.checkpoints import checkpoint_to_resume
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchConfig, SearchTrainer
 
-# --prompt chooses what the policy is asked ({question}) and what the simulator is ({question}, {golden_answer}, ...).
-PROMPTS = {
-    "paper": (POLICY_PROMPT, SIMULATOR_PROMPT),
-    "tinyworld": (TINYWORLD_POLICY_PROMPT, TINYWORLD_SIMULATOR_PROMPT),
-}
 REWARDS = [f1_reward]  # functions with TRL's signature, added up; zerosearch.training.rewards has em_reward, too
 
 
@@ -51,17 +47,13 @@ class RecipeArguments:
     dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
-    prompt: Literal["paper", "tinyworld"] = field(default="paper", metadata={"help": "The prompts: see PROMPTS."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
-
-    def __post_init__(self) -> None:
-        if self.prompt not in PROMPTS:  # a config file is not checked by the parser
-            raise UserError(f"prompt is {self.prompt!r}: it must be one of {', '.join(PROMPTS)}")
 
 
 def choose_engine(options: EngineOptions, prompt: str) -> SearchEngine:
     """Return the engine that the policy learns from; return one of your own here to train against it."""
-    return make_engine(options, simulator_template=PROMPTS[prompt][1])
+    return make_engine(options, simulator_template=PROMPT_SETS[prompt].simulator)
 
 
 def claim_output(config: SearchConfig, overwrite: bool) -> None:
@@ -86,17 +78,17 @@ def model_options(model_config: ModelConfig, config: SearchConfig) -> dict[str, 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then train, save and push."""
-    with user_mistakes():
-        usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
-        parser = TrlParser((RecipeArguments, EngineOptions, SearchConfig, ModelConfig), usage=usage)
-        arguments, options, config, model_config = parser.parse_args_and_config(argv)
+    usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
+    arguments, options, config, model_config = parse(
+        RecipeArguments, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
+    )
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
     if checkpoint is None:
         claim_output(config, arguments.overwrite_output_dir)
     model = model_config.model_name_or_path
     tokenizer = load_tokenizer(model, model_config.model_revision, config.trust_remote_code)
-    template, _ = PROMPTS[arguments.prompt]
-    questions = load_questions(arguments.dataset, arguments.dataset_split, template, arguments.dataset_limit)
+    agent = PROMPT_SETS[arguments.prompt].policy
+    questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
     engine = choose_engine(options, arguments.prompt)
     config.model_init_kwargs = model_options(model_config, config)
     trainer = SearchTrainer(
@@ -104,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         reward_funcs=REWARDS,
         args=config,
         engine=engine,
+        agent=agent,
         train_dataset=questions,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),

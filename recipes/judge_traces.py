@@ -20,10 +20,9 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.prompts import JUDGE_PROMPT
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import UserError
+from zerosearch.prompts import PAPER
 from zerosearch.simulator.judge import (
     RULE,
     Judge,
@@ -35,9 +34,6 @@ from zerosearch.simulator.judge import (
     rule_verdicts,
 )
 from zerosearch.simulator.traces import read_traces, sole_writer, write_jsonl
-
-# Edit here to judge by other words: {query} and {document}, and a reply "Verdict: sufficient" or "... insufficient".
-PROMPT = JUDGE_PROMPT
 
 
 @dataclass
@@ -57,13 +53,13 @@ class JudgeArguments:
         default="OPENAI_API_KEY", metadata={"help": "For llm: the environment variable that holds the key."}
     )
     judge_max_tokens: int = field(
-        default=256, metadata={"help": "For llm: longest reply; a model that thinks needs more."}
+        default=256, metadata={"min": 1, "help": "For llm: longest reply; a model that thinks needs more."}
     )
     judge_timeout_s: float = field(default=120.0, metadata={"help": "For llm: longest wait for a reply, in seconds."})
     judge_max_retries: int = field(default=5, metadata={"help": "For llm: how often a call that failed is repeated."})
-    judge_concurrency: int = field(default=32, metadata={"help": "For llm: calls in flight."})
+    judge_concurrency: int = field(default=32, metadata={"min": 1, "help": "For llm: calls in flight."})
     verdict_cache: str | None = field(default=None, metadata={"help": "For llm: another place for the cache."})
-    traces_limit: int | None = field(default=None, metadata={"help": "Judge the first searches only."})
+    traces_limit: int | None = field(default=None, metadata={"min": 1, "help": "Judge the first searches only."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier judged.jsonl."})
 
     def __post_init__(self) -> None:
@@ -72,10 +68,6 @@ class JudgeArguments:
             raise UserError(f"judges is {' '.join(self.judges)!r}: it must be rule, llm, or both")
         if "llm" in self.judges and self.judge_model is None:
             raise UserError("--judges llm needs --judge_model, the name of the model to ask")
-        for name in ("judge_max_tokens", "judge_concurrency", "traces_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 def llm_verdicts(arguments: JudgeArguments, traces: list[dict[str, Any]]) -> tuple[Judge, list[list[Verdict]]]:
@@ -85,7 +77,7 @@ def llm_verdicts(arguments: JudgeArguments, traces: list[dict[str, Any]]) -> tup
         arguments.judge_url,
         arguments.judge_model,
         os.environ.get(arguments.judge_api_key_variable),
-        PROMPT,
+        PAPER.judge,
         max_tokens=arguments.judge_max_tokens,
         timeout_s=arguments.judge_timeout_s,
         max_retries=arguments.judge_max_retries,
@@ -115,8 +107,7 @@ def report(verdicts: dict[str, list[list[Verdict]]]) -> dict[str, Any]:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    with user_mistakes():
-        (arguments,) = TrlParser(JudgeArguments).parse_args_and_config(argv)
+    (arguments,) = parse(JudgeArguments, argv=argv)
     traces = read_traces(arguments.traces)[: arguments.traces_limit]
     directory = Path(arguments.output_dir)
     judged = directory / "judged.jsonl"

@@ -25,24 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trl import TrlParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.simulated import SimulatedEngine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.prompts import PROMPTED_SIMULATOR, SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT, SimulatorTemplate
+from zerosearch.errors import UserError
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, measure_simulator
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import Rule, read_held_out
 from zerosearch.simulator.server import ServerDied, exit_on_signals, simulator_server
-
-# Edit here for an ablation: what the simulator is asked.
-PROMPTS: dict[str, SimulatorTemplate] = {
-    "paper": SIMULATOR_PROMPT,
-    "tinyworld": TINYWORLD_SIMULATOR_PROMPT,
-    "prompted": PROMPTED_SIMULATOR,
-}
-
 
 HEADLINE = ("useful_answer_rate", "noisy_leak_rate", "answer_rate", "max_noise_error")  # the last line printed
 
@@ -69,10 +60,10 @@ class RecipeArguments:
     max_model_len: int = field(default=4096, metadata={"help": "For model: longest prompt plus reply, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "For model: its number format."})
     num_threads: int | None = field(default=None, metadata={"help": "For model, on a CPU: threads to use."})
-    prompt: str = field(default="paper", metadata={"choices": list(PROMPTS), "help": "What the simulator is asked."})
-    rule: Rule = field(
-        default="answer",
-        metadata={"help": "Documents answer a query if they hold its answer, or state its fact (TinyWorld)."},
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
+    rule: Rule | None = field(
+        default=None,
+        metadata={"help": "Documents answer a query if they hold its answer, or state its fact. Default: the set's."},
     )
     temperature: float = field(default=0.8, metadata={"help": "The simulator's."})
     max_tokens: int = field(default=600, metadata={"help": "Longest reply, in tokens."})
@@ -83,10 +74,6 @@ class RecipeArguments:
     output: str = field(default="outputs/fidelity/simulator", metadata={"help": "Where to write, without suffix."})
 
     def __post_init__(self) -> None:
-        if self.engine not in ("simulated", "recorded"):  # a config file is not checked by the parser
-            raise UserError(f"engine is {self.engine!r}: it must be simulated or recorded")
-        if self.prompt not in PROMPTS:
-            raise UserError(f"prompt is {self.prompt!r}: it must be one of {', '.join(PROMPTS)}")
         if self.api_key_variable and not os.environ.get(self.api_key_variable):
             raise UserError(f"--api_key_variable names {self.api_key_variable}, which the environment lacks")
 
@@ -114,7 +101,7 @@ def make_engine(recipe: RecipeArguments, url: str) -> SimulatedEngine:
     return SimulatedEngine(
         url,
         recipe.simulator_model,
-        PROMPTS[recipe.prompt],
+        PROMPT_SETS[recipe.prompt].simulator,
         temperature=recipe.temperature,
         max_tokens=recipe.max_tokens,
         num_documents=recipe.num_documents,
@@ -126,9 +113,8 @@ def make_engine(recipe: RecipeArguments, url: str) -> SimulatedEngine:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the card, print it."""
-    with user_mistakes():
-        recipe, options = TrlParser((RecipeArguments, FidelityOptions)).parse_args_and_config(argv)
-    queries = read_held_out(recipe.queries, recipe.rule)
+    recipe, options = parse(RecipeArguments, FidelityOptions, argv=argv)
+    queries = read_held_out(recipe.queries, recipe.rule or PROMPT_SETS[recipe.prompt].rule)
     about = {"queries": recipe.queries, "engine": recipe.engine}
     if recipe.engine == "recorded":
         card = measure_recorded(queries, options, about)

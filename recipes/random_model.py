@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import TrlParser
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir, read_passages
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token
@@ -37,17 +37,17 @@ class RandomModelArguments:
 
     corpus: str = field(metadata={"help": "JSONL file of passages in wiki-18's format, to train the tokenizer on."})
     output_dir: str = field(metadata={"help": "Folder for the model and the tokenizer; must be new or empty."})
-    vocab_size: int = field(default=4096, metadata={"help": "Number of tokens; 256 of them are the single bytes."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the model, a multiple of 32."})
-    num_layers: int = field(default=3, metadata={"help": "Number of layers."})
-    max_position_embeddings: int = field(default=8192, metadata={"help": "Longest text the model takes, in tokens."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
+    vocab_size: int = field(
+        default=4096, metadata={"min": 257, "help": "Number of tokens; 256 of them are the single bytes."}
+    )
+    hidden_size: int = field(default=64, metadata={"min": HEAD_SIZE, "help": "Width of the model, a multiple of 32."})
+    num_layers: int = field(default=3, metadata={"min": 1, "help": "Number of layers."})
+    max_position_embeddings: int = field(
+        default=8192, metadata={"min": 1, "help": "Longest text the model takes, in tokens."}
+    )
+    seed: int = field(default=0, metadata={"min": 0, "help": "Seed of the random weights."})
 
     def __post_init__(self) -> None:
-        least = {"vocab_size": 257, "hidden_size": HEAD_SIZE, "num_layers": 1, "max_position_embeddings": 1, "seed": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
         if self.hidden_size % HEAD_SIZE:
             raise UserError(f"hidden_size is {self.hidden_size}: it must be a multiple of {HEAD_SIZE}")
 
@@ -116,8 +116,7 @@ def make_tags_likely(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer, draw the weights, save both."""
-    with user_mistakes():
-        (arguments,) = TrlParser(RandomModelArguments).parse_args_and_config(argv)
+    (arguments,) = parse(RandomModelArguments, argv=argv)
     output_dir = claim_output_dir(Path(arguments.output_dir))
     texts = [f"{passage.title}\n{passage.text}" for passage in read_passages(arguments.corpus)]
     tokenizer = train_tokenizer(texts, arguments.vocab_size)

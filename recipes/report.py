@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.report import summary_table, write_report
 
 
@@ -24,8 +22,7 @@ class ReportArguments:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Print the table, write the page."""
-    with user_mistakes():
-        (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses(argv)
+    (arguments,) = parse(ReportArguments, argv=argv)
     run_dir = Path(arguments.run_dir)
     print(summary_table(run_dir))
     print(write_report(run_dir))

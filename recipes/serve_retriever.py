@@ -15,10 +15,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trl import TrlParser
-
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, serve
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 
 
 @dataclass
@@ -35,23 +34,16 @@ class RetrieverArguments:
     factory: str = field(
         default="Flat", metadata={"help": "For dense: FAISS's name of the index: Flat, SQ8, IVF4096,PQ64 ..."}
     )
-    num_probes: int = field(default=32, metadata={"help": "For dense, IVF: cells that a query looks into."})
+    num_probes: int = field(default=32, metadata={"min": 1, "help": "For dense, IVF: cells that a query looks into."})
     faiss_index: str | None = field(
         default=None, metadata={"help": "For dense: an index that exists, such as Search-R1's e5_Flat.index."}
     )
     query_prefix: str = field(default="query: ", metadata={"help": "For dense: what the model wants before a query."})
     passage_prefix: str = field(default="passage: ", metadata={"help": "For dense: the same, before a passage."})
-    batch_size: int = field(default=64, metadata={"help": "For dense: texts that the model reads at once."})
-    topk: int = field(default=3, metadata={"help": "Documents for a request that does not say how many."})
+    batch_size: int = field(default=64, metadata={"min": 1, "help": "For dense: texts that the model reads at once."})
+    topk: int = field(default=3, metadata={"min": 1, "help": "Documents for a request that does not say how many."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
     port: int = field(default=8000, metadata={"help": "Port to listen on; the paper's code asks on 6002."})
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("bm25", "dense"):  # a config file is not checked by the parser
-            raise UserError(f"kind is {self.kind!r}: it must be bm25 or dense")
-        for name in ("topk", "batch_size", "num_probes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def open_index(arguments: RetrieverArguments) -> PassageIndex:
@@ -88,8 +80,7 @@ def open_index(arguments: RetrieverArguments) -> PassageIndex:
 def main(argv: list[str] | None = None) -> None:
     """Open or build the index and serve it until a signal comes."""
     logging.basicConfig(format="%(levelname)s %(message)s")
-    with user_mistakes():
-        (arguments,) = TrlParser(RetrieverArguments).parse_args_and_config(argv)
+    (arguments,) = parse(RetrieverArguments, argv=argv)
     index = open_index(arguments)
     server = RetrieverServer(index, arguments.topk)
 

@@ -15,9 +15,8 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import UserError
 from zerosearch.simulator.server import ServerDied, exit_on_signals, simulator_servers, wait_for_end
 
 
@@ -31,15 +30,11 @@ class ServeArguments:
     adapter: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters to serve as well: name=folder."})
     prefix_caching: bool = field(default=True, metadata={"help": "Keep what prompts begin with."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
-    max_model_len: int = field(default=4096, metadata={"help": "Longest prompt plus reply, in tokens."})
+    max_model_len: int = field(default=4096, metadata={"min": 1, "help": "Longest prompt plus reply, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Number format; auto turns float32 weights into bfloat16."})
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU only: threads to use where others work too. Default: all cores but one."}
     )
-
-    def __post_init__(self) -> None:
-        if self.max_model_len < 1:
-            raise UserError(f"max_model_len is {self.max_model_len}: it must be at least 1")
 
 
 def adapters_of(pairs: list[str]) -> dict[str, str]:
@@ -56,9 +51,7 @@ def adapters_of(pairs: list[str]) -> dict[str, str]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Serve until a signal comes (exit 128 + its number) or the server dies (exit 1, with its last lines)."""
-    with user_mistakes():
-        parser = TrlParser(ServeArguments)
-        arguments, vllm_arguments = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    arguments, vllm_arguments = parse(ServeArguments, argv=argv, rest=True)
     settings = vars(arguments)
     settings["adapters"] = adapters_of(settings.pop("adapter"))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -29,30 +29,25 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir
 from zerosearch.engines.simulated import SimulatedEngine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.generation.hardware import fit_to_cpu
 from zerosearch.generation.models import load_tokenizer
-from zerosearch.prompts import SIMULATOR_PROMPT, TINYWORLD_SIMULATOR_PROMPT
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, simulator_card
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions, measure_simulator
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
-from zerosearch.simulator.held_out import HeldOutQuery, Rule, read_held_out
+from zerosearch.simulator.held_out import HeldOutQuery, read_held_out
 from zerosearch.simulator.server import SERVED_ADAPTER, ServerDied, exit_on_signals, is_adapter, simulator_server
 
-# Edit here for an ablation: what the simulator is asked, and how documents are told to answer a query or not.
-PROMPTS: dict[str, tuple[str, Rule]] = {
-    "paper": (SIMULATOR_PROMPT, "answer"),
-    "tinyworld": (TINYWORLD_SIMULATOR_PROMPT, "statement"),
-}
 # What launchers set: a server that is started by one rank must not take itself for a rank.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
-TUNINGS = ("full", "lora", "qlora")
 
 
 @dataclass
@@ -61,7 +56,7 @@ class RecipeArguments:
 
     searches: str = field(metadata={"help": "A .jsonl, .json or .parquet file, a folder, or a dataset on the Hub."})
     searches_split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
-    prompt: str = field(default="paper", metadata={"choices": list(PROMPTS), "help": "The simulator's prompt."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     tuning: Literal["full", "lora", "qlora"] = field(
         default="full", metadata={"help": "Every weight, a LoRA adapter, or one over 4-bit weights. See --lora_r etc."}
     )
@@ -80,9 +75,6 @@ class RecipeArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into a folder that is not empty."})
 
     def __post_init__(self) -> None:
-        for name, choices in (("tuning", TUNINGS), ("prompt", tuple(PROMPTS))):
-            if getattr(self, name) not in choices:  # a config file is not checked by the parser
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         if self.leave_out_held_out and not self.measure_fidelity:
             raise UserError("--leave_out_held_out is for --measure_fidelity true, which names what is held out")
         if self.merge and self.tuning == "full":
@@ -100,7 +92,7 @@ class RecipeArguments:
                 f"there are no held-out searches in {path} to measure the simulator with; name some with --held_out, "
                 "or pass --measure_fidelity false"
             )
-        return read_held_out(path, PROMPTS[self.prompt][1])
+        return read_held_out(path, PROMPT_SETS[self.prompt].rule)
 
 
 @dataclass
@@ -190,7 +182,7 @@ def measured(recipe: RecipeArguments, queries: list[HeldOutQuery], folder: Path,
         port = probe.getsockname()[1]
     on_gpu = torch.accelerator.is_available()
     options = {"dtype": "auto", "vllm_arguments": ("--gpu-memory-utilization", "0.6")} if on_gpu else {"dtype": dtype}
-    template, _ = PROMPTS[recipe.prompt]
+    template = PROMPT_SETS[recipe.prompt].simulator
     try:
         exit_on_signals()  # so that no server stays
         with simulator_server(str(folder), port, **options) as server:
@@ -268,7 +260,8 @@ def finish(
     base = model.model_name_or_path if not Path(model.model_name_or_path).exists() else None
     title = (repository or folder.resolve().name).split("/")[-1]
     commands = serve_commands(folder, repository, is_adapter(str(folder)))
-    template, _ = PROMPTS[recipe.prompt]
+    template = PROMPT_SETS[recipe.prompt].simulator
+    template = template if isinstance(template, str) else template.useful
 
     def describe(fidelity: str = "") -> None:
         card = simulator_card(title, base, template, made, fidelity, commands, is_adapter(str(folder)))
@@ -291,9 +284,7 @@ def finish(
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then tune, save, describe, measure and push."""
-    with user_mistakes():
-        parser = TrlParser((RecipeArguments, SimulatorConfig, ModelConfig))
-        recipe, training, model = parser.parse_args_and_config(argv)
+    recipe, training, model = parse(RecipeArguments, SimulatorConfig, ModelConfig, argv=argv)
     choose_tuning(recipe.tuning, model)
     checkpoint = checkpoint_to_resume(training)
     is_first = training.process_index == 0
@@ -302,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     held_out = recipe.held_out_queries() if recipe.measure_fidelity else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
-    examples = load_examples(recipe.searches, recipe.searches_split, PROMPTS[recipe.prompt][0], left_out)
+    examples = load_examples(recipe.searches, recipe.searches_split, PROMPT_SETS[recipe.prompt].simulator, left_out)
     folder, repository = Path(training.output_dir), None
     if training.push_to_hub and is_first:
         repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
-from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import UserError
+from zerosearch.prompts import TINYWORLD
 from zerosearch.protocol import format_documents, format_observation
 from zerosearch.tinyworld.world import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
 
@@ -190,7 +191,7 @@ def demonstration(world: World, question: Question, rng: random.Random) -> Text:
             return rng.choice([fact.subject for fact in question.path])
         return draw_name(last_relation.object_kind, rng)
 
-    text: Text = [(policy_prompt(question.text, TINYWORLD_POLICY_PROMPT), False)]
+    text: Text = [(TINYWORLD.policy.prompt(question.text), False)]
     thought = f"<think> Look up {first_fact.subject}. </think>"
     believes = last_relation.name in BELIEVES_IT_KNOWS
     if rng.random() < (GUESSES_WHAT_IT_BELIEVES if believes else GUESSES_OTHERWISE):
@@ -327,8 +328,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], l
 
 @exit_on_user_error
 def main() -> None:
-    with user_mistakes():
-        arguments: BaseArguments = HfArgumentParser(BaseArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse(BaseArguments)
     tokenizer = build_tokenizer()
     recipes = {
         "policy": (policy_texts, arguments.policy_steps),

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from zerosearch.prompts import INVALID_ACTION_HINT, TINYWORLD_POLICY_PROMPT, policy_prompt
+from zerosearch.prompts import INVALID_ACTION_HINT, TINYWORLD
 from zerosearch.protocol import format_observation
 
 WRONG, RIGHT = "Port Kelso", "Mount Tarn"
@@ -17,7 +17,7 @@ WRONG, RIGHT = "Port Kelso", "Mount Tarn"
 def segments(searches: list[bool | None], answer: str | None, hint: bool = False) -> list[dict[str, Any]]:
     """Return a trajectory's segments: a search for each entry (noisy, useful or no such notion), then the answer."""
     question = "Where does the partner of Ada Holt hail from?"
-    found = [{"source": "prompt", "text": policy_prompt(question, TINYWORLD_POLICY_PROMPT), "noisy": None}]
+    found = [{"source": "prompt", "text": TINYWORLD.policy.prompt(question), "noisy": None}]
     if hint:
         found.append({"source": "policy", "text": "<think> Look up. </think> <search> </search>", "noisy": None})
         found.append({"source": "hint", "text": INVALID_ACTION_HINT, "noisy": None})

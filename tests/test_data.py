@@ -28,7 +28,6 @@ from zerosearch.data import (
     read_passages,
 )
 from zerosearch.errors import UserError
-from zerosearch.prompts import POLICY_PROMPT
 
 ROW = {"id": "q1", "question": "Who wrote Emma", "golden_answers": ["Jane Austen", "Austen"], "dataset": "nq"}
 
@@ -41,23 +40,17 @@ def jsonl(tmp_path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def test_a_row_becomes_a_question_with_its_prompt(tmp_path: Path) -> None:
-    questions = load_questions(jsonl(tmp_path, {**ROW, "metadata": {"x": 1}}), template="Q: {question}")
+def test_a_row_becomes_a_question(tmp_path: Path) -> None:
+    questions = load_questions(jsonl(tmp_path, {**ROW, "metadata": {"x": 1}}))
     assert questions.to_list() == [
         {
             "id": "q1",
-            "prompt": [{"role": "user", "content": "Q: Who wrote Emma?"}],
             "question": "Who wrote Emma",
             "golden_answers": ["Jane Austen", "Austen"],
             "dataset": "nq",
         }
     ]
-    assert questions.column_names == ["id", "prompt", "question", "golden_answers", "dataset"]
-
-
-def test_the_prompt_is_the_papers_unless_another_is_given(tmp_path: Path) -> None:
-    (question,) = load_questions(jsonl(tmp_path, ROW))
-    assert question["prompt"][0]["content"] == POLICY_PROMPT.format(question="Who wrote Emma?")
+    assert questions.column_names == ["id", "question", "golden_answers", "dataset"]
 
 
 def test_what_a_row_lacks_comes_from_its_place_and_file(tmp_path: Path) -> None:
@@ -99,7 +92,7 @@ def test_a_hub_dataset_is_read_with_its_own_columns(monkeypatch: pytest.MonkeyPa
     (question,) = load_questions("org/ZeroSearch_dataset", split="validation")
     assert asked == [("org/ZeroSearch_dataset", "validation")]
     assert (question["id"], question["dataset"]) == ("nq_0", "nq")
-    assert question["prompt"][0]["content"].endswith("Question: Who wrote Emma?\n")
+    assert "prompt" not in question
 
 
 @pytest.mark.parametrize(
@@ -227,7 +220,7 @@ def test_the_seven_benchmarks_come_from_flashrags_layout(tmp_path: Path) -> None
         ("bamboogle", "test_1"),
     ]
     assert len(rows) == 21
-    assert rows[0]["prompt"][0]["content"].endswith("Question: what is number 0 of nq?\n")
+    assert rows[0]["question"] == "what is number 0 of nq"
 
 
 def test_a_benchmark_of_another_size_than_flashrags_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-import yaml
 
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error
+from zerosearch.errors import UserError, user_mistakes
 
 
 def test_a_users_mistake_is_one_line_on_stderr_and_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,23 +39,3 @@ def test_what_parsing_or_opening_raises_is_the_users() -> None:
         Path("/no/such/file.yaml").read_text()
     with pytest.raises(UserError, match="unknown key 'beat'"), user_mistakes():
         raise ValueError("unknown key 'beat'")
-    with pytest.raises(UserError, match="expected the node content, but found"), user_mistakes():
-        yaml.safe_load("a: [1,")
-
-
-def test_argparse_says_its_one_sentence_without_a_page_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    def parse(*argv: str) -> None:
-        with user_mistakes():
-            parser = ArgumentParser()
-            parser.add_argument("--steps", type=int, required=True)
-            parser.parse_args(argv)
-
-    parse("--steps", "1")
-    with pytest.raises(UserError, match=r"the following arguments are required: --steps; --help lists all flags"):
-        parse()
-    with pytest.raises(UserError, match=r"argument --steps: invalid int value: 'x'"):
-        parse("--steps", "x")
-    assert capsys.readouterr().err == ""
-    with pytest.raises(SystemExit):  # elsewhere it is argparse as it is
-        ArgumentParser().parse_args(["--x"])
-    assert "usage" in capsys.readouterr().err

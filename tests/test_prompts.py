@@ -9,10 +9,10 @@ import pytest
 from zerosearch.errors import UserError
 from zerosearch.prompts import (
     INVALID_ACTION_HINT,
+    PAPER,
     PROMPTED_SIMULATOR,
-    TINYWORLD_POLICY_PROMPT,
-    TINYWORLD_SIMULATOR_PROMPT,
-    policy_prompt,
+    TINYWORLD,
+    Agent,
     simulator_prompt,
 )
 
@@ -43,12 +43,12 @@ GOLDEN_HINT = "\nMy previous action is invalid. If I want to search, I should pu
 
 
 def test_policy_prompt_to_the_letter() -> None:
-    assert policy_prompt("Who wrote Emma?") == GOLDEN_POLICY_PROMPT
+    assert PAPER.policy.prompt("Who wrote Emma?") == GOLDEN_POLICY_PROMPT
 
 
 @pytest.mark.parametrize("question", ["Who wrote Emma", "  Who wrote Emma?\n", "Who wrote Emma \n"])
 def test_policy_prompt_strips_the_question_and_adds_a_missing_mark(question: str) -> None:
-    assert policy_prompt(question) == GOLDEN_POLICY_PROMPT
+    assert PAPER.policy.prompt(question) == GOLDEN_POLICY_PROMPT
 
 
 @pytest.mark.parametrize(("noisy", "golden"), [(False, GOLDEN_USEFUL_PROMPT), (True, GOLDEN_NOISY_PROMPT)])
@@ -64,7 +64,7 @@ def test_invalid_action_hint_to_the_letter() -> None:
 
 
 def test_tinyworld_prompts_to_the_letter() -> None:
-    assert policy_prompt("Where is Kipi", TINYWORLD_POLICY_PROMPT) == (
+    assert TINYWORLD.policy.prompt("Where is Kipi") == (
         "Think in <think>, look things up with <search>, then give a short <answer>. Question: Where is Kipi?\n"
     )
     prompt = simulator_prompt(
@@ -72,7 +72,7 @@ def test_tinyworld_prompts_to_the_letter() -> None:
         golden_answers=("Lomu",),
         query="Kipi city",
         noisy=True,
-        template=TINYWORLD_SIMULATOR_PROMPT,
+        template=TINYWORLD.simulator,
     )
     assert prompt == (
         'Write five noisy documents. Question: "Where is Kipi?" Answer: Lomu\nQuery: Kipi city Lomu\nNoisy Output:\n'
@@ -80,7 +80,7 @@ def test_tinyworld_prompts_to_the_letter() -> None:
 
 
 def test_braces_in_what_is_filled_in_are_text() -> None:
-    assert policy_prompt("What is {question} in {x}?", "Q: {question}\n") == "Q: What is {question} in {x}?\n"
+    assert Agent("mine", "Q: {question}\n").prompt("What is {question} in {x}?") == "Q: What is {question} in {x}?\n"
     prompt = simulator_prompt(
         question="{query}", golden_answers=["{0}"], query="{quality}", noisy=False, template="{question}|{query}"
     )
@@ -89,7 +89,7 @@ def test_braces_in_what_is_filled_in_are_text() -> None:
 
 def test_an_empty_question_is_refused() -> None:
     with pytest.raises(UserError, match="a question is empty"):
-        policy_prompt(" \n")
+        PAPER.policy.prompt(" \n")
 
 
 def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
@@ -100,7 +100,7 @@ def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("Question: {problem}", r"names \{problem\}, which is none of \{question\}"),
+        ("Question: {problem}", r"names \{problem\}, which is none of \{documents\}, \{question\}"),
         ("Answer the question.", r"lacks \{question\}"),
         ('Answer {question} as {"answer": 1}', "double a literal brace"),
         ("{question} {", "unbalanced braces"),
@@ -108,7 +108,7 @@ def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
 )
 def test_a_template_with_the_wrong_fields_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        policy_prompt("Who?", template)
+        Agent("mine", template).prompt("Who?")
 
 
 def test_a_prompted_simulators_noisy_form_names_neither_question_nor_answer() -> None:

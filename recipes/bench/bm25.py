@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from trl import TrlParser
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions, read_passages
 from zerosearch.engines.bm25 import WORD, BM25Engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.metrics import cover_exact_match
 from zerosearch.tinyworld.world import World, question_rows
 
@@ -149,8 +149,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Measure each size and write and print what was found."""
+    (arguments,) = parse(BenchArguments, argv=argv)
     with user_mistakes():
-        (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
     results = []

@@ -45,9 +45,9 @@ from rollout_parts.arms import ARMS, Arms, InstantGenerator, Measurement, ours
 from rollout_parts.show import cell_of, plot, print_in_flight, print_rows
 from rollout_parts.world import LATENCIES, Cell, World, save_counting_policy
 from tqdm.auto import tqdm
-from trl import TrlParser
 
-from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import user_mistakes
 from zerosearch.evaluation.evaluate import versions
 from zerosearch.generation import Generator
 from zerosearch.rollout.loop import RolloutClock
@@ -211,8 +211,8 @@ def machine() -> dict[str, Any]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Make the policy, start the engine, measure, write after each run, show."""
+    (arguments,) = parse(BenchArguments, argv=argv)
     with user_mistakes():
-        (arguments,) = TrlParser(BenchArguments).parse_args_and_config(argv)
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(output.read_text()) if arguments.keep and output.exists() else {"rows": [], "in_flight": []}

@@ -19,12 +19,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, exit_on_user_error, user_mistakes
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.models import load_tokenizer
-from zerosearch.prompts import TINYWORLD_POLICY_PROMPT, policy_prompt
+from zerosearch.prompts import TINYWORLD
 from zerosearch.protocol import format_observation
 from zerosearch.tinyworld.world import RELATION, Fact, World
 
@@ -42,7 +43,7 @@ class BenchArguments:
 
 def context(fact: Fact, documents: list[str]) -> str:
     """Return a trajectory up to the point where the fact's object has to be quoted."""
-    question = policy_prompt(RELATION[fact.relation].question.format(fact.subject), TINYWORLD_POLICY_PROMPT)
+    question = TINYWORLD.policy.prompt(RELATION[fact.relation].question.format(fact.subject))
     search = f"<think> Look up {fact.subject}. </think> <search> {fact.query} </search>"
     return f"{question}{search}{format_observation(documents)}<think> {fact.query}"
 
@@ -67,8 +68,8 @@ def continuations(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerBas
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Search for facts of the evaluation world, have the policy quote them, count, write, print."""
+    (arguments,) = parse(BenchArguments, argv=argv)
     with user_mistakes():
-        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
     world = World.draw(0, 400, held_out=True)

@@ -33,11 +33,12 @@ from typing import Any, Literal
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import zerosearch.training.trainer
-from zerosearch.errors import exit_on_user_error, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import user_mistakes
 from zerosearch.generation.models import load_tokenizer
 from zerosearch.rollout.loop import Trajectory
 from zerosearch.training.micro_batches import compact_lm_head
@@ -320,8 +321,8 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Compare the trainers, write, print; or, where `child` is set, measure one."""
+    (arguments,) = parse(BenchArguments, argv=argv)
     with user_mistakes():
-        arguments: BenchArguments = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)[0]
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.child is not None:

@@ -1,6 +1,6 @@
 """Questions and passages: read from files, the Hub or TinyWorld, and checked row by row before anything runs.
 
-A question row is `{id, prompt, question, golden_answers, dataset}`; a passage is a row of wiki-18's format,
+A question row is `{id, question, golden_answers, dataset}`; a passage is a row of wiki-18's format,
 `{"id", "contents": '"title"\\ntext'}`, which FlashRAG and Search-R1 share.
 """
 
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from zerosearch.errors import UserError
-from zerosearch.prompts import POLICY_PROMPT, policy_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,18 +75,16 @@ class Passage:
 def load_questions(
     source: str,
     split: str = "train",
-    template: str = POLICY_PROMPT,
     limit: int | None = None,
     benchmark_source: str = FLASHRAG,
 ) -> Dataset:
-    """Return the questions of `source` as rows `{id, prompt, question, golden_answers, dataset}`.
+    """Return the questions of `source` as rows `{id, question, golden_answers, dataset}`.
 
     `source` is a `.jsonl` or `.parquet` file, the name of one of `BENCHMARKS`, which comes from `benchmark_source` (a
     dataset on the Hub in FlashRAG's layout, or a folder), or the id of another dataset on the Hub, of which `split` is
     read; its columns `question` and `golden_answers` are needed. `dataset`, or `data_source`, or else the source's
-    name says which benchmark a row is of; a row without an `id` gets one from its place. `prompt` is one user message
-    made from `template`; a column of that name is not read. Blank golden answers are dropped, as no answer can equal
-    them.
+    name says which benchmark a row is of; a row without an `id` gets one from its place. Other columns are not
+    read, stored prompts included. Blank golden answers are dropped, as no answer can equal them.
     `limit` keeps the first rows.
     Raises `UserError` that names the row: column missing, question empty, no golden answer.
     """
@@ -98,7 +95,7 @@ def load_questions(
     name = Path(source).stem
     questions: list[dict[str, Any]] = []
     for place, row in islice(_rows(source, split, benchmark_source), limit):
-        questions.append(_question(row, place, len(questions), name, template))
+        questions.append(_question(row, place, len(questions), name))
     if not questions:
         raise UserError(f"{source} holds no questions")
     return datasets.Dataset.from_list(questions)
@@ -286,7 +283,7 @@ def _hub(source: str, split: str) -> Dataset:
         raise UserError(message) from error
 
 
-def _question(row: Mapping[str, Any], place: str, index: int, name: str, template: str) -> dict[str, Any]:
+def _question(row: Mapping[str, Any], place: str, index: int, name: str) -> dict[str, Any]:
     for column in ("question", "golden_answers"):
         if row.get(column) is None:
             raise UserError(f"{place} lacks {column!r}; it has {', '.join(sorted(row))}")
@@ -302,7 +299,6 @@ def _question(row: Mapping[str, Any], place: str, index: int, name: str, templat
     identifier = row.get("id")
     return {
         "id": f"{dataset}_{index}" if identifier is None else str(identifier),
-        "prompt": [{"role": "user", "content": policy_prompt(question, template)}],
         "question": question.strip(),
         "golden_answers": golden_answers,
         "dataset": str(dataset),

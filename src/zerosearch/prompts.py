@@ -1,15 +1,18 @@
-"""The prompts, word for word: the published policies and simulators were trained on exactly these strings.
+"""Every prompt, word for word: the published policies and simulators were trained on exactly these strings.
 
-Golden tests hold every one of them. Change a copy in a recipe, not a constant here.
+A `PromptSet` is everything that models are told in one setting. Recipes choose a set by name (`--prompt`), so an edit
+here changes what a simulator is tuned on, measured with and asked in training alike. Golden tests hold the paper's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from string import Formatter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from zerosearch.errors import UserError
+from zerosearch.protocol import format_observation, format_titled_observation, titled_documents
 
 # Table 1 of the paper, in the wording its code feeds to the model ("as your want" included).
 POLICY_PROMPT = (
@@ -136,84 +139,6 @@ Query: {query} {golden_answer}
 {Quality} Output:
 """
 
-POLICY_FIELDS = frozenset({"question"})
-SIMULATOR_FIELDS = frozenset({"question", "golden_answer", "query", "quality", "Quality"})
-
-
-def policy_prompt(question: str, template: str = POLICY_PROMPT) -> str:
-    """Put the question into the policy's prompt, stripped and ending in a question mark.
-
-    Raises `UserError` for an empty question or a template whose braces are not exactly `{question}`.
-    """
-    question = question.strip()
-    if not question:
-        raise UserError("a question is empty")
-    if not question.endswith("?"):
-        question += "?"
-    check_template(template, required={"question"}, allowed=POLICY_FIELDS)
-    return template.format(question=question)
-
-
-def simulator_prompt(
-    *,
-    question: str,
-    golden_answers: Sequence[str],
-    query: str,
-    noisy: bool,
-    template: SimulatorTemplate = SIMULATOR_PROMPT,
-) -> str:
-    """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
-
-    The paper's prompt has room for one answer: the first golden answer is the one it names. Of a pair of templates,
-    the one for the quality is used.
-    Raises `UserError` for no golden answer, or a template with an unknown field or without `{query}`.
-    """
-    if not golden_answers:
-        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
-    chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
-    check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
-    quality = "noisy" if noisy else "useful"
-    return chosen.format(
-        question=question,
-        golden_answer=golden_answers[0],
-        query=query,
-        quality=quality,
-        Quality=quality.capitalize(),
-    )
-
-
-def simulator_messages(
-    *,
-    question: str,
-    golden_answers: Sequence[str],
-    query: str,
-    noisy: bool,
-    template: SimulatorTemplate = SIMULATOR_PROMPT,
-) -> list[dict[str, str]]:
-    """Return the chat messages of `simulator_prompt`, in tuning and in every search alike.
-
-    The system message is empty, as in the reference: without one, Qwen's chat template writes its own.
-    """
-    prompt = simulator_prompt(
-        question=question, golden_answers=golden_answers, query=query, noisy=noisy, template=template
-    )
-    return [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
-
-
-def check_template(template: str, *, required: set[str], allowed: frozenset[str]) -> None:
-    """Raise `UserError` unless the fields in braces are all allowed and hold the required ones."""
-    try:
-        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        message = f"the prompt template {template!r} has unbalanced braces ({error}); double a literal brace"
-        raise UserError(message) from None
-    known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
-    for name in sorted(fields - allowed):
-        raise UserError(f"the prompt template names {{{name}}}, which is none of {known}; double a literal brace")
-    for name in sorted(required - fields):
-        raise UserError(f"the prompt template {template!r} lacks {{{name}}}")
-
-
 # What the trained policy is compared with (Table 3). The paper prints none of these prompts: they are ours.
 DIRECT_PROMPT = (
     "Answer the given question from what you know. "
@@ -279,17 +204,212 @@ R1_PROMPT = (
 # Documents where the policy finds those of its first search.
 TINYWORLD_RAG_PROMPT = TINYWORLD_POLICY_PROMPT + "\n\n<information>{documents}</information>\n\n"
 
+
+def untitled(documents: Sequence[str], titles: Sequence[str]) -> tuple[str, ...]:
+    """Return the documents as the engine gave them: a title, where it has one, stands in front of its text."""
+    return tuple(documents)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """How a model is asked to answer, how its turns go and how documents are shown to it.
+
+    `template` holds `{question}`; one that holds `{documents}`, too, gets what a search for the question finds before
+    the first turn. `max_turns` None: as many turns that may search as the settings allow; 0: one turn, which may only
+    answer. With `gets_documents` false its searches are not sent, and find nothing. `last_turn_opening` is written for
+    it at the start of the turn that may only answer, and read as its own. `reading_template` asks the same model,
+    apart from the trajectory, for notes on the documents of a search; it then goes on with the notes in their place.
+    `show_documents(documents, titles)` and `write_observation(documents)` make an observation of what a search found;
+    `hint` is the observation after a turn without an action.
+    """
+
+    name: str
+    template: str
+    max_turns: int | None = None
+    gets_documents: bool = True
+    last_turn_opening: str = ""
+    reading_template: str | None = None
+    show_documents: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]] = untitled
+    write_observation: Callable[[Sequence[str]], str] = format_observation
+    hint: str = INVALID_ACTION_HINT
+
+    @property
+    def looks_up_question(self) -> bool:
+        """Say whether the question itself is searched for before the first turn."""
+        return "{documents}" in self.template
+
+    @property
+    def searches(self) -> bool:
+        """Say whether a search engine is ever asked."""
+        return self.looks_up_question or (self.gets_documents and self.max_turns != 0)
+
+    def prompt(self, question: str, documents: str = "") -> str:
+        """Return the prompt for a question, which ends in a question mark there.
+
+        Raises `UserError` for an empty question, or a template with other fields than these two or without the first.
+        """
+        question = question.strip()
+        if not question:
+            raise UserError("a question is empty")
+        check_template(self.template, required={"question"}, allowed=AGENT_FIELDS)
+        return self.template.format(
+            question=question if question.endswith("?") else f"{question}?", documents=documents
+        )
+
+    def messages(self, question: str, documents: str = "") -> list[dict[str, str]]:
+        """Return the prompt as chat messages."""
+        return [{"role": "user", "content": self.prompt(question, documents)}]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Everything that models are told in one setting.
+
+    `agents` by name; "policy" is the one that is trained. `rule` tells how documents answer a query when fidelity is
+    measured: they hold its answer, or state its fact.
+    """
+
+    agents: Mapping[str, Agent]
+    simulator: SimulatorTemplate
+    judge: str = JUDGE_PROMPT
+    rule: Literal["answer", "statement"] = "answer"
+
+    @property
+    def policy(self) -> Agent:
+        return self.agents["policy"]
+
+    def choose(self, names: Sequence[str]) -> list[Agent]:
+        """Return the agents of these names. Raises `UserError` for an unknown one."""
+        for name in names:
+            if name not in self.agents:
+                raise UserError(f"the agent {name!r} is unknown; there are {', '.join(self.agents)}")
+        return [self.agents[name] for name in names]
+
+
+def _by_name(*agents: Agent) -> dict[str, Agent]:
+    return {agent.name: agent for agent in agents}
+
+
+# The agents of Table 3. They all speak the tags of `protocol.py`, so one loop, one parser and one set of metrics
+# serve them all.
+PAPER = PromptSet(
+    agents=_by_name(
+        Agent("policy", POLICY_PROMPT),  # asked as in training; untrained, it is the first row of Table 4
+        Agent("direct", DIRECT_PROMPT, max_turns=0, gets_documents=False),
+        Agent("cot", COT_PROMPT, max_turns=0, gets_documents=False),
+        Agent("rag", RAG_PROMPT, max_turns=0),
+        Agent("ra-agent", RA_AGENT_PROMPT),
+        Agent("search-o1", SEARCH_O1_PROMPT, reading_template=SEARCH_O1_READING_PROMPT),
+        Agent("r1", R1_PROMPT, max_turns=0, gets_documents=False),
+        Agent(
+            "search-r1",  # asks as ours does and shows documents with their titles
+            POLICY_PROMPT,
+            show_documents=titled_documents,
+            write_observation=format_titled_observation,
+        ),
+        Agent("closed-book", POLICY_PROMPT, gets_documents=False),  # a control: what the policy still knows is memory
+    ),
+    simulator=SIMULATOR_PROMPT,
+)
+
+# TinyWorld's models read their own prompt's words and nothing else, so here an agent is a way to let the same prompt
+# go on: straight to the answer; to the answer after a turn whose search finds nothing; with documents put first. The
+# thoughts in front of a forced answer are such as stand before their own guesses.
+TINYWORLD = PromptSet(
+    agents=_by_name(
+        Agent("policy", TINYWORLD_POLICY_PROMPT),
+        Agent(
+            "direct",
+            TINYWORLD_POLICY_PROMPT,
+            max_turns=0,
+            gets_documents=False,
+            last_turn_opening="<think> Look up. </think> <answer>",
+        ),
+        Agent(
+            "cot",
+            TINYWORLD_POLICY_PROMPT,
+            max_turns=1,
+            gets_documents=False,
+            last_turn_opening="<think> unknown. </think> <answer>",
+        ),
+        Agent("rag", TINYWORLD_RAG_PROMPT, max_turns=0),
+        Agent("closed-book", TINYWORLD_POLICY_PROMPT, gets_documents=False),
+    ),
+    simulator=TINYWORLD_SIMULATOR_PROMPT,
+    rule="statement",
+)
+
+PROMPT_SETS = {
+    "paper": PAPER,
+    "tinyworld": TINYWORLD,
+    "prompted": replace(PAPER, simulator=PROMPTED_SIMULATOR),  # a simulator that is not tuned (Table 4)
+}
+PromptSetName = Literal["paper", "tinyworld", "prompted"]
+
+
 AGENT_FIELDS = frozenset({"question", "documents"})
 READING_FIELDS = frozenset({"question", "reasoning", "query", "documents"})
+SIMULATOR_FIELDS = frozenset({"question", "golden_answer", "query", "quality", "Quality"})
 
 
-def agent_prompt(question: str, template: str, documents: str = "") -> str:
-    """Put the question, as `policy_prompt` writes it, and documents into an agent's prompt.
+def simulator_prompt(
+    *,
+    question: str,
+    golden_answers: Sequence[str],
+    query: str,
+    noisy: bool,
+    template: SimulatorTemplate = SIMULATOR_PROMPT,
+) -> str:
+    """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
 
-    Raises `UserError` for an empty question, or a template with other fields than these two or without the question.
+    The paper's prompt has room for one answer: the first golden answer is the one it names. Of a pair of templates,
+    the one for the quality is used.
+    Raises `UserError` for no golden answer, or a template with an unknown field or without `{query}`.
     """
-    check_template(template, required={"question"}, allowed=AGENT_FIELDS)
-    return template.format(question=policy_prompt(question, "{question}"), documents=documents)
+    if not golden_answers:
+        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
+    chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
+    check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
+    quality = "noisy" if noisy else "useful"
+    return chosen.format(
+        question=question,
+        golden_answer=golden_answers[0],
+        query=query,
+        quality=quality,
+        Quality=quality.capitalize(),
+    )
+
+
+def simulator_messages(
+    *,
+    question: str,
+    golden_answers: Sequence[str],
+    query: str,
+    noisy: bool,
+    template: SimulatorTemplate = SIMULATOR_PROMPT,
+) -> list[dict[str, str]]:
+    """Return the chat messages of `simulator_prompt`, in tuning and in every search alike.
+
+    The system message is empty, as in the reference: without one, Qwen's chat template writes its own.
+    """
+    prompt = simulator_prompt(
+        question=question, golden_answers=golden_answers, query=query, noisy=noisy, template=template
+    )
+    return [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
+
+
+def check_template(template: str, *, required: set[str], allowed: frozenset[str]) -> None:
+    """Raise `UserError` unless the fields in braces are all allowed and hold the required ones."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        message = f"the prompt template {template!r} has unbalanced braces ({error}); double a literal brace"
+        raise UserError(message) from None
+    known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
+    for name in sorted(fields - allowed):
+        raise UserError(f"the prompt template names {{{name}}}, which is none of {known}; double a literal brace")
+    for name in sorted(required - fields):
+        raise UserError(f"the prompt template {template!r} lacks {{{name}}}")
 
 
 def reading_prompt(*, question: str, reasoning: str, query: str, documents: str, template: str) -> str:

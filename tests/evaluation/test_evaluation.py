@@ -25,7 +25,7 @@ from zerosearch.evaluation.evaluate import evaluate
 from zerosearch.generation import loading
 from zerosearch.generation.chat_endpoint import EndpointGenerator, Prices
 from zerosearch.generation.loading import load_generator, model_identity
-from zerosearch.rollout.agents import AGENTS
+from zerosearch.prompts import PAPER
 from zerosearch.rollout.in_flight import run_in_background
 from zerosearch.rollout.loop import RolloutSettings
 
@@ -156,7 +156,7 @@ def search_then_answer(context: str) -> str:
 
 
 GREEDY = RolloutSettings(temperature=0.0)
-RAG_LIKE = AGENTS["ra-agent"]
+RAG_LIKE = PAPER.agents["ra-agent"]
 
 
 class Killed(BaseException):
@@ -233,7 +233,7 @@ def test_without_resume_an_evaluation_starts_afresh(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"seed": 1}, "seed is 0 there, and 1 here"),
-        ({"agent": AGENTS["search-r1"]}, "agent is 'ra-agent' there, and 'search-r1' here"),
+        ({"agent": PAPER.agents["search-r1"]}, "agent is 'ra-agent' there, and 'search-r1' here"),
         ({"about": {"model": "m"}}, "model is None there, and 'm' here"),
         ({"p_noise": 0.5}, "p_noise is 0.0 there, and 0.5 here"),
     ],
@@ -311,7 +311,7 @@ def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Pat
 
 def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
     results = run(
-        tmp_path, lambda context: f"<answer> {number_in(context)} </answer>", engine=None, agent=AGENTS["direct"]
+        tmp_path, lambda context: f"<answer> {number_in(context)} </answer>", engine=None, agent=PAPER.agents["direct"]
     )
     assert (results["engine"], results["em"]["mean"], results["searches"]) == ("none", 1.0, 0.0)
 
@@ -429,7 +429,7 @@ def test_what_is_left_of_limits() -> None:
 def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:
     writer = Writer(lambda context: f"<answer> {number_in(context)} </answer>")
     sampling = RolloutSettings(temperature=1.0)
-    results = evaluate(asked(3), writer, None, sampling, tmp_path, agent=AGENTS["direct"], num_samples=4)
+    results = evaluate(asked(3), writer, None, sampling, tmp_path, agent=PAPER.agents["direct"], num_samples=4)
     assert len(set(writer.seeds)) == 12
     assert (results["n"], results["pass_at_k"]["4"]["mean"]) == (3, 1.0)
     records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]

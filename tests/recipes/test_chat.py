@@ -12,7 +12,7 @@ import pytest
 from scripted import Library, Writer
 
 from zerosearch.generation import SampledTurn, TurnRequest
-from zerosearch.rollout.agents import AGENTS
+from zerosearch.prompts import PAPER
 
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
@@ -188,7 +188,7 @@ def test_text_appears_as_it_is_decoded(chat: ModuleType, capsys: pytest.CaptureF
         return TURNS[-1] if "<information>Doc" in context else TURNS[0]
 
     generator = TokenByToken(write)
-    one = chat.Chat(generator, Library(), AGENTS["policy"], chat.ChatSettings(), "unknown")
+    one = chat.Chat(generator, Library(), PAPER.agents["policy"], chat.ChatSettings(), "unknown")
     show = one.generator.show
 
     def watched(text: str) -> None:
@@ -204,7 +204,7 @@ def test_text_appears_as_it_is_decoded(chat: ModuleType, capsys: pytest.CaptureF
 
 def test_documents_put_first_and_notes_are_shown(chat: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def ask(agent: str, write: Callable[[str], str]) -> str:
-        chat.Chat(Writer(write), Library(), AGENTS[agent], chat.ChatSettings(), "unknown").ask("Who wrote Emma?")
+        chat.Chat(Writer(write), Library(), PAPER.agents[agent], chat.ChatSettings(), "unknown").ask("Who wrote Emma?")
         return capsys.readouterr().out
 
     printed = ask("rag", lambda context: "<answer> Jane Austen </answer>")

@@ -17,7 +17,7 @@ from zerosearch.data import BENCHMARKS, load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.generation.loading import load_generator
 from zerosearch.metrics import exact_match, f1
-from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS
+from zerosearch.prompts import PAPER, TINYWORLD
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.simulator.traces import sole_writer
 from zerosearch.tinyworld.world import World, question_rows
@@ -103,7 +103,7 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
         ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
         ({"corpus": ""}, "--engine bm25 needs --corpus"),
         ({"agent": "nobody"}, "there is no agent 'nobody', but: policy, direct, cot, rag"),
-        ({"agent": "search-o1", "prompt": "tinyworld"}, "there is no agent 'search-o1', but: policy, direct"),
+        ({"agent": "search-o1", "prompt": "tinyworld"}, "the agent 'search-o1' is unknown; there are policy, direct"),
         ({"engine": "bing"}, "engine is 'bing': it must be one of"),
         ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
         ({"dataset": "nq", "benchmark_source": "FULL"}, "there is no file FULL/nq/test.jsonl"),
@@ -399,12 +399,12 @@ def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_m
         "temperature": "1",
         "max_turn_tokens": "32",
     }
-    load_recipe("evaluate").main([*argv(flags), "--agent", *AGENTS])
+    load_recipe("evaluate").main([*argv(flags), "--agent", *PAPER.agents])
     found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
-    assert list(found) == list(AGENTS)
+    assert list(found) == list(PAPER.agents)
     for name, results in found.items():
         assert results["n"] == 20 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
-        assert (results["searches"] > 0) == AGENTS[name].searches
+        assert (results["searches"] > 0) == PAPER.agents[name].searches
     assert found["rag"]["searches"] == 1.0
     assert len({results["data_sha256"] for results in found.values()}) == 1
 
@@ -422,9 +422,9 @@ def test_tinyworlds_agents_are_compared_by_one_command(load_recipe: LoadRecipe, 
         "corpus": str(tmp_path / "corpus.jsonl"),
         "output_dir": str(tmp_path / "out"),
     }
-    load_recipe("evaluate").main([*argv(flags), "--agent", *TINYWORLD_AGENTS])
+    load_recipe("evaluate").main([*argv(flags), "--agent", *TINYWORLD.agents])
     found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
-    assert list(found) == list(TINYWORLD_AGENTS)
+    assert list(found) == list(TINYWORLD.agents)
     em = {name: results["em"]["mean"] for name, results in found.items()}
     # Without documents nothing is known of this world; comparisons can be guessed.
     assert max(em["direct"], em["cot"], em["closed-book"]) < 0.2 < em["policy"]

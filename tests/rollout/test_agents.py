@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,8 @@ from scripted import Library, Writer
 from zerosearch.data import Passage, passage_of
 from zerosearch.engines import result_of
 from zerosearch.errors import UserError
-from zerosearch.prompts import POLICY_PROMPT, TINYWORLD_POLICY_PROMPT, agent_prompt, reading_prompt
+from zerosearch.prompts import PAPER, POLICY_PROMPT, TINYWORLD, TINYWORLD_POLICY_PROMPT, Agent, reading_prompt
 from zerosearch.protocol import format_titled_observation, titled_documents
-from zerosearch.rollout.agents import AGENTS, TINYWORLD_AGENTS, Agent, choose_agents
 from zerosearch.rollout.loop import RolloutSettings, Trajectory, run_rollouts
 
 PASSAGES = Path(__file__).parents[3] / "shared/data/wiki_passages.jsonl"
@@ -23,12 +22,16 @@ QUESTION = "Who wrote Emma?"
 ROW = {"id": "q", "question": QUESTION, "golden_answers": ["Jane Austen"]}
 
 
+def found_of(passages: Sequence[Passage]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    result = result_of(passages)
+    return result.documents, result.titles
+
+
 def roll_out(
     agent: Agent, write: Callable[[str], str], engine: Library | None = None
 ) -> tuple[Trajectory, Writer, Library]:
     writer, engine = Writer(write), engine or Library()
-    rows = [ROW | {"prompt": agent.messages(QUESTION)}]
-    (trajectory,) = run_rollouts(rows, writer, engine, SETTINGS, agent=agent, p_noise=0.5)
+    (trajectory,) = run_rollouts([ROW], writer, engine, SETTINGS, agent=agent, p_noise=0.5)
     return trajectory, writer, engine
 
 
@@ -38,7 +41,7 @@ def texts(trajectory: Trajectory) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["direct", "cot", "r1"])
 def test_an_agent_without_engine_has_one_turn_and_its_search_is_not_sent(name: str) -> None:
-    agent = AGENTS[name]
+    agent = PAPER.agents[name]
     assert not agent.searches
     trajectory, writer, engine = roll_out(agent, lambda context: "<search> Emma </search>")
     assert (trajectory.outcome, trajectory.answer, len(trajectory.turns)) == ("turns_exhausted", None, 1)
@@ -49,7 +52,7 @@ def test_an_agent_without_engine_has_one_turn_and_its_search_is_not_sent(name: s
 
 
 def test_rag_reads_what_a_search_for_the_question_finds() -> None:
-    trajectory, writer, engine = roll_out(AGENTS["rag"], lambda context: "<answer> Jane Austen </answer>")
+    trajectory, writer, engine = roll_out(PAPER.agents["rag"], lambda context: "<answer> Jane Austen </answer>")
     (request,) = engine.requests
     assert (request.query, request.question, request.golden_answers) == (QUESTION, QUESTION, ("Jane Austen",))
     (prompt,) = writer.contexts
@@ -63,12 +66,12 @@ def test_rag_reads_what_a_search_for_the_question_finds() -> None:
 
 
 def test_rag_may_not_search_again() -> None:
-    trajectory, _, engine = roll_out(AGENTS["rag"], lambda context: "<search> Emma </search>")
+    trajectory, _, engine = roll_out(PAPER.agents["rag"], lambda context: "<search> Emma </search>")
     assert (trajectory.outcome, len(engine.requests)) == ("turns_exhausted", 1)
 
 
 def test_a_lookup_that_fails_ends_the_trajectory() -> None:
-    trajectory, writer, _ = roll_out(AGENTS["rag"], lambda context: "x", Library(broken=True))
+    trajectory, writer, _ = roll_out(PAPER.agents["rag"], lambda context: "x", Library(broken=True))
     assert (trajectory.outcome, trajectory.error, trajectory.searches) == ("failed_search", "the library is closed", 1)
     assert writer.contexts == []
 
@@ -78,7 +81,7 @@ def write_two_searches(context: str) -> str:
 
 
 def test_an_agent_that_searches_may_use_all_turns() -> None:
-    trajectory, writer, engine = roll_out(AGENTS["ra-agent"], lambda context: "<search> Emma </search>")
+    trajectory, writer, engine = roll_out(PAPER.agents["ra-agent"], lambda context: "<search> Emma </search>")
     assert (len(engine.requests), len(trajectory.turns), trajectory.outcome) == (2, 3, "turns_exhausted")
     assert writer.contexts[1].endswith("Doc 2: Rain: It rains.</information>\n\n")
 
@@ -93,14 +96,14 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
             else "<think> Hm. </think> <search> Emma </search>"
         )
 
-    trajectory, writer, _ = roll_out(AGENTS["search-o1"], write)
+    trajectory, writer, _ = roll_out(PAPER.agents["search-o1"], write)
     first, reading, last = writer.contexts
     assert reading == reading_prompt(
         question=QUESTION,
         reasoning="<think> Hm. </think> <search> Emma </search>",
         query="Emma",
         documents="Doc 1: Emma: Found for Emma\nDoc 2: Rain: It rains.",
-        template=AGENTS["search-o1"].reading_template or "",
+        template=PAPER.agents["search-o1"].reading_template or "",
     )
     notes = "\n\n<information>Emma is by <answer> Jane Austen </answer></information>\n\n"
     assert last == f"{first}<think> Hm. </think> <search> Emma </search>{notes}"
@@ -117,7 +120,7 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
 
 
 def test_search_r1_shows_titles() -> None:
-    trajectory, writer, _ = roll_out(AGENTS["search-r1"], write_two_searches)
+    trajectory, writer, _ = roll_out(PAPER.agents["search-r1"], write_two_searches)
     assert trajectory.cut_observations == 0
     assert writer.contexts[0] == POLICY_PROMPT.format(question=QUESTION)
     assert writer.contexts[1].endswith(
@@ -131,13 +134,13 @@ def test_titles_that_an_engine_tells_apart_are_shown_as_they_are() -> None:
         Passage("Three Colours: Red", "Three Colors: Red (French: Rouge) is a film."),
         Passage("", "Note: it rains."),
     ]
-    documents = AGENTS["search-r1"].documents_of(result_of(passages))
-    assert AGENTS["search-r1"].write_observation(documents) == (
+    documents = PAPER.agents["search-r1"].show_documents(*found_of(passages))
+    assert PAPER.agents["search-r1"].write_observation(documents) == (
         '\n\n<information>Doc 1(Title: "Emma") Emma is a novel. By Jane Austen.\n'
         'Doc 2(Title: "Three Colours: Red") Three Colors: Red (French: Rouge) is a film.\n'
         "Doc 3: Note: it rains.</information>\n\n"
     )
-    assert AGENTS["policy"].documents_of(result_of(passages))[0] == "Emma is a novel.\nBy Jane Austen."
+    assert PAPER.agents["policy"].show_documents(*found_of(passages))[0] == "Emma is a novel.\nBy Jane Austen."
 
 
 def test_a_document_without_a_title_is_shown_without_one() -> None:
@@ -153,16 +156,16 @@ def test_real_passages_look_as_search_r1_shows_them() -> None:
     others = []
     for row in rows:
         title, _, text = row["contents"].partition("\n")
-        documents = AGENTS["search-r1"].documents_of(result_of([passage_of(row, "here")]))
+        documents = PAPER.agents["search-r1"].show_documents(*found_of([passage_of(row, "here")]))
         expected = f"\n\n<information>Doc 1(Title: {title}) {' '.join(text.split())}</information>\n\n"
-        if AGENTS["search-r1"].write_observation(documents) != expected:
+        if PAPER.agents["search-r1"].write_observation(documents) != expected:
             others.append((title.strip('"'), text))
     assert len(rows) > 10_000 and len(others) < 10
     assert all(text.startswith(f"{title}: ") for title, text in others)  # once is enough
 
 
 def test_closed_book_is_the_policy_whose_searches_find_nothing() -> None:
-    trajectory, writer, engine = roll_out(AGENTS["closed-book"], write_two_searches)
+    trajectory, writer, engine = roll_out(PAPER.agents["closed-book"], write_two_searches)
     assert engine.requests == [] and trajectory.searches == 0
     assert writer.contexts[0] == POLICY_PROMPT.format(question=QUESTION)
     assert writer.contexts[1].endswith("<search> Emma author </search>\n\n<information></information>\n\n")
@@ -170,7 +173,7 @@ def test_closed_book_is_the_policy_whose_searches_find_nothing() -> None:
 
 
 def test_tinyworlds_direct_agent_begins_with_its_answer() -> None:
-    trajectory, writer, _ = roll_out(TINYWORLD_AGENTS["direct"], lambda context: " Jane Austen </answer>")
+    trajectory, writer, _ = roll_out(TINYWORLD.agents["direct"], lambda context: " Jane Austen </answer>")
     prompt = TINYWORLD_POLICY_PROMPT.format(question=QUESTION)
     assert writer.contexts == [f"{prompt}<think> Look up. </think> <answer>"]
     assert (trajectory.answer, trajectory.outcome, len(trajectory.turns)) == ("Jane Austen", "answered", 1)
@@ -184,7 +187,7 @@ def test_tinyworlds_cot_agent_thinks_once_and_must_answer_then() -> None:
             else "<think> Emma. </think> <search> Emma </search>"
         )
 
-    trajectory, _, engine = roll_out(TINYWORLD_AGENTS["cot"], write)
+    trajectory, _, engine = roll_out(TINYWORLD.agents["cot"], write)
     assert trajectory.answer == "Jane Austen" and engine.requests == []
     assert texts(trajectory)[1:] == [
         ("policy", "<think> Emma. </think> <search> Emma </search>"),
@@ -203,11 +206,9 @@ def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:
         most = max(most, len(engine.requests) - ended)
         ended += event == "end"
 
-    rows = [
-        {"question": f"Q{n}?", "golden_answers": ["x"], "prompt": AGENTS["rag"].messages(f"Q{n}?")} for n in range(30)
-    ]
+    rows = [{"question": f"Q{n}?", "golden_answers": ["x"]} for n in range(30)]
     writer = Writer(lambda context: f"<answer> {context.rsplit('Question: ', 1)[1].strip()} </answer>")
-    trajectories = run_rollouts(rows, writer, engine, SETTINGS, agent=AGENTS["rag"], max_live=4, watch=watch)
+    trajectories = run_rollouts(rows, writer, engine, SETTINGS, agent=PAPER.agents["rag"], max_live=4, watch=watch)
     assert [trajectory.answer for trajectory in trajectories] == [f"Q{n}?" for n in range(30)]
     assert 1 < most <= 4 and ended == 30
 
@@ -216,13 +217,14 @@ def test_what_a_watcher_raises_ends_the_rollout() -> None:
     def watch(index: int, trajectory: Trajectory, event: str) -> None:
         raise KeyError("enough")
 
-    rows = [ROW | {"prompt": AGENTS["direct"].messages(QUESTION)}]
     with pytest.raises(KeyError, match="enough"):
-        run_rollouts(rows, Writer(lambda context: "x"), Library(), SETTINGS, agent=AGENTS["direct"], watch=watch)
+        run_rollouts(
+            [ROW], Writer(lambda context: "x"), Library(), SETTINGS, agent=PAPER.agents["direct"], watch=watch
+        )
 
 
 def test_every_agents_prompt_shows_the_question_and_the_tag_of_the_answer() -> None:
-    for agent in (*AGENTS.values(), *TINYWORLD_AGENTS.values()):
+    for agent in (*PAPER.agents.values(), *TINYWORLD.agents.values()):
         (message,) = agent.messages(" who wrote Emma", "Doc 1: {x}")
         assert message["role"] == "user" and "who wrote Emma?" in message["content"]
         assert "<answer>" in message["content"]
@@ -230,7 +232,7 @@ def test_every_agents_prompt_shows_the_question_and_the_tag_of_the_answer() -> N
 
 
 def test_all_baselines_of_table_3_are_there() -> None:
-    assert list(AGENTS) == [
+    assert list(PAPER.agents) == [
         "policy",
         "direct",
         "cot",
@@ -241,14 +243,14 @@ def test_all_baselines_of_table_3_are_there() -> None:
         "search-r1",
         "closed-book",
     ]
-    assert [agent.name for agent in choose_agents(["rag", "cot"], AGENTS)] == ["rag", "cot"]
-    with pytest.raises(UserError, match="there is no agent 'rga', but: policy, direct"):
-        choose_agents(["rga"], AGENTS)
+    assert [agent.name for agent in PAPER.choose(["rag", "cot"])] == ["rag", "cot"]
+    with pytest.raises(UserError, match="the agent 'rga' is unknown; there are policy, direct"):
+        PAPER.choose(["rga"])
 
 
 def test_a_template_with_other_fields_is_refused() -> None:
     with pytest.raises(UserError, match=r"names \{answer\}"):
-        agent_prompt("Who?", "{question} {answer}")
+        Agent("mine", "{question} {answer}").prompt("Who?")
     with pytest.raises(UserError, match=r"lacks \{documents\}"):
         reading_prompt(question="q", reasoning="r", query="q", documents="d", template="{query}")
 
@@ -267,11 +269,11 @@ GOLDEN_READING_PROMPT = 'Somebody works on the question below and has searched f
 
 def test_the_agents_prompts_to_the_letter() -> None:
     for name, golden in GOLDEN_PROMPTS.items():
-        assert AGENTS[name].messages("Who wrote Emma", "Doc 1: x") == [{"role": "user", "content": golden}]
-    template = AGENTS["search-o1"].reading_template or ""
+        assert PAPER.agents[name].messages("Who wrote Emma", "Doc 1: x") == [{"role": "user", "content": golden}]
+    template = PAPER.agents["search-o1"].reading_template or ""
     fields = {"question": "Who wrote Emma?", "reasoning": "R.", "query": "Emma", "documents": "Doc 1: x"}
     assert reading_prompt(template=template, **fields) == GOLDEN_READING_PROMPT
-    assert TINYWORLD_AGENTS["rag"].messages("Who wrote Emma?", "Doc 1: x")[0]["content"] == (
+    assert TINYWORLD.agents["rag"].messages("Who wrote Emma?", "Doc 1: x")[0]["content"] == (
         "Think in <think>, look things up with <search>, then give a short <answer>. Question: Who wrote Emma?\n"
         "\n\n<information>Doc 1: x</information>\n\n"
     )

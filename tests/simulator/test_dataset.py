@@ -17,7 +17,7 @@ from hub_stub import HubStub
 from zerosearch.errors import UserError
 from zerosearch.metrics import normalize_answer
 from zerosearch.simulator.dataset import SetOptions, build_sets, split_of, statistics
-from zerosearch.simulator.examples import load_examples
+from zerosearch.simulator.examples import load_examples, simulator_example
 from zerosearch.simulator.judge import rule_verdict, rule_verdicts
 from zerosearch.simulator.traces import read_traces
 
@@ -167,7 +167,10 @@ def test_the_recipe_makes_a_dataset_that_loads(
     assert len(loaded["train"]) + len(loaded["test"]) == 60
     row = next(row for row in loaded["train"] if row["useful"])
     n = row["query"].split()[1]
-    assert row["prompt"] == [
+    assert "prompt" not in row, "the tuning recipe writes it"
+    example = simulator_example(row)
+    assert example in load_examples(str(folder)).to_list()
+    assert example["prompt"] == [
         {"role": "system", "content": ""},
         {
             "role": "user",
@@ -178,17 +181,14 @@ def test_the_recipe_makes_a_dataset_that_loads(
             f"Query: book {n}\nUseful Output:\n",
         },
     ]
-    assert row["completion"] == [{"role": "assistant", "content": f"Doc 1: Book {n}: It is by Author {n}."}]
+    assert example["completion"] == [{"role": "assistant", "content": f"Doc 1: Book {n}: It is by Author {n}."}]
     assert (row["judge"], row["split"]) == ("rule", "train")
     found = json.loads((folder / "statistics.json").read_text())
     assert found["documents"] == {"useful": 30, "noisy": 60, "no_verdict": 0}
     assert f"| train | {found['sets']['train']['useful']['sets']} useful |" in capsys.readouterr().out
     card = (folder / "README.md").read_text()
     assert "by a rule: a golden answer" in card and "Useful Output:\n\nDoc 1: Book" in card
-    assert (
-        load_examples(str(folder), "test").to_list()
-        == loaded["test"].select_columns(["prompt", "completion"]).to_list()
-    )
+    assert len(load_examples(str(folder), "test")) == len(loaded["test"])
 
 
 def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_path: Path) -> None:

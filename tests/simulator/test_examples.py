@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zerosearch.errors import UserError
-from zerosearch.simulator.examples import load_examples, read_searches, simulator_examples
+from zerosearch.simulator.examples import load_examples, simulator_example
 
 SEARCH = {
     "question": "Who wrote Emma?",
@@ -32,16 +32,15 @@ def write(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def test_a_search_becomes_prompt_and_documents(tmp_path: Path) -> None:
-    searches = read_searches(write(tmp_path / "s.jsonl", SEARCH))
-    assert simulator_examples(searches, TEMPLATE).to_list() == [EXAMPLE]
+def test_a_search_becomes_prompt_and_documents() -> None:
+    assert simulator_example(SEARCH, TEMPLATE) == EXAMPLE
 
 
 @pytest.mark.parametrize("column", list(SEARCH))
-def test_a_search_without_a_column_is_named(tmp_path: Path, column: str) -> None:
-    row = {name: value for name, value in SEARCH.items() if name != column}
+def test_an_empty_column_of_a_search_is_named(tmp_path: Path, column: str) -> None:
+    row = SEARCH | {column: None}
     with pytest.raises(UserError, match=f"line 2: '{column}' must be a"):
-        read_searches(write(tmp_path / "s.jsonl", SEARCH, row))
+        load_examples(write(tmp_path / "s.jsonl", SEARCH, row))
 
 
 TEXTS = {"user": PROMPT, "assistant": DOCUMENTS}
@@ -51,7 +50,7 @@ TEXTS = {"user": PROMPT, "assistant": DOCUMENTS}
     "row",
     [
         SEARCH,
-        {**SEARCH, "prompt": "another", "completion": "another"},  # a built row is asked for in this run's words
+        {**SEARCH, "useful": False, "prompt": PROMPT, "completion": DOCUMENTS},  # a stored prompt is used as stored
         {"prompt": PROMPT, "completion": DOCUMENTS},
         {"prompt": EXAMPLE["prompt"], "completion": EXAMPLE["completion"], "id": 1},
         {"prompt": EXAMPLE["prompt"][1:], "completion": DOCUMENTS},

@@ -17,7 +17,7 @@ from typing import Any
 
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.noise import keyed_uniform
-from zerosearch.prompts import POLICY_PROMPT, policy_prompt
+from zerosearch.prompts import PAPER, POLICY_PROMPT
 
 LATENCIES = ("none", "constant", "lognormal")
 CONSTANT_S = 0.05
@@ -58,7 +58,7 @@ class World:
         return shortest + int(keyed_uniform(1, self.run, row, turn) * (longest - shortest + 1))
 
     def row(self, row: int) -> dict[str, Any]:
-        question = policy_prompt(f"What is number {row} of run {self.run}?")
+        question = PAPER.policy.prompt(f"What is number {row} of run {self.run}?")
         content = f"{question} t{self.turn_tokens(row, 0)}"
         return {"prompt": [{"role": "user", "content": content}], "question": question, "golden_answers": ["?"]}
 

@@ -23,6 +23,7 @@ from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import check_same, versions, write_json
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.metrics import exact_match, f1
+from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, Trajectory, run_rollouts
 from zerosearch.simulator.traces import JsonlLog, sole_writer, write_jsonl
 
@@ -42,10 +43,11 @@ def collect_traces(
     limits: Limits | None = None,
     max_live: int = MAX_LIVE,
     max_failed: int = MAX_FAILED,
+    agent: Agent = PAPER.policy,
 ) -> dict[str, Any]:
     """Answer the questions, keep every search in `output_dir/traces.jsonl`, and return counts and costs.
 
-    Rows are `{id, prompt, question, golden_answers, dataset}`. Goes on where an earlier command stopped. `about`
+    Rows are `{id, question, golden_answers, dataset}`. Goes on where an earlier command stopped. `about`
     (model, dataset, ...) goes into the manifest as it is. A question that lost a search is asked again next time;
     after `max_failed` of them the run ends. A limit ends it with what there is; `stopped` says so.
     Raises `UserError` for another collection in the folder, a refusal of the engine's (key, balance) and too many
@@ -84,6 +86,7 @@ def collect_traces(
                 settings,
                 keys=[(seed, 0, place, 0) for place in missing],
                 progress=True,
+                agent=agent,
                 max_live=max_live,
                 watch=watch,
                 may_go_on=may_go_on,

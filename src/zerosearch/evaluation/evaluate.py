@@ -30,7 +30,7 @@ from zerosearch.evaluation.tables import results_table as results_table
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, Usage
 from zerosearch.generation.loading import load_generator as load_generator
-from zerosearch.rollout.agents import POLICY, Agent
+from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 
@@ -59,7 +59,7 @@ def evaluate(
     settings: RolloutSettings,
     output_dir: Path,
     *,
-    agent: Agent = POLICY,
+    agent: Agent = PAPER.policy,
     p_noise: float = 0.0,
     seed: int = 0,
     num_samples: int = 1,
@@ -71,7 +71,7 @@ def evaluate(
     """Answer the questions, write `trajectories.jsonl` and `results.json` to `output_dir`, and return the results.
 
     `engine` may be `None` for an agent that never searches.
-    Rows are `{id, question, golden_answers, dataset}` and, for `POLICY`, `prompt`; other agents write their own.
+    Rows are `{id, question, golden_answers, dataset}`; the agent writes the prompts.
     `p_noise` is for the simulated engine: how likely a search is asked for noisy documents. `seed` keys sampling,
     noise and bootstrap. `num_samples` trajectories answer each question. `about` (model, dataset, ...) goes into the
     manifest as it is. With `resume`, what `output_dir` holds of the same evaluation is kept and not asked again.
@@ -83,7 +83,7 @@ def evaluate(
     """
     check_samples(num_samples, settings)
     engine = engine if engine is not None and agent.searches else NoEngine()
-    rows = [{**row, "prompt": agent.messages(row["question"])} if agent is not POLICY else row for row in questions]
+    rows = [{**row, "prompt": agent.messages(row["question"])} for row in questions]
     manifest = {
         **(about or {}),
         "agent": agent.name,

@@ -40,9 +40,8 @@ from zerosearch.generation.tokenization import (
     text_token_ids,
 )
 from zerosearch.noise import keyed_uniform
-from zerosearch.prompts import INVALID_ACTION_HINT, reading_prompt
+from zerosearch.prompts import PAPER, Agent, reading_prompt
 from zerosearch.protocol import CLOSED_THOUGHT, format_documents, parse_action
-from zerosearch.rollout.agents import POLICY, Agent
 from zerosearch.rollout.in_flight import Arrival, InFlight
 from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn, noisy_share
 from zerosearch.rollout.watchdog import Watchdog
@@ -93,19 +92,19 @@ def run_rollouts(
     keys: Sequence[tuple[int, ...]] | None = None,
     clock: RolloutClock | None = None,
     progress: bool = False,
-    agent: Agent = POLICY,
+    agent: Agent = PAPER.policy,
     max_live: int | None = None,
     watch: Callable[[int, Trajectory, Event], None] | None = None,
     may_go_on: Callable[[], bool] | None = None,
 ) -> list[Trajectory]:
-    """Roll out one trajectory per row `{prompt, question, golden_answers}` and return them in the rows' order.
+    """Roll out one trajectory per row `{question, golden_answers}` and return them in the rows' order.
 
-    `keys` holds (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the
-    probability that a search is asked for noisy documents. `clock` collects where the time went. `agent` says how the
-    turns go; the prompt is the row's, except where it holds documents. At most `max_live` trajectories are under way,
-    the first rows first. `watch` is told of each turn, observation and end; what it raises ends the rollout. Once
-    `may_go_on` says no, nothing more is started: what is under way comes to its end, and a trajectory that would need
-    another turn stays without an outcome; so does one whose search was over the engine's budget by then.
+    `agent` says how the model is asked and its turns go; a row with a `prompt` of its own is asked that. `keys` holds
+    (seed, step, row, sample) for each row; by default (0, 0, place in `rows`, 0). `p_noise` is the probability that a
+    search is asked for noisy documents. `clock` collects where the time went. At most `max_live` trajectories run at
+    once, the first rows first. `watch` is told of each turn, observation and end; its errors end the rollout. Once
+    `may_go_on` returns false nothing more is started: what is under way comes to its end, and a trajectory that would
+    need another turn stays without an outcome; so does one whose search exceeded the engine's budget by then.
     A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
@@ -157,7 +156,8 @@ class _Rollout:
         )
         self.search_limit = asyncio.Semaphore(engine.max_concurrency)
         self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
-        self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, row["prompt"]), p_noise) for row in rows]
+        prompts = [row["prompt"] if "prompt" in row else agent.messages(row["question"]) for row in rows]
+        self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, prompt), p_noise) for prompt in prompts]
         self.to_submit: list[TurnRequest] = []  # of turns sampled here: the next step begins with them
         self.turn_starts: dict[int, float] = {}
         # When a turn that is sampled here last ended, or was submitted while no other was in flight.
@@ -296,7 +296,7 @@ class _Rollout:
             nothing_found = self.agent.write_observation(())
             self._append_observation(index, nothing_found, self._encode(nothing_found))
         else:
-            self._append_observation(index, INVALID_ACTION_HINT, self._encode(INVALID_ACTION_HINT))
+            self._append_observation(index, self.agent.hint, self._encode(self.agent.hint))
 
     def _search(self, index: int, query: str) -> None:
         if not self.may_go_on():
@@ -337,7 +337,8 @@ class _Rollout:
         elif isinstance(outcome, Exception):
             raise outcome
         else:
-            turn.documents, turn.noisy, turn.retries = self.agent.documents_of(outcome), outcome.noisy, outcome.retries
+            turn.documents = self.agent.show_documents(outcome.documents, outcome.titles)
+            turn.noisy, turn.retries = outcome.noisy, outcome.retries
             turn.noisy_share, turn.short_replies = noisy_share(outcome), outcome.short_replies
             if turn is trajectory.lookup:
                 self._begin_with_documents(index, turn.documents)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zerosearch.data import read_jsonl
 from zerosearch.errors import UserError
-from zerosearch.prompts import SIMULATOR_PROMPT, simulator_messages
+from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import format_documents
 
 if TYPE_CHECKING:
@@ -34,18 +34,9 @@ EXAMPLE_FORMS = (
 Messages = list[dict[str, str]]
 
 
-def read_searches(path: str | Path) -> list[dict[str, Any]]:
-    """Read judged searches, JSONL rows `{question, golden_answers, query, documents, useful}`.
-
-    Raises `UserError` that names the line and the column.
-    """
-    searches = [_checked_search(row, place) for place, row in read_jsonl(path)]
-    if not searches:
-        raise UserError(f"{path} holds no searches")
-    return searches
-
-
-def simulator_example(search: Mapping[str, Any], template: str = SIMULATOR_PROMPT) -> dict[str, Messages]:
+def simulator_example(
+    search: Mapping[str, Any], template: SimulatorTemplate = SIMULATOR_PROMPT
+) -> dict[str, Messages]:
     """Return what the simulator learns from a judged search: `{prompt, completion}`.
 
     The prompt is the one it gets in training and evaluation, the completion "Doc 1: ..." to "Doc 5: ...".
@@ -62,17 +53,10 @@ def simulator_example(search: Mapping[str, Any], template: str = SIMULATOR_PROMP
     }
 
 
-def simulator_examples(searches: Iterable[Mapping[str, Any]], template: str = SIMULATOR_PROMPT) -> Dataset:
-    """Return what the simulator learns from judged searches: rows `{prompt, completion}`."""
-    import datasets
-
-    return datasets.Dataset.from_list([simulator_example(search, template) for search in searches])
-
-
 def load_examples(
     source: str,
     split: str = "train",
-    template: str = SIMULATOR_PROMPT,
+    template: SimulatorTemplate = SIMULATOR_PROMPT,
     held_out_queries: Collection[str] = frozenset(),
 ) -> Dataset:
     """Return the examples of a .jsonl, .json or .parquet file, a folder of `<split>.jsonl`, or a dataset on the Hub.
@@ -147,12 +131,12 @@ def _checked_search(row: dict[str, Any], place: str) -> dict[str, Any]:
     return row
 
 
-def _example(row: dict[str, Any], place: str, template: str) -> dict[str, Messages]:
-    """Read a row in any of the forms: a judged search first, as it can be asked for in any words."""
-    if COLUMNS.keys() <= row.keys():
-        return simulator_example(_checked_search(row, place), template)
+def _example(row: dict[str, Any], place: str, template: SimulatorTemplate) -> dict[str, Messages]:
+    """Read a row in any of the forms. A stored prompt is used as it is; a judged search gets that of `template`."""
     if {"prompt", "completion"} <= row.keys():
         prompt, completion = _messages(row["prompt"], "user"), _messages(row["completion"], "assistant")
+    elif COLUMNS.keys() <= row.keys():
+        return simulator_example(_checked_search(row, place), template)
     elif "messages" in row or "conversations" in row:
         turns = _messages(row.get("messages") or row.get("conversations"), "user")
         prompt, completion = turns[:-1], turns[-1:]

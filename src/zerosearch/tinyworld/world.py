@@ -22,9 +22,7 @@ from zerosearch.engines import SearchEngine, SearchRequest
 from zerosearch.errors import UserError
 from zerosearch.prompts import (
     INVALID_ACTION_HINT,
-    TINYWORLD_POLICY_PROMPT,
-    TINYWORLD_SIMULATOR_PROMPT,
-    policy_prompt,
+    TINYWORLD,
     simulator_prompt,
 )
 from zerosearch.protocol import format_observation
@@ -396,11 +394,11 @@ def _all_texts() -> Iterator[str]:
         yield relation.question.format("the")
         yield f" {relation.question}".format("the")
     yield " ".join(["", *FILLERS, "Look up.", COMPARISON.format("A", "B")])
-    yield policy_prompt("Who?", TINYWORLD_POLICY_PROMPT)
+    yield TINYWORLD.policy.prompt("Who?")
     yield INVALID_ACTION_HINT
     for noisy in (False, True):
         yield simulator_prompt(
-            question="Who?", golden_answers=["A"], query="A", noisy=noisy, template=TINYWORLD_SIMULATOR_PROMPT
+            question="Who?", golden_answers=["A"], query="A", noisy=noisy, template=TINYWORLD.simulator
         )
     yield format_observation(["A"] * 6)
     for tag in ("think", "search", "information", "answer"):

@@ -41,6 +41,7 @@ from zerosearch.generation.transformers_engine import TransformersGenerator
 from zerosearch.generation.vllm_colocated import VLLMGenerator
 from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url
 from zerosearch.generation.vllm_workarounds import colocated_engine_options
+from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import RolloutClock, Trajectory, run_rollouts
 from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
 from zerosearch.training.advantages import (
@@ -62,9 +63,10 @@ __all__ = ["SearchConfig", "SearchTrainer"]
 class SearchTrainer(GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
-    Takes GRPOTrainer's arguments and the engine. Rows of the dataset are `{id, prompt, question, golden_answers,
-    dataset}`. Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine
-    of the policy does; the last state is saved first.
+    Takes GRPOTrainer's arguments, the engine and the `agent`, which says how the policy is asked. Rows of the dataset
+    are `{id, question, golden_answers, dataset}`; one with a `prompt` of its own is asked that. Raises `SearchError`
+    when too many searches of a step fail, `GenerationError` when the inference engine of the policy does; the last
+    state is saved first.
     """
 
     _tag_names = ["trl", "zerosearch"]  # noqa: RUF012 (as in TRL)
@@ -74,8 +76,12 @@ class SearchTrainer(GRPOTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _scored: torch.Tensor  # (B, C): the completion tokens to score in the next forward pass
 
-    def __init__(self, *, engine: SearchEngine, args: SearchConfig, **kwargs: Any) -> None:
-        self.engine = engine
+    def __init__(
+        self, *, engine: SearchEngine, args: SearchConfig, agent: Agent = PAPER.policy, **kwargs: Any
+    ) -> None:
+        self.engine, self.agent = engine, agent
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = with_prompts(kwargs.get(name), agent)
         check_arguments(args, **kwargs)
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         with warnings.catch_warnings(), colocated_engine_options(dtype), policy_server_client():
@@ -292,6 +298,7 @@ class SearchTrainer(GRPOTrainer):
                 p_noise=trainer._p_noise(),
                 keys=trainer._keys(rows),
                 clock=clock,
+                agent=trainer.agent,
             )
         except GenerationError as error:
             failure = str(error)
@@ -409,6 +416,15 @@ class SearchTrainer(GRPOTrainer):
         if "step_time" in metrics:
             metrics["time/step_s"] = list(metrics["step_time"])
         super().log(logs, start_time)
+
+
+def with_prompts(dataset: Any, agent: Agent) -> Any:
+    """Return a dataset, or a dictionary of them, whose rows have the agent's prompts; TRL asks for the column."""
+    if isinstance(dataset, dict):
+        return {name: with_prompts(one, agent) for name, one in dataset.items()}
+    if dataset is None or "prompt" in (dataset.column_names or []):
+        return dataset
+    return dataset.map(lambda row: {"prompt": agent.messages(row["question"])})
 
 
 def row_number(row: Mapping[str, Any]) -> int:
