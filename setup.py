@@ -16,14 +16,15 @@ REQUIRES = [
     "datasets",
     "evaluate",
     "filelock",
-    "httpx",
     "huggingface_hub",
     "jinja2",
+    "markupsafe",
     "matplotlib",
     "numpy",
     "peft",
     "pyarrow",
     "pyyaml",
+    "safetensors",
     "tokenizers",
     "torch",
     "tqdm",
@@ -31,7 +32,7 @@ REQUIRES = [
     "trl~=1.16.0",  # SearchTrainer overrides a private method of this version's GRPOTrainer
 ]
 
-TEST = ["packaging", "pytest"]
+TEST = ["packaging", "pytest", "pytest-xdist"]
 DENSE = ["faiss-cpu", "sentence-transformers"]
 
 EXTRAS = {

