@@ -30,7 +30,7 @@ from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
-from zerosearch.generation.models import load_tokenizer
+from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.checkpoints import checkpoint_to_resume

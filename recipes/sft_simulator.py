@@ -35,8 +35,7 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
-from zerosearch.generation.hardware import fit_to_cpu
-from zerosearch.generation.models import load_tokenizer
+from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, simulator_card

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.generation.models import load_tokenizer
+from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import TINYWORLD
 from zerosearch.protocol import format_observation
 from zerosearch.tinyworld.world import RELATION, Fact, World

@@ -39,7 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 import zerosearch.training.trainer
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import user_mistakes
-from zerosearch.generation.models import load_tokenizer
+from zerosearch.generation.loading import load_tokenizer
 from zerosearch.rollout.loop import Trajectory
 from zerosearch.training.micro_batches import compact_lm_head
 from zerosearch.training.rewards import f1_reward

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,100 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-from zerosearch.engines import SearchRequest, SearchResult
-from zerosearch.errors import UserError
-from zerosearch.generation import (
-    Generator,
-    RemoteGenerator,
-    SampledTurn,
-    Sampling,
-    TurnRequest,
+from generation_parts import PROMPTS, largest_difference, load, roll_out, sample, save_adapter
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
+
+from zerosearch.errors import UserError
+from zerosearch.generation import SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.loading import load_generator, load_model, load_tokenizer, longest_context, whole_model
 from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
 from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.rollout.in_flight import run_in_background
-from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory, Turn
-
-PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
-
-
-class RainEngine:
-    """Always the same weather, in a length that depends on the query."""
-
-    name, max_concurrency = "rain", 16
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        return SearchResult(tuple(f"It rains {request.query[:place]}." for place in range(1, 6)))
-
-    async def aclose(self) -> None:
-        pass
-
-
-def load(directory: Path, num_slots: int = 256) -> TransformersGenerator:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return TransformersGenerator(lambda: nullcontext(model), tokenizer, [tokenizer.eos_token_id], 2048, num_slots)
 
 
 @pytest.fixture(scope="module")
 def generator(tiny_policy_dir: Path) -> TransformersGenerator:
     return load(tiny_policy_dir)
-
-
-def sample(generator: Generator, requests: list[TurnRequest], temperature: float = 1.0) -> dict[int, SampledTurn]:
-    """Sample turns, all submitted at once, and return them by trajectory."""
-    turns: dict[int, SampledTurn] = {}
-    with generator.session(Sampling(temperature)):
-        for request in requests:
-            generator.submit(request)
-        while len(turns) < len(requests):
-            turns |= {turn.trajectory: turn for turn in generator.step()}
-    return turns
-
-
-def sample_remotely(
-    generator: RemoteGenerator, requests: list[TurnRequest], sampling: Sampling | None = None
-) -> dict[int, SampledTurn]:
-    """Sample turns elsewhere, all at once, and return them by trajectory."""
-
-    async def all_at_once() -> list[SampledTurn]:
-        return await asyncio.gather(*(generator.sample(request) for request in requests))
-
-    with generator.session(sampling or Sampling()):
-        return {turn.trajectory: turn for turn in run_in_background(all_at_once(), 60)}
-
-
-def roll_out(
-    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_turns: int = 3
-) -> list[Trajectory]:
-    rows = [
-        {"prompt": PROMPTS[n % 3], "question": PROMPTS[n % 3], "golden_answers": ["rain"], "id": str(n)}
-        for n in range(count)
-    ]
-    settings = RolloutSettings(max_turns, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
-    return run_rollouts(rows, generator, RainEngine(), settings)
-
-
-def recomputed_logprobs(directory: Path, trajectory: Trajectory) -> torch.Tensor:
-    """Return what a plain forward pass over the whole trajectory gives each completion id, (T,)."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
-    with torch.no_grad():
-        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-    return logprobs[len(trajectory.prompt_ids) - 1 :]
-
-
-def largest_difference(directory: Path, trajectories: list[Trajectory]) -> float:
-    """Return by how much a policy token's log-probability differs from the recomputed one at most."""
-    differences = []
-    for trajectory in trajectories:
-        own = torch.tensor(trajectory.env_mask, dtype=torch.bool)
-        difference = torch.tensor(trajectory.logprobs) - recomputed_logprobs(directory, trajectory)
-        differences.append(difference[own].abs().max().item())
-    return max(differences)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +170,63 @@ def test_a_model_that_does_not_attend_to_everything_is_refused(tiny_tokenizer: P
         pass
 
 
+def test_an_adapter_is_loaded_merged_into_its_base(adapter: Path, tiny_policy_dir: Path) -> None:
+    generator = load_generator(str(adapter), "transformers", 10_000)
+    assert generator.max_context_tokens == 2048, "what its base takes"
+    trajectories = roll_out(generator)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    with_adapter = PeftModel.from_pretrained(plain, adapter)
+    ids = torch.tensor([trajectories[0].prompt_ids])
+    with torch.no_grad():
+        expected = with_adapter(ids).logits
+        assert torch.allclose(load_model(str(adapter))(ids).logits, expected, atol=1e-4)
+    assert largest_difference(adapter, trajectories) < 1e-4 < largest_difference(tiny_policy_dir, trajectories)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == load_tokenizer(str(adapter)).get_vocab()
+
+
+def test_an_adapter_becomes_a_whole_model_once(adapter: Path, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    assert whole_model(str(tiny_policy_dir), tmp_path) == str(tiny_policy_dir)
+    merged = Path(whole_model(str(adapter), tmp_path))
+    assert list(tmp_path.iterdir()) == [merged], "nothing half-written stays"
+    written = (merged / "model.safetensors").stat().st_mtime_ns
+    assert Path(whole_model(str(adapter), tmp_path)) == merged
+    assert (merged / "model.safetensors").stat().st_mtime_ns == written
+    expected, found = load_model(str(adapter)).state_dict(), load_model(str(merged)).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert load_tokenizer(str(merged)).chat_template
+
+
+def test_a_sequence_ends_where_either_the_tokenizer_or_the_generation_config_ends_it(
+    tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_policy_dir, tmp_path, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(str(tmp_path))
+    rain = tokenizer.convert_tokens_to_ids("rain")
+    GenerationConfig(eos_token_id=rain).save_pretrained(tmp_path)
+    context = tokenizer(PROMPTS[0])["input_ids"]
+    generator = load_generator(str(tmp_path), "transformers", 512)
+    turns = sample(generator, [TurnRequest(n, context, 40, seed=n) for n in range(60)])
+    assert {turn.token_ids[-1] for turn in turns.values() if turn.finish == "eos"} == {rain, tokenizer.eos_token_id}
+
+
+def test_a_model_without_a_longest_context_takes_what_is_asked_for(tmp_path: Path) -> None:
+    assert longest_context(BloomConfig(), 3000) == 3000
+    assert longest_context(Qwen2Config(max_position_embeddings=2048), 3000) == 2048
+    assert longest_context(Qwen2Config(max_position_embeddings=2048), 1000) == 1000
+
+
+def test_a_model_without_positions_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2))
+    generator = TransformersGenerator(lambda: nullcontext(model), tiny_tokenizer, [0], 64)
+    with pytest.raises(UserError, match="BloomForCausalLM takes no position_ids; use vLLM"):
+        generator.session(Sampling()).__enter__()
+
+
 class SleepyEngine:
     """TRL's owner of a colocated vLLM, its LLM and its engine in one, that writes down what it is told."""
 
@@ -277,21 +264,16 @@ def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
 
 
 VLLM_SCRIPT = """
-import json, os, sys
+import json, sys
 from dataclasses import asdict
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-sys.path[:0] = ["tests", "tests/generation"]
-from test_generation import load, roll_out
 from pathlib import Path
-import torch
-from vllm import LLM
-from zerosearch.generation.vllm_workarounds import engine_options, weights_in_place
-from zerosearch.generation.vllm_colocated import VLLMGenerator
+from generation_parts import roll_out
+from zerosearch.generation.loading import load_generator, load_model
+from zerosearch.generation.vllm_workarounds import weights_in_place
 
-directory = Path(sys.argv[1])
+adapter, negated_dir, result_path = sys.argv[1:]
 with weights_in_place():
-    llm = LLM(str(directory), **engine_options("float32", 1024))
-generator = VLLMGenerator(llm, load(directory).tokenizer)
+    generator = load_generator(adapter, "vllm", 1024)
 
 def records(trajectories):
     return [asdict(trajectory) for trajectory in trajectories]
@@ -299,28 +281,37 @@ def records(trajectories):
 result = {"greedy": records(roll_out(generator, temperature=0.0)), "sampled": records(roll_out(generator))}
 result["again"] = records(roll_out(generator))
 # A weight sync as TRL does it, of every weight negated: what the engine then says must be the new model's.
-model = load(directory).load().__enter__()
+model = load_model(adapter)
 negated = {name: -weight for name, weight in model.state_dict().items()}
-vllm_model = llm.llm_engine.model_executor.driver_worker.model_runner.model
 for item in negated.items():
-    vllm_model.load_weights([item])
-llm.reset_prefix_cache()
+    generator.engine.model_executor.driver_worker.model_runner.model.load_weights([item])
+generator.llm.reset_prefix_cache()
 result["synced"] = records(roll_out(generator, count=4))
 model.load_state_dict(negated)
-model.save_pretrained(sys.argv[2])
-Path(sys.argv[3]).write_text(json.dumps(result))
+model.save_pretrained(negated_dir)
+Path(result_path).write_text(json.dumps(result))
 """
 
 
 @pytest.fixture(scope="module")
-def vllm_rollouts(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Roll out with real vLLM, in a process of its own: it leaves its mark on torch and on the environment."""
+def adapter(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `grpo.py --use_peft true` saves, of the tiny policy."""
+    return save_adapter(tiny_policy_dir, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def vllm_rollouts(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Roll out an adapter with real vLLM, in a process of its own: it leaves its mark on torch and the environment."""
     pytest.importorskip("vllm")
     directory = tmp_path_factory.mktemp("vllm")
     result = directory / "result.json"
-    arguments = [str(tiny_policy_dir), str(directory / "negated"), str(result)]
     done = subprocess.run(
-        [sys.executable, "-c", VLLM_SCRIPT, *arguments], capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-c", VLLM_SCRIPT, str(adapter), str(directory / "negated"), str(result)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rollouts = json.loads(result.read_text())
@@ -331,22 +322,18 @@ def vllm_rollouts(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_same_greedy_trajectories_as_transformers(
-    vllm_rollouts: dict[str, Any], generator: TransformersGenerator
-) -> None:
-    expected = roll_out(generator, temperature=0.0)
+def test_vllm_gives_the_same_greedy_trajectories_as_transformers(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
+    expected = roll_out(load_generator(str(adapter), "transformers", 2048), temperature=0.0)
     for ours, theirs in zip(vllm_rollouts["greedy"], expected, strict=True):
         assert (ours.prompt_ids, ours.completion_ids) == (theirs.prompt_ids, theirs.completion_ids)
         assert (ours.env_mask, ours.outcome, ours.answer) == (theirs.env_mask, theirs.outcome, theirs.answer)
 
 
 @pytest.mark.slow
-def test_log_probabilities_of_vllm_are_those_of_a_forward_pass(
-    vllm_rollouts: dict[str, Any], tiny_policy_dir: Path
-) -> None:
+def test_log_probabilities_of_vllm_are_those_of_a_forward_pass(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
     trajectories = vllm_rollouts["sampled"]
     assert sum(trajectory.searches for trajectory in trajectories) > 10
-    assert largest_difference(tiny_policy_dir, trajectories) < 1e-4
+    assert largest_difference(adapter, trajectories) < 1e-4
     assert {turn.kind for trajectory in trajectories for turn in trajectory.turns} == {"search", "answer", "invalid"}
 
 
@@ -358,8 +345,6 @@ def test_vllm_samples_by_the_key_of_each_turn(vllm_rollouts: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-def test_a_weight_sync_reaches_every_weight_that_vllm_uses(
-    vllm_rollouts: dict[str, Any], tiny_policy_dir: Path
-) -> None:
+def test_a_weight_sync_reaches_every_weight_that_vllm_uses(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
     assert largest_difference(vllm_rollouts["negated"], vllm_rollouts["synced"]) < 1e-4
-    assert largest_difference(tiny_policy_dir, vllm_rollouts["synced"]) > 0.1
+    assert largest_difference(adapter, vllm_rollouts["synced"]) > 0.1

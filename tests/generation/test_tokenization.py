@@ -6,7 +6,7 @@ import random
 
 import pytest
 from conftest import TEXT
-from test_rollout import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
+from rollout_parts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from generation_parts import largest_difference, load, roll_out, sample_remotely
 from http_servers import free_ports, serving
-from test_generation import largest_difference, load, roll_out, sample_remotely
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest

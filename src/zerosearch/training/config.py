@@ -11,7 +11,7 @@ import torch
 from trl import GRPOConfig
 
 from zerosearch.errors import UserError
-from zerosearch.generation.hardware import fit_to_cpu
+from zerosearch.generation.loading import fit_to_cpu
 from zerosearch.noise import NoiseSchedule
 from zerosearch.rollout.loop import RolloutSettings
 from zerosearch.training.advantages import Baseline
@@ -129,6 +129,8 @@ class SearchConfig(GRPOConfig):
             raise UserError(f"{error} {self._batch_that_works()}") from error
         if self.use_vllm:
             self._check_vllm()
+        elif not self.ds3_gather_for_generation:
+            raise UserError("ds3_gather_for_generation false needs use_vllm true: transformers generates gathered")
         self._check_algorithm()
         if self.algorithm == "ppo":
             self._check_ppo()

@@ -34,13 +34,13 @@ from trl.trainer.utils import get_config_model_id
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.adapter_weights import push_merged_copies
-from zerosearch.generation.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
-from zerosearch.generation.server_weights import policy_server_client, wait_for_weights
+from zerosearch.generation.loading import longest_context
 from zerosearch.generation.tokenization import decoded_text
 from zerosearch.generation.transformers_engine import TransformersGenerator
 from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url
-from zerosearch.generation.vllm_workarounds import colocated_engine_options
+from zerosearch.generation.vllm_server import VLLMServerGenerator, policy_server_client, server_url, wait_for_weights
+from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
+from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import RolloutClock, Trajectory, run_rollouts
 from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
@@ -87,15 +87,7 @@ class SearchTrainer(GRPOTrainer):
         with warnings.catch_warnings(), colocated_engine_options(dtype), policy_server_client():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(args=args, rollout_func=SearchTrainer._rollout, **kwargs)
-        # On some CPUs bitsandbytes 0.50 packs 4-bit weights when they generate, and has no gradient through them then.
-        for module in self.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        if kwargs.get("quantization_config") is not None:
-            # TRL puts the adapters of such a policy into bfloat16, where an update of 1e-6 rounds to nothing.
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        let_quantized_policy_learn(self.model)
         if args.use_vllm and is_peft_model(self.model):
             push_merged_copies(self.vllm_generation)
         self.generator = self._make_generator()
@@ -114,18 +106,13 @@ class SearchTrainer(GRPOTrainer):
             return TensorParallelGenerator(ranks, self.vllm_generation, self._tokenizer)
         if self.use_vllm:
             return VLLMGenerator.of_trainer(self.vllm_generation, self._tokenizer)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        arguments = self._load_for_generation, self._tokenizer, self.eos_token_ids, min(limit, positions or limit)
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation:
-            return ShardedTransformersGenerator(Ranks(self.accelerator.num_processes, timeout_s), *arguments)
-        return TransformersGenerator(*arguments)
+        longest = longest_context(self.model.config, limit)
+        return TransformersGenerator(self._load_for_generation, self._tokenizer, self.eos_token_ids, longest)
 
     def _load_for_generation(self) -> AbstractContextManager[Any]:
         return unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
 

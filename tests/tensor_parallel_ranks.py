@@ -1,4 +1,4 @@
-"""What each rank of tests/test_collective.py runs: `python collective_ranks.py CASE POLICY OUTPUT`."""
+"""What each rank of test_vllm_tensor_parallel.py runs: `python tensor_parallel_ranks.py CASE POLICY OUTPUT`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-sys.path.append(str(Path(__file__).parent / "generation"))
-from test_generation import PROMPTS, load
+from generation_parts import PROMPTS, load
 from torch import distributed
 
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.generation import GenerationError
-from zerosearch.generation.collective import Ranks, ShardedTransformersGenerator, TensorParallelGenerator
 from zerosearch.generation.tokenization import text_token_ids
+from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 
 RANK = int(os.environ.get("RANK", 0))
@@ -124,16 +122,6 @@ def failure(policy: Path) -> dict[str, Any]:
     else:
         time.sleep(4)
     return {"said": said}
-
-
-def same_passes(policy: Path) -> dict[str, Any]:
-    local = load(policy)
-    passes: list[list[int]] = []
-    with local.load() as model:
-        model.register_forward_pre_hook(lambda *_: passes.append([]))
-    ends = sorted(local.eos_token_ids)
-    generator = ShardedTransformersGenerator(Ranks(2, 60), local.load, local.tokenizer, ends, 2048)
-    return {"trajectories": rolled_out(generator), "passes": len(passes)}
 
 
 def real_tensor_parallel(policy: Path) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""A generator of the tiny policy, rollouts with it, and the log-probabilities that they should have."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.generation import Generator, RemoteGenerator, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.loading import load_model
+from zerosearch.generation.transformers_engine import TransformersGenerator
+from zerosearch.rollout.in_flight import run_in_background
+from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.rollout.trajectory import Trajectory
+
+PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
+
+
+class RainEngine:
+    """Always the same weather, in a length that depends on the query."""
+
+    name, max_concurrency = "rain", 16
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        return SearchResult(tuple(f"It rains {request.query[:place]}." for place in range(1, 6)))
+
+    async def aclose(self) -> None:
+        pass
+
+
+def load(directory: Path, num_slots: int = 256) -> TransformersGenerator:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return TransformersGenerator(lambda: nullcontext(model), tokenizer, [tokenizer.eos_token_id], 2048, num_slots)
+
+
+def save_adapter(directory: Path, output: Path) -> Path:
+    """Save a LoRA adapter of a model that has learned something, as the trainer saves it."""
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(output)
+    return output
+
+
+def sample(generator: Generator, requests: list[TurnRequest], temperature: float = 1.0) -> dict[int, SampledTurn]:
+    """Sample turns, all submitted at once, and return them by trajectory."""
+    turns: dict[int, SampledTurn] = {}
+    with generator.session(Sampling(temperature)):
+        for request in requests:
+            generator.submit(request)
+        while len(turns) < len(requests):
+            turns |= {turn.trajectory: turn for turn in generator.step()}
+    return turns
+
+
+def sample_remotely(
+    generator: RemoteGenerator, requests: list[TurnRequest], sampling: Sampling | None = None
+) -> dict[int, SampledTurn]:
+    """Sample turns elsewhere, all at once, and return them by trajectory."""
+
+    async def all_at_once() -> list[SampledTurn]:
+        return await asyncio.gather(*(generator.sample(request) for request in requests))
+
+    with generator.session(sampling or Sampling()):
+        return {turn.trajectory: turn for turn in run_in_background(all_at_once(), 60)}
+
+
+def roll_out(
+    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_turns: int = 3
+) -> list[Trajectory]:
+    rows = [
+        {"prompt": PROMPTS[n % 3], "question": PROMPTS[n % 3], "golden_answers": ["rain"], "id": str(n)}
+        for n in range(count)
+    ]
+    settings = RolloutSettings(max_turns, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
+    return run_rollouts(rows, generator, RainEngine(), settings)
+
+
+def recomputed_logprobs(directory: Path, trajectory: Trajectory) -> torch.Tensor:
+    """Return what a plain forward pass over the whole trajectory gives each completion id, (T,)."""
+    model = load_model(str(directory))
+    ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    return logprobs[len(trajectory.prompt_ids) - 1 :]
+
+
+def largest_difference(directory: Path, trajectories: list[Trajectory]) -> float:
+    """Return by how much a policy token's log-probability differs from the recomputed one at most."""
+    differences = []
+    for trajectory in trajectories:
+        own = torch.tensor(trajectory.env_mask, dtype=torch.bool)
+        difference = torch.tensor(trajectory.logprobs) - recomputed_logprobs(directory, trajectory)
+        differences.append(difference[own].abs().max().item())
+    return max(differences)
