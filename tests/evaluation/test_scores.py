@@ -78,9 +78,9 @@ def test_intervals_repeat_with_the_seed_and_vanish_without_variation() -> None:
 
 def test_the_table_has_a_line_a_dataset_and_their_mean() -> None:
     assert results_table(summarize([record("nq", "x", "x")] * 5 + [record("musique", None, "x", searches=2)])) == (
-        "dataset           n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches\n"
-        "nq                5  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]     1.000     1.000      1.00\n"
-        "musique           1  0.000 [0.000, 0.000]  0.000 [0.000, 0.000]     0.000     0.000      2.00\n"
+        "dataset           n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches  turns\n"
+        "nq                5  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]     1.000     1.000      1.00   2.00\n"
+        "musique           1  0.000 [0.000, 0.000]  0.000 [0.000, 0.000]     0.000     0.000      2.00   3.00\n"
         "mean of datasets     0.500 [0.500, 0.500]  0.500 [0.500, 0.500]     0.500"
     )
     assert "mean of datasets" not in results_table(summarize([record("nq", "x", "x")]))

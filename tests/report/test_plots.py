@@ -56,6 +56,7 @@ def test_steps_that_are_not_finite_are_gaps() -> None:
 def test_the_axes_hold_zero_and_round_numbers() -> None:
     log = [{"step": step, "kl": 0.05 + step / 1000, "reward": 0.4} for step in range(1, 61)]
     assert texts(draw_panel(*KL, log)) == ["1", "21", "40", "60", "0", "0.05", "0.1", "0.15"]
+    assert texts(draw_panel(*KL, [{"step": 7, "kl": 0.0}])) == ["7", "0", "0.25", "0.5", "0.75", "1"]
     assert texts(draw_panel(*PANELS[0], log))[4:] == ["0", "0.25", "0.5", "0.75", "1"]  # a reward's end is 1
 
 

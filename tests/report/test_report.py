@@ -238,7 +238,7 @@ def test_a_score_that_is_no_number_is_said_to_be_none(run_dir: Path) -> None:
     write_json(run_dir / "evaluation/after-bm25/results.json", scores(0.8, 0.8, 2.0) | {"em": nan, "searches": None})
     text = page_of(run_dir).text
     assert "after n/a" in text and "nan" not in text.lower()
-    assert "bm25       after   n/a  " in summary_table(run_dir)
+    assert "bm25 after        400  n/a  " in summary_table(run_dir)
 
 
 def test_a_log_without_kl_leaves_the_plot_out_and_says_so(run_dir: Path) -> None:
@@ -265,8 +265,10 @@ def test_the_recipe_writes_the_page_and_names_a_mistake(run_dir: Path, load_reci
 
 def test_the_summary_is_aligned_and_short(run_dir: Path) -> None:
     lines = summary_table(run_dir).splitlines()
-    assert lines[0] == "engine     policy  EM [95 %]             F1 [95 %]             answered  searches  turns    n"
-    assert lines[1] == "bm25       before  0.333 [0.287, 0.378]  0.376 [0.335, 0.418]     0.958      1.16   2.16  400"
+    assert lines[:2] == [
+        "evaluation          n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches  turns",
+        "bm25 before       400  0.333 [0.287, 0.378]  0.376 [0.335, 0.418]     0.333     0.958      1.16   2.16",
+    ]
     assert lines[5:] == [
         "real-engine queries in training: 0",
         "60 steps in 2 min 41 s, everything in 7 min 22 s; generated with transformers, seed 3",

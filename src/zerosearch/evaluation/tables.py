@@ -9,26 +9,21 @@ from typing import Any, TypeGuard
 from zerosearch.data import BENCHMARKS
 
 Results = Mapping[str, Any]  # what results.json holds
-Rows = list[list[str]]  # a table, its head first
 
 NOT_A_NUMBER = "n/a"
-SCORES = ["EM [95 %]", "F1 [95 %]", "cover-EM"]
 
 
 def results_table(results: Results) -> str:
     """Return the results as a short table: a line a dataset, and their mean where there are several."""
-    rows = [["dataset", "n", *SCORES, "answered", "searches"]]
-    for name, of_one in results["by_dataset"].items():
-        rows.append([name, str(of_one["n"]), *_scores(of_one), *_rates(of_one)[:2]])
-    if len(results["by_dataset"]) > 1:
-        rows.append(["mean of datasets", "", *_scores(results["macro_average"]), "", ""])
-    return aligned(rows)
+    lines = dict(results["by_dataset"])
+    if len(lines) > 1:
+        lines["mean of datasets"] = results["macro_average"]
+    return _scores_table("dataset", lines)
 
 
 def matrix_table(evaluations: Mapping[str, Results]) -> str:
     """Return several evaluations as a short table: a line each, over all its questions."""
-    lines = ([name, str(results["n"]), *_scores(results), *_rates(results)] for name, results in evaluations.items())
-    return aligned([["evaluation", "n", *SCORES, "answered", "searches", "turns"], *lines])
+    return _scores_table("evaluation", evaluations)
 
 
 def comparison_table(differences: Results) -> str:
@@ -116,7 +111,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return rows, the head first, in columns for a terminal: names and intervals flush left, numbers flush right."""
     columns = []
     for place, column in enumerate(zip(*rows, strict=True)):
-        side = "<" if place == 0 or column[0] == "policy" or "[" in column[0] else ">"
+        side = "<" if place == 0 or "[" in column[0] else ">"
         columns.append([f"{cell:{side}{max(map(len, column))}}" for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
@@ -127,9 +122,14 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([head, f"|---{'|---:' * (head.count(' | '))}|", *lines])
 
 
-def _scores(results: Results) -> list[str]:
-    return [with_interval(results["em"]), with_interval(results["f1"]), number(results["cover_em"])]
+def _scores_table(what: str, lines: Mapping[str, Results]) -> str:
+    rows = [[what, "n", "EM [95 %]", "F1 [95 %]", "cover-EM", "answered", "searches", "turns"]]
+    for name, results in lines.items():
+        em, f1, cover_em = (with_interval(results.get(metric)) for metric in ("em", "f1", "cover_em"))
+        rows.append([name, str(results.get("n", "")), em, f1, cover_em.partition(" ")[0], *_rates(results)])
+    return aligned(rows)
 
 
 def _rates(results: Results) -> list[str]:
-    return [number(results["answer_rate"]), number(results["searches"], 2), number(results["turns"], 2)]
+    digits = {"answer_rate": 3, "searches": 2, "turns": 2}
+    return [number(results[name], digits[name]) if name in results else "" for name in digits]

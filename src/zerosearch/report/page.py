@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from zerosearch import __version__
-from zerosearch.evaluation.tables import NOT_A_NUMBER, aligned, interval, is_finite, number, with_interval
+from zerosearch.evaluation.tables import NOT_A_NUMBER, interval, is_finite, matrix_table, number
 from zerosearch.report.plots import SMOOTH_FROM, SMOOTH_STEPS, draw_training
 from zerosearch.report.run import POLICIES, SIMULATED, Run, Scores, read_run
 from zerosearch.report.transcripts import pieces, read_examples
@@ -55,14 +55,10 @@ def write_report(run_dir: Path) -> Path:
 
 
 def summary_table(run_dir: Path) -> str:
-    """Return the scores of a run as plain text for a terminal of 100 columns, a line to an evaluation."""
+    """Return the scores of a run as plain text for a terminal, a line to an evaluation, and what the run took."""
     run = read_run(run_dir)
-    rows = [["engine", "policy", "EM [95 %]", "F1 [95 %]", "answered", "searches", "turns", "n"]]
-    for engine, policy, scores in run.evaluations:
-        em, f1 = with_interval(scores.get("em")), with_interval(scores.get("f1"))
-        rates = number(scores.get("answer_rate")), number(scores.get("searches"), 2), number(scores.get("turns"), 2)
-        rows.append([engine, policy, em, f1, *rates, str(scores.get("n", NOT_A_NUMBER))])
-    lines = [aligned(rows)] if run.scores else []
+    found = {f"{engine} {policy}": scores for engine, policy, scores in run.evaluations}
+    lines = [matrix_table(found)] if found else []
     if run.results:
         queries, steps, generator, seed = (
             run.results.get(key, NOT_A_NUMBER)
@@ -108,28 +104,25 @@ def _by_dataset(run: Run) -> dict[str, dict[str, Scores]]:
 
 
 def _made(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what is known of how the run was made, as (term, text)."""
-    for term, key in (("seed", "seed"), ("steps", "steps"), ("generated with", "generator")):
-        if key in run.results:
-            yield term, str(run.results[key])
-    for term, key in (("training", "train_seconds"), ("everything", "total_seconds")):
-        if key in run.results:
-            yield term, duration(run.results[key])
+    """Yield what is known of how the run was made, as (term, text); the text of what is not known is empty."""
+    known = run.results
+    for key, term in {"seed": "seed", "steps": "steps", "generator": "generated with"}.items():
+        yield term, str(known.get(key, ""))
+    for key, term in {"train_seconds": "training", "total_seconds": "everything"}.items():
+        yield term, duration(known[key]) if key in known else ""
     for policy in POLICIES:
-        yield (
-            f"policy {policy}",
-            _joined(shown_path(s["model"]) for _, one, s in run.evaluations if one == policy and "model" in s),
-        )
-    yield "evaluated on", _joined(scores["dataset"] for *_, scores in run.evaluations if "dataset" in scores)
-    seconds = [scores.get("seconds") for *_, scores in run.evaluations]
-    if seconds and all(map(is_finite, seconds)):
-        yield f"{len(seconds)} evaluations", duration(sum(seconds))
+        models = (scores.get("model", "") for _, one, scores in run.evaluations if one == policy)
+        yield f"policy {policy}", _joined(map(shown_path, models))
+    found = [scores for *_, scores in run.evaluations]
+    yield "evaluated on", _joined(scores.get("dataset", "") for scores in found)
+    seconds = [scores.get("seconds") for scores in found]
+    yield f"{len(found)} evaluations", duration(sum(seconds)) if found and all(map(is_finite, seconds)) else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "CPU cores where this page was written", str(cores)  # no file says where the run was made
-    found = [scores.get("versions") or {} for *_, scores in run.evaluations]
-    for package in sorted({package for versions in found for package in versions}):
-        yield package, _joined(versions[package] for versions in found if package in versions)
+    versions = [scores.get("versions") or {} for scores in found]
+    for package in sorted(set().union(*versions)):
+        yield package, _joined(one.get(package, "") for one in versions)
 
 
-def _joined(values: Iterator[Any]) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value))

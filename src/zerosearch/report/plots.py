@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from markupsafe import Markup, escape
 
-from zerosearch.evaluation.tables import percent
+from zerosearch.evaluation.tables import is_finite, percent
 from zerosearch.simulator.fidelity_card import RATES
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def draw_panel(title: str, unit: str, series: Iterable[Series], log: Sequence[Lo
         legend.append((one, _first_and_last(values, SMOOTH_STEPS if smooth or one.style == "dots" else 1)))
     if not legend:
         return Drawing(title, unit, notes=tuple(notes))
-    axes.update_datalim(
-        [(steps[0], 0), (steps[-1], float(title == "Reward"))]
-    )  # the axes hold 0, and the highest reward
+    axes.update_datalim([(steps[0], 0), (steps[-1], title == "Reward")])  # the axes hold 0, and the highest reward
     return Drawing(title, unit, _inline(figure, axes, f"{title} over steps", steps), tuple(legend), tuple(notes))
 
 
@@ -150,18 +148,9 @@ def draw_time(log: Sequence[LogEntry]) -> Drawing:
     figure, axes = _panel()
     tops = parts.cumsum(axis=0)
     for one, low, high in zip(TIMES, [np.zeros(len(log)), *tops], tops, strict=False):
-        colour, hatch = COLOURS[one.colour], HATCHES[one.colour]
-        axes.stairs(
-            high,
-            edges,
-            baseline=low,
-            fill=True,
-            facecolor=COLOURS["card"] if hatch else colour,
-            edgecolor=colour,
-            linewidth=0,
-            hatch=hatch,
-            hatch_linewidth=2,
-        )
+        area = axes.stairs(high, edges, baseline=low, fill=True, linewidth=0, hatch=HATCHES[one.colour])
+        area.set(edgecolor=COLOURS[one.colour], hatch_linewidth=2)
+        area.set_facecolor(COLOURS["card" if HATCHES[one.colour] else one.colour])
     seconds = np.nansum(parts * np.diff(edges), axis=1)
     total = seconds.sum()
     legend = (
@@ -176,16 +165,14 @@ def draw_time(log: Sequence[LogEntry]) -> Drawing:
 def values_of(log: Sequence[LogEntry], key: str) -> np.ndarray:
     """Return the values logged under a key, NaN for what is missing or not a finite number."""
     found = (entry.get(key) for entry in log)
-    numbers = (
-        value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan for value in found
-    )
-    return np.array([value if math.isfinite(value) else math.nan for value in numbers], dtype=float)  # (len(log),)
+    return np.array([value if is_finite(value) else math.nan for value in found], dtype=float)  # (len(log),)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean of the last `SMOOTH_STEPS` finite values at each point; a gap stays a gap."""
-    means = [np.nanmean(values[max(0, end - SMOOTH_STEPS) : end]) for end in range(1, len(values) + 1)]
-    return np.where(np.isnan(values), np.nan, means)
+    finite, window = np.isfinite(values), np.ones(SMOOTH_STEPS)
+    sums, counts = (np.convolve(one, window)[: len(values)] for one in (np.nan_to_num(values), finite))
+    return np.where(finite, sums / np.maximum(counts, 1), math.nan)
 
 
 def scores_plot(evaluations: Mapping[str, Any]) -> str:
@@ -202,13 +189,11 @@ def scores_plot(evaluations: Mapping[str, Any]) -> str:
 
 def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
     """Draw a fidelity card's rates and realised against requested noise to `prefix`.svg, and return the path."""
-    shown = [(card[name], card[f"{name}_interval"], words) for name, words in RATES[:3] if name in card]
-    figure, axes = _rows(
-        "", [words.replace(" that ", "\nthat ") for *_, words in shown], columns=1 + ("noise" in card)
-    )
-    for row, (rate, (low, high), _) in enumerate(shown):
-        axes.barh(row, rate, height=0.5, color=COLOURS["blue"])
-        axes.plot([low, high], [row, row], "|-", color=COLOURS["grey"], linewidth=1.5)
+    shown = {name: words.replace(" that ", "\nthat ") for name, words in RATES[:3] if name in card}
+    figure, axes = _rows("", list(shown.values()), columns=1 + ("noise" in card))
+    for row, name in enumerate(shown):
+        axes.barh(row, card[name], height=0.5, color=COLOURS["blue"])
+        axes.plot(card[f"{name}_interval"], [row, row], "|-", color=COLOURS["grey"], linewidth=1.5)
     axes.set_xlim(0, 1)
     if "noise" in card:
         noise, points = figure.axes[1], card["noise"]
@@ -216,14 +201,9 @@ def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
         low, high = zip(*(point["realised_interval"] for point in points), strict=True)
         noise.plot([0, 1], [0, 1], color=COLOURS["rule"], linewidth=1)
         noise.fill_between(requested, low, high, color=COLOURS["orange"], alpha=0.2, linewidth=0)
-        noise.plot(
-            requested,
-            [p["realised"] for p in points],
-            "o-",
-            color=COLOURS["orange"],
-            label="realised, by the documents",
-        )
-        noise.plot(requested, [p["coin"] for p in points], "x", color=COLOURS["blue"], label="the coin's share")
+        realised, coin = ([point[key] for point in points] for key in ("realised", "coin"))
+        noise.plot(requested, realised, "o-", color=COLOURS["orange"], label="realised, by the documents")
+        noise.plot(requested, coin, "x", color=COLOURS["blue"], label="the coin's share")
         noise.set_xlabel("requested noise")
         noise.legend(frameon=False)
     path = prefix.with_name(f"{prefix.name}.svg")
@@ -234,9 +214,7 @@ def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
 def _panel() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(5, 2.9), facecolor="none"
-    )  # in inches of 72 CSS pixels: about a card on a phone or a desk
+    figure = Figure(figsize=(5, 2.9), facecolor="none")  # inches of 72 CSS pixels: about a card's width on the page
     return figure, figure.add_axes((0.11, 0.12, 0.87, 0.83))
 
 
@@ -283,7 +261,8 @@ def _inline(figure: Figure, axes: Axes, title: str, steps: Sequence[float] | np.
     """Return the figure as an <svg> element in the page's colours."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*axes.dataLim.intervaly)
+    low, high = axes.dataLim.intervaly
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high if high > low else low + 1)
     axes.set(yticks=ticks, ylim=(ticks[0], ticks[-1]), xticks=np.unique(np.linspace(steps[0], steps[-1], 4).round()))
     axes.margins(x=0)
     axes.yaxis.set_major_formatter("{x:g}")
