@@ -23,6 +23,7 @@ from typing import Any
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import claim_output_dir, load_questions
 from zerosearch.engines import SearchEngine, SearchError
@@ -33,7 +34,6 @@ from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
-from zerosearch.training.checkpoints import checkpoint_to_resume
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchConfig, SearchTrainer
 

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from zerosearch.errors import UserError
+from zerosearch.intervals import INTERVAL, resampled_means
 from zerosearch.metrics import cover_exact_match, exact_match, f1
 from zerosearch.rollout.trajectory import OUTCOMES
 
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_exact_match}
-NUM_RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)  # percentiles
 
 Record = dict[str, Any]
 Scores = dict[str, dict[str, float]]  # metric -> mean, low, high
@@ -75,15 +74,6 @@ def score_table(questions: Sequence[Sequence[Record]]) -> np.ndarray:
             for samples in questions
         ]
     )
-
-
-def resampled_means(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw as many rows as there are, with replacement, again and again; return each draw's means.
-
-    Takes (rows, columns), returns (NUM_RESAMPLES, columns).
-    """
-    size = len(scores)
-    return np.array([scores[rng.integers(size, size=size)].mean(axis=0) for _ in range(NUM_RESAMPLES)])
 
 
 def with_intervals(means: np.ndarray, resampled: np.ndarray, names: Sequence[str] = tuple(METRICS)) -> Scores:

@@ -1,43 +1,34 @@
-"""How faithful a simulator is: do its useful documents help, do its noisy ones not, and are they like real ones.
+"""Fidelity of a simulator: whether useful replies answer, noisy ones leak, and the noise is what was requested.
 
 `measure_simulator` asks any OpenAI-style endpoint, through the engine that training uses; `measure_recorded` measures
-documents that a real engine returned, the yardstick. Both return the fidelity card, plain data for JSON;
-`zerosearch.simulator.fidelity_card` writes it as Markdown and draws it. Intervals are 95 % bootstrap percentiles over
-queries.
+documents that a real engine returned, for comparison. Both return the fidelity card, plain data for JSON;
+`zerosearch.simulator.fidelity_card` writes it. Intervals are 95 % bootstrap percentiles over queries.
 
     card = measure_simulator(SimulatedEngine(url), read_held_out("searches.jsonl"))
-    write_card(card, Path("outputs/fidelity/simulator"))     # .json, .md, .svg
+    write_card(card, Path("outputs/fidelity/simulator"))     # .json, .md
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.scores import INTERVAL, NUM_RESAMPLES
 from zerosearch.http import ServiceError
+from zerosearch.intervals import INTERVAL, NUM_RESAMPLES, mean_with_interval
 from zerosearch.noise import NoiseSchedule, keyed_uniform
 from zerosearch.simulator.held_out import WHY_LEFT_OUT, HeldOutQuery, choose
-from zerosearch.simulator.likeness import (
-    distinct_n,
-    length_distance,
-    mean,
-    overlap_between,
-    overlap_within,
-    rouge_n,
-    shape,
-)
 
 Card = dict[str, Any]
 Documents = tuple[str, ...]
@@ -50,20 +41,20 @@ NUM_COINS = 64_000  # as many searches as the paper's run makes (Table 8)
 class FidelityOptions:
     """How much to measure: of each query, samples of either quality, and searches at points of a noise schedule."""
 
-    num_queries: int | None = None  # None: 300 for a simulator, all that are recorded
-    num_samples: int = 2  # two at least, for the diversity between samples
-    noise_start: float = 0.0
-    noise_end: float = 1.0
-    noise_base: float = 4.0  # Eq. 1
-    noise_points: int = 9
-    noise_samples: int = 1  # searches of each query at each point
+    num_queries: int | None = field(
+        default=None,
+        metadata={"min": 2, "help": "Held-out queries. Default: 300, or all recorded ones."},
+    )
+    num_samples: int = field(default=2, metadata={"min": 1, "help": "Replies to each query, of either quality."})
+    noise_start: float = field(default=0.0, metadata={"min": 0, "max": 1})
+    noise_end: float = field(default=1.0, metadata={"min": 0, "max": 1})
+    noise_base: float = field(default=4.0, metadata={"min": 1})  # Eq. 1
+    noise_points: int = field(default=9, metadata={"min": 2, "help": "Steps at which noise is measured."})
+    noise_samples: int = field(default=1, metadata={"min": 1, "help": "Searches of each query at each of them."})
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_queries", 2), ("num_samples", 2), ("noise_points", 2), ("noise_samples", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} is {value}: it must be at least {least}")
-        NoiseSchedule(self.noise_start, self.noise_end, self.noise_base)
+        check_bounds(self)
 
     def schedule(self) -> list[tuple[int, float]]:
         """Return the points at which noise is measured: optimizer step and noise probability."""
@@ -80,43 +71,45 @@ def measure_simulator(
 ) -> Card:
     """Ask a simulator for documents of either quality and over a noise schedule, and return its fidelity card.
 
-    `about` goes into the card as it is. The engine is closed at the end. Noise is measured with one coin a query.
-    Raises `UserError` if no query can tell, or the endpoint fails for good.
+    `about` goes into the card as it is. The engine is closed at the end.
+    Raises `UserError` if fewer than two queries are decidable, or the endpoint fails for good.
     """
     options = options or FidelityOptions()
-    chosen, decidable = _decidable(choose(queries, options.num_queries or 300, options.seed))
+    chosen, decidable = _chosen(queries, options.num_queries or 300, options.seed)
     engine.check()
-    asks = [
-        (_request(query, float(noisy), (options.seed, 0, row, sample, int(noisy))), (row, noisy))
+    requests = [
+        _request(query, float(noisy), (options.seed, 0, row, sample, int(noisy)))
         for row, query in enumerate(chosen)
         for noisy in (False, True)
         for sample in range(options.num_samples)
     ]
-    noise_asks = [
-        (_request(query, p_noise, (options.seed, step, row, sample, 0)), (row, point))
-        for point, (step, p_noise) in enumerate(options.schedule())
+    at_noise = [
+        _request(query, p_noise, (options.seed, step, row, sample, 0))
+        for step, p_noise in options.schedule()
         for row, query in enumerate(decidable)
         for sample in range(options.noise_samples)
     ]
-    results = _search(engine, [request for request, _ in [*asks, *noise_asks]])
-    samples: dict[str, list[list[Documents]]] = {quality: [[] for _ in chosen] for quality in QUALITIES}
-    for (_, (row, noisy)), result in zip(asks, results, strict=False):
-        samples[QUALITIES[noisy]][row].append(result.documents)
+    results = _search(engine, [*requests, *at_noise])
+    replies = iter([result.documents for result in results[: len(requests)]])
+    by_query = [[[next(replies) for _ in range(options.num_samples)] for _ in QUALITIES] for _ in chosen]
+    samples = {quality: [both[noisy] for both in by_query] for noisy, quality in enumerate(QUALITIES)}
     rng = np.random.default_rng(options.seed)
-    card = _head(chosen, decidable, about)
-    card |= _answer_rates(chosen, samples, rng)
-    card |= _noise(decidable, options, noise_asks, results[len(asks) :], rng)
     counts = engine.counts
-    card["format"] = {
-        **_flat("valid_format_rate", _share(counts.well_formed_replies, counts.replies, rng)),
-        **_flat("short_reply_rate", _share(counts.short_replies, counts.replies, rng)),
-        "replies": counts.replies,
-        "failed_searches": counts.failed_searches,
+    return {
+        **_head(chosen, decidable, about),
+        **_answer_rates(chosen, samples, rng),
+        **_noise(decidable, options, results[len(requests) :], rng),
+        "format": {
+            **_share("valid_format_rate", counts.well_formed_replies, counts.replies, rng),
+            **_share("short_reply_rate", counts.short_replies, counts.replies, rng),
+            "replies": counts.replies,
+            "failed_searches": counts.failed_searches,
+        },
+        "documents": {
+            **{quality: _lengths(rows, rng) for quality, rows in samples.items()},
+            **{f"real {quality}": _lengths(rows, rng) for quality, rows in _recorded(chosen).items()},
+        },
     }
-    card["documents"] = {quality: _describe(chosen, samples[quality], quality, rng) for quality in QUALITIES}
-    real = _real_samples(chosen)
-    card["documents"] |= {f"real {quality}": _describe(chosen, rows, None, rng) for quality, rows in real.items()}
-    return card
 
 
 def measure_recorded(
@@ -128,22 +121,23 @@ def measure_recorded(
 
     A real engine is not asked for noise: `answer_rate` is the share of searches that answer their query. Where the
     documents were judged, the rates of those judged useful and noisy are given as a simulator's are.
-    Raises `UserError` if no query can tell or none has documents.
+    Raises `UserError` if fewer than two queries with documents are decidable.
     """
     options = options or FidelityOptions()
     found = [query for query in queries if any(query.real.values())]
-    chosen, decidable = _decidable(choose(found, options.num_queries or len(found), options.seed))
+    chosen, decidable = _chosen(found, options.num_queries or len(found), options.seed)
     rng = np.random.default_rng(options.seed)
-    samples = _real_samples(chosen)
-    card = _head(chosen, decidable, about) | _answer_rates(chosen, samples, rng)
-    card["documents"] = {
-        f"real {quality}": _describe(chosen, rows, None, rng, _of_the_same_question(chosen, quality))
-        for quality, rows in samples.items()
+    samples = _recorded(chosen)
+    return {
+        **_head(chosen, decidable, about),
+        **_answer_rates(chosen, samples, rng),
+        "documents": {f"real {quality}": _lengths(rows, rng) for quality, rows in samples.items()},
     }
-    return card
 
 
-def _decidable(chosen: list[HeldOutQuery]) -> tuple[list[HeldOutQuery], list[HeldOutQuery]]:
+def _chosen(queries: Sequence[HeldOutQuery], count: int, seed: int) -> tuple[list[HeldOutQuery], list[HeldOutQuery]]:
+    """Return the queries to measure with, and those of them for which documents can be scored by rule."""
+    chosen = choose(queries, count, seed)
     decidable = [query for query in chosen if not query.left_out]
     if len(decidable) < 2:
         raise UserError(
@@ -201,7 +195,7 @@ def _head(chosen: Sequence[HeldOutQuery], decidable: Sequence[HeldOutQuery], abo
 def _answer_rates(
     chosen: Sequence[HeldOutQuery], samples: Mapping[str, Sequence[Sequence[Documents]]], rng: np.random.Generator
 ) -> Card:
-    """Return the shares of replies that answer or leak, over decidable queries; (queries,) before the mean."""
+    """Return the shares of replies that answer or leak, over decidable queries; a query is the mean of its samples."""
     rates: Card = {}
     for quality, name in (("useful", "useful_answer_rate"), ("noisy", "noisy_leak_rate"), ("all", "answer_rate")):
         found: dict[bool, list[float]] = {True: [], False: []}
@@ -211,30 +205,30 @@ def _answer_rates(
             holds = query.is_leaked_by if quality == "noisy" else query.is_answered_by
             found[query.asks_for_answer].append(fmean(holds(documents) for documents in replies))
         if values := found[True] + found[False]:
-            rates |= _flat(name, _interval(values, rng))
+            rates |= _mean(name, values, rng)
         if found[True] and found[False]:
-            rates |= _flat(f"{name}_where_the_answer_is_asked", _interval(found[True], rng))
-            rates |= _flat(f"{name}_where_another_fact_is_asked", _interval(found[False], rng))
+            rates |= _mean(f"{name}_where_the_answer_is_asked", found[True], rng)
+            rates |= _mean(f"{name}_where_another_fact_is_asked", found[False], rng)
     return rates
 
 
 def _noise(
     decidable: Sequence[HeldOutQuery],
     options: FidelityOptions,
-    asks: Sequence[tuple[SearchRequest, tuple[int, int]]],
     results: Sequence[SearchResult],
     rng: np.random.Generator,
 ) -> Card:
-    """Return requested against realised noise.
+    """Return requested against realised noise, from results in the order points, queries, samples.
 
     `coin` is the share of NUM_COINS searches for which the keyed coin falls on noisy. `realised` is what the documents
     come to: the share of searches that do not answer their query, those asked to be noisy and those asked to be useful
     weighted by the coin. `observed` is that share in the searches made here, where few coins were tossed.
     """
-    schedule = options.schedule()
-    made = np.zeros((len(decidable), 2, len(schedule)))  # useful and noisy
+    schedule, size = options.schedule(), len(decidable)
+    made = np.zeros((size, 2, len(schedule)))  # useful and noisy
     unanswered = np.zeros_like(made)
-    for (_, (row, point)), result in zip(asks, results, strict=True):
+    for place, result in enumerate(results):
+        point, row = divmod(place // options.noise_samples, size)
         quality = int(bool(result.noisy))
         made[row, quality, point] += 1
         unanswered[row, quality, point] += not decidable[row].is_answered_by(result.documents)
@@ -250,15 +244,14 @@ def _noise(
         shares = np.where(asked > 0, missed / np.maximum(asked, 1), overall)
         return coins * shares[..., 1, :] + (1 - coins) * shares[..., 0, :]
 
-    size = len(decidable)
     realised = realised_by(np.ones(size))  # (points,)
     resampled = realised_by(rng.multinomial(size, np.full(size, 1 / size), NUM_RESAMPLES))  # (resamples, points)
-    low, high = np.percentile(resampled, INTERVAL, axis=0)
+    intervals = np.percentile(resampled, INTERVAL, axis=0)  # (2, points)
     errors = np.abs(resampled - requested).max(axis=1)  # (resamples,)
     searches = size * options.noise_samples
     return {
         "max_noise_error": float(np.abs(realised - requested).max()),
-        "max_noise_error_interval": [float(bound) for bound in np.percentile(errors, INTERVAL)],
+        "max_noise_error_interval": np.percentile(errors, INTERVAL).tolist(),
         "max_coin_error": float(np.abs(coins - requested).max()),
         "noise": [
             {
@@ -266,7 +259,7 @@ def _noise(
                 "requested": p_noise,
                 "coin": float(coins[point]),
                 "realised": float(realised[point]),
-                "realised_interval": [float(low[point]), float(high[point])],
+                "realised_interval": intervals[:, point].tolist(),
                 "observed": float(unanswered[:, :, point].sum() / searches),
                 "searches": searches,
             }
@@ -275,68 +268,25 @@ def _noise(
     }
 
 
+@cache
 def _coin_share(seed: int, step: int, p_noise: float) -> float:
     """Return how often the coin of a search falls on noisy."""
     return fmean(keyed_uniform(seed, step, row, 0, 0) < p_noise for row in range(NUM_COINS))
 
 
-def _describe(
-    chosen: Sequence[HeldOutQuery],
-    samples: Sequence[Sequence[Documents]],
-    quality: str | None,
-    rng: np.random.Generator,
-    compared: Sequence[Documents] | None = None,
-) -> Card:
-    """Describe documents: number, length, shape, diversity, and likeness to real documents of the same query.
-
-    `quality` is the one asked for: replies are compared with the real documents judged to be of it, or with all where
-    none were judged. `compared` names other documents to compare with, (queries,).
-    """
-    if compared is None:
-        compared = [_real(query, quality) for query in chosen] if quality else [()] * len(chosen)
-    half = len(compared) // 2  # far away, as queries of one question are neighbours in a file
-    elsewhere = [*compared[half:], *compared[:half]]  # what likeness comes to by chance
-    rows = []
-    for replies, real, other in zip(samples, compared, elsewhere, strict=True):
-        written = [documents for documents in replies if documents]
-        shapes = [shape(document) for documents in written for document in documents]
-        row = {
-            "documents": mean([len(documents) for documents in replies]),
-            **{name: mean([one[name] for one in shapes]) for name in SHAPE_NAMES},
-            "distinct_1": mean([distinct_n(documents, 1) for documents in written]),
-            "distinct_2": mean([distinct_n(documents, 2) for documents in written]),
-            "overlap_of_documents": mean([overlap_within(documents) for documents in written]),
-            "overlap_of_samples": overlap_between(written),
-            "identical_samples": float(len(set(written)) == 1) if len(written) > 1 else math.nan,
-            "rouge_1": mean([rouge_n(documents, real, 1) for documents in written]),
-            "rouge_2": mean([rouge_n(documents, real, 2) for documents in written]),
-            "rouge_1_by_chance": mean([rouge_n(documents, other, 1) for documents in written]),
-        }
-        if replies:
-            rows.append(row)
-    described: Card = {}
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows if not math.isnan(row[name])]
-        if values:
-            described |= _flat(name, _interval(values, rng))
-    texts = [document for replies in samples for documents in replies for document in documents]
-    real_texts = [document for documents in compared for document in documents]
-    lengths = [len(text.split()) for text in texts]
-    if lengths:
-        described["word_percentiles"] = {str(at): float(np.percentile(lengths, at)) for at in (5, 50, 95)}
-    if texts and real_texts:
-        described["length_distance"] = length_distance(texts, real_texts)
+def _lengths(samples: Sequence[Sequence[Documents]], rng: np.random.Generator) -> Card:
+    """Return how many documents a reply has, and how many words a document; the unit of the means is a query."""
+    asked = [replies for replies in samples if replies]
+    words = [[len(text.split()) for documents in replies for text in documents] for replies in asked]
+    described = _mean("documents", [fmean(map(len, replies)) for replies in asked], rng)
+    if any(words):
+        described |= _mean("words", [fmean(row) for row in words if row], rng)
+        percentiles = np.percentile([length for row in words for length in row], (5, 50, 95)).tolist()
+        described["word_percentiles"] = dict(zip(("5", "50", "95"), percentiles, strict=True))
     return described
 
 
-SHAPE_NAMES = tuple(shape("a"))
-
-
-def _real(query: HeldOutQuery, quality: str | None) -> Documents:
-    return query.real.get(quality or "all") or query.real.get("all", ())
-
-
-def _real_samples(chosen: Sequence[HeldOutQuery]) -> dict[str, list[list[Documents]]]:
+def _recorded(chosen: Sequence[HeldOutQuery]) -> dict[str, list[list[Documents]]]:
     """Return recorded documents as if they were one reply a query, by quality."""
     found = {
         quality: [[query.real[quality]] if query.real.get(quality) else [] for query in chosen]
@@ -345,35 +295,13 @@ def _real_samples(chosen: Sequence[HeldOutQuery]) -> dict[str, list[list[Documen
     return {quality: rows for quality, rows in found.items() if any(rows)}
 
 
-def _of_the_same_question(chosen: Sequence[HeldOutQuery], quality: str) -> list[Documents]:
-    """Return, for each query, what another query of its question found; () where there is none."""
-    by_question: dict[str, list[HeldOutQuery]] = {}
-    for query in chosen:
-        by_question.setdefault(query.question, []).append(query)
-    found: list[Documents] = []
-    for query in chosen:
-        others = [other for other in by_question[query.question] if other is not query]
-        found.append(_real(others[0], quality) if others else ())
-    return found
+def _mean(name: str, values: Sequence[float], rng: np.random.Generator) -> Card:
+    mean, low, high = mean_with_interval(values, rng)
+    return {name: mean, f"{name}_interval": [low, high]}
 
 
-def _interval(values: Sequence[float], rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return mean, low and high, by resampling the values."""
-    numbers = np.array(values, dtype=float)
-    size = len(numbers)
-    # In blocks, which is much faster than one by one and needs little memory.
-    blocks = [numbers[rng.integers(size, size=(100, size))].mean(axis=1) for _ in range(NUM_RESAMPLES // 100)]
-    low, high = np.percentile(np.concatenate(blocks), INTERVAL)
-    return float(numbers.mean()), float(low), float(high)
-
-
-def _share(count: int, total: int, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return a share of independent replies with its interval."""
-    share = count / max(total, 1)
-    low, high = np.percentile(rng.binomial(max(total, 1), share, size=NUM_RESAMPLES) / max(total, 1), INTERVAL)
-    return share, float(low), float(high)
-
-
-def _flat(name: str, interval: tuple[float, float, float]) -> dict[str, Any]:
-    mean_value, low, high = interval
-    return {name: mean_value, f"{name}_interval": [low, high]}
+def _share(name: str, count: int, total: int, rng: np.random.Generator) -> Card:
+    """Return a share of independent replies."""
+    total = max(total, 1)
+    bounds = np.percentile(rng.binomial(total, count / total, size=NUM_RESAMPLES) / total, INTERVAL)
+    return {name: count / total, f"{name}_interval": bounds.tolist()}

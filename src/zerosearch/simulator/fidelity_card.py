@@ -30,20 +30,6 @@ FORMAT_RATES = (
 DOCUMENT_ROWS = (
     ("documents", "documents a reply"),
     ("words", "words a document"),
-    ("characters_per_word", "characters a word"),
-    ("has_title", "begin with a title and a colon"),
-    ("ends_a_sentence", "end with a sentence"),
-    ("has_digit", "hold a digit"),
-    ("capitalised_words", "capitalised words"),
-    ("distinct_1", "distinct-1, within a reply"),
-    ("distinct_2", "distinct-2, within a reply"),
-    ("overlap_of_documents", "words shared by two documents of a reply"),
-    ("overlap_of_samples", "words shared by two replies to one prompt"),
-    ("identical_samples", "prompts whose replies are all the same"),
-    ("rouge_1", "ROUGE-1 with real documents"),
-    ("rouge_2", "ROUGE-2 with real documents"),
-    ("rouge_1_by_chance", "ROUGE-1 with those of another query"),
-    ("length_distance", "distance of lengths (Kolmogorov-Smirnov)"),
 )
 
 

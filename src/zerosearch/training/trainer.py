@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
+from zerosearch.checkpoints import forget_later_steps
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.adapter_weights import push_merged_copies
@@ -52,7 +53,6 @@ from zerosearch.training.advantages import (
     token_rewards,
     whiten,
 )
-from zerosearch.training.checkpoints import forget_later_steps
 from zerosearch.training.config import SearchConfig, check_arguments
 from zerosearch.training.critic import Critic, policy_mask
 from zerosearch.training.micro_batches import compact_lm_head, sort_micro_batches, trimmed_parts

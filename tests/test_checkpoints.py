@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps
 from zerosearch.errors import UserError
-from zerosearch.training.checkpoints import checkpoint_to_resume, forget_later_steps
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 WORDS = "Emma Jane Austen rain novel born who where".split()
 
 
