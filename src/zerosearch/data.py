@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from zerosearch.errors import UserError
+from zerosearch.text import clean_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is no JSON, but common: it reads as null
 PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in about a second, and a bar would only flicker
 
 
@@ -67,6 +69,8 @@ class Passage:
     @property
     def document(self) -> str:
         """Return the passage as one document: "title: text", or the text alone where it starts with its title."""
+        if not self.text:
+            return self.title
         if not self.title or self.text.lower().startswith(self.title.lower()):
             return self.text
         return f"{self.title}: {self.text}"
@@ -194,10 +198,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_object(line: bytes, place: str) -> dict[str, Any]:
-    """Return a line's JSON object. Raises `UserError`, with its place, for a line that is none, or not in UTF-8."""
+    """Return a line's JSON object, texts cleaned. Raises `UserError`, with its place, for a line that holds none."""
     try:
-        row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        row = clean_json(DECODER.decode(line.decode("utf-8-sig")))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, nested too deeply
         raise UserError(f"{place} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{place} is no JSON object: {line[:60].decode(errors='replace')!r}")

@@ -1,0 +1,33 @@
+"""Text from outside, made fit for use where it enters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+UNENCODABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """Replace NUL and lone surrogates, halves of a character that no tokenizer or file takes, by U+FFFD."""
+    return UNENCODABLE.sub("\ufffd", text)
+
+
+def clean_json(content: Any) -> Any:
+    """Clean every text in decoded JSON, names included."""
+    if isinstance(content, str):
+        return clean_text(content)
+    if isinstance(content, list):
+        return [clean_json(item) for item in content]
+    if isinstance(content, dict):
+        return {clean_text(name): clean_json(item) for name, item in content.items()}
+    return content
+
+
+def without_thoughts(text: str) -> str:
+    """Return what a reasoning model says after its last thought, "" if a thought was cut off.
+
+    Chat templates may write the opening `<think>`, so that the reply holds the closing tag alone.
+    """
+    answer = text.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
