@@ -12,9 +12,9 @@ VERSION = re.search(r'__version__ = "(.+)"', Path("src/zerosearch/__init__.py").
 REQUIRES = [
     "accelerate",
     "aiohttp",
-    "bm25s",
     "datasets",
     "evaluate",
+    "fastapi",
     "filelock",
     "huggingface_hub",
     "jinja2",
@@ -26,10 +26,12 @@ REQUIRES = [
     "pyyaml",
     "safetensors",
     "tokenizers",
+    "tantivy",
     "torch",
     "tqdm",
     "transformers",
     "trl~=1.16.0",  # SearchTrainer overrides a private method of this version's GRPOTrainer
+    "uvicorn",
 ]
 
 TEST = ["packaging", "pytest", "pytest-xdist"]

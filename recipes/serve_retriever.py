@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     server = RetrieverServer(index, arguments.topk)
 
     def ready(address: str) -> None:
-        print(f"retriever ready at {address}: {len(index.passages):,} passages (Ctrl-C ends it)", flush=True)
+        passages = index.manifest["num_passages"]
+        print(f"retriever ready at {address}: {passages:,} passages (Ctrl-C ends it)", flush=True)
 
     asyncio.run(serve(server, arguments.host, arguments.port, ready))
 

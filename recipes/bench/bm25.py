@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import platform
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,11 +31,12 @@ from tqdm.auto import tqdm
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions, read_passages
-from zerosearch.engines.bm25 import WORD, BM25Engine
+from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.metrics import cover_exact_match
 from zerosearch.tinyworld.world import World, question_rows
 
+WORD = re.compile(r"\w+")
 ROUNDS = 3  # times that all questions are searched
 
 
@@ -116,7 +118,7 @@ def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
                 found += any(cover_exact_match(document, row["golden_answers"]) for document in documents)
     by_round = [len(rows) / sum(latencies[place * len(rows) :][: len(rows)]) for place in range(ROUNDS)]
     return {
-        "passages": len(engine.index.passages),
+        "passages": engine.index.manifest["num_passages"],
         "questions": len(rows),
         "answer_in_top5": found / len(rows),
         "queries_per_s": float(np.median(by_round)),

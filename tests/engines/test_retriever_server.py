@@ -20,9 +20,10 @@ import pytest
 import requests
 from retriever_parts import asked, serving
 
+from zerosearch.engines import retriever_server
 from zerosearch.engines.bm25 import BM25Index
-from zerosearch.engines.corpus import PassageFile
-from zerosearch.engines.retriever_server import Found, RetrieverServer
+from zerosearch.engines.corpus import Found, PassageFile
+from zerosearch.engines.retriever_server import RetrieverServer
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -91,57 +92,118 @@ def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
     assert len(default) == 1
 
 
-BAD: dict[str, tuple[Any, int, list[str], str]] = {
-    "no JSON": (b"{queries: 1}", 400, ["body"], "the body is not JSON"),
-    "nothing": (b"", 400, ["body"], "the body is not JSON"),
-    "too deep": (b"[" * 100_000, 400, ["body"], "the body is not JSON"),
-    "a list": ([1], 422, ["body"], "must be a JSON object"),
-    "no queries": ({"topk": 3}, 422, ["body", "queries"], "needs either queries, a list of texts, or query"),
-    "both protocols": ({"queries": ["a"], "query": "a"}, 422, ["body", "queries"], "either queries"),
-    "queries, one text": ({"queries": "novel"}, 422, ["body", "queries"], 'a list of texts, and is "novel"'),
-    "queries, a number": ({"queries": ["a", 1]}, 422, ["body", "queries"], "list of texts"),
-    "query, a list": ({"query": ["a"]}, 422, ["body", "query"], 'query must be a text, and is ["a"]'),
-    "topk 0": ({"queries": ["a"], "topk": 0}, 422, ["body", "topk"], "from 1 to 1000, and is 0"),
-    "topk too large": ({"queries": ["a"], "topk": 10**9}, 422, ["body", "topk"], "from 1 to 1000"),
-    "topk a text": ({"queries": ["a"], "topk": "3"}, 422, ["body", "topk"], 'and is "3"'),
-    "topk true": ({"queries": ["a"], "topk": True}, 422, ["body", "topk"], "and is true"),
-    "top_k a fraction": ({"query": "a", "top_k": 2.5}, 422, ["body", "top_k"], "and is 2.5"),
-    "scores": ({"queries": ["a"], "return_scores": "yes"}, 422, ["body", "return_scores"], "true or false"),
+BAD: dict[str, tuple[Any, int, str]] = {
+    "no JSON": (b"{queries: 1}", 400, "the body is not JSON"),
+    "nothing": (b"", 400, "the body is not JSON"),
+    "too deep": (b"[" * 100_000, 400, "the body is not JSON"),
+    "not UTF-8": (b'{"queries": ["\xff"]}', 400, "the body is not JSON"),
+    "too large": (b"x" * (17 * 2**20), 413, "the body exceeds 16,777,216 bytes"),
+    "a list": ([1], 422, "body: Input should be a valid dictionary"),
+    "no queries": ({"topk": 3}, 422, "body: Value error, the body needs either queries, a list of texts, or query"),
+    "both protocols": ({"queries": ["a"], "query": "a"}, 422, "the body needs either queries"),
+    "queries, one text": ({"queries": "novel"}, 422, "body.queries: Input should be a valid list"),
+    "queries, a number": ({"queries": ["a", 1]}, 422, "body.queries.1: Input should be a valid string"),
+    "many numbers": ({"queries": [1] * 10_000}, 422, "body.queries.0: Input should be a valid string"),
+    "a long query": ({"queries": ["a" * 10_001]}, 422, "body.queries.0: String should have at most 10000 characters"),
+    "query, a list": ({"query": ["a"]}, 422, "body.query: Input should be a valid string"),
+    "topk 0": ({"queries": ["a"], "topk": 0}, 422, "body.topk: Input should be greater than or equal to 1"),
+    "topk too large": (
+        {"queries": ["a"], "topk": 10**9},
+        422,
+        "body.topk: Input should be less than or equal",
+    ),
+    "topk a text": ({"queries": ["a"], "topk": "3"}, 422, "body.topk: Input should be a valid integer"),
+    "topk true": ({"queries": ["a"], "topk": True}, 422, "body.topk: Input should be a valid integer"),
+    "top_k a fraction": ({"query": "a", "top_k": 2.5}, 422, "body.top_k: Input should be a valid integer"),
+    "scores": ({"queries": ["a"], "return_scores": "yes"}, 422, "body.return_scores: Input should be a valid boolean"),
+    "a huge reply": (
+        {"queries": ["a"] * 20_000, "topk": 1000},
+        422,
+        "queries times topk is 20,000,000: at most 50,000 in a request; send several",
+    ),
 }
 
 
 def test_bad_input_is_told_what_is_wrong(index: BM25Index) -> None:
+    """The form of the errors is FastAPI's, which Search-R1's server is written in."""
     replies = asked(index, *(body for body, *_ in BAD.values()))
-    for (status, reply), (name, (_, expected, place, message)) in zip(replies, BAD.items(), strict=True):
-        (detail,) = reply["detail"]
-        assert (status, detail["loc"]) == (expected, place), name
-        assert message in detail["msg"], name
+    for (status, reply), (name, (_, expected, message)) in zip(replies, BAD.items(), strict=True):
+        detail = reply["detail"]
+        if not isinstance(detail, str):
+            (error,) = detail
+            detail = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+        assert (status, message in detail) == (expected, True), (name, status, detail[:200])
 
 
-def test_no_such_page_other_methods_and_large_bodies_are_json_too(index: BM25Index) -> None:
+def test_other_pages_methods_and_encodings_are_refused_as_json(index: BM25Index) -> None:
     assert asked(index, {}, path="/search") == [(404, {"detail": "Not Found"})]
-    ((status, reply),) = asked(index, b"x" * (17 * 2**20))
-    assert status == 413 and "detail" in reply
-    assert asked(index, b'{"queries": ["\xff"]}')[0][0] == 400
 
-    async def post_strange() -> int:
-        headers = {"Content-Type": "application/json; charset=klingon"}
+    async def ask() -> list[tuple[int, Any]]:
         async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
-            return (await session.post(address, data=b"{}", headers=headers)).status
+            replies = [await session.get(address)]
+            for name, value in (
+                ("Content-Type", "application/json; charset=punycode"),
+                ("Content-Type", "application/json; charset=undefined"),
+                ("Content-Type", "application/json; charset=klingon"),
+                ("Content-Encoding", "gzip"),
+            ):
+                replies.append(await session.post(address, data=b'{"queries": ["a"]}', headers={name: value}))
+            return [(reply.status, await reply.json()) for reply in replies]
 
-    assert asyncio.run(post_strange()) == 400
+    refused = (415, {"detail": "the body must be JSON in UTF-8, not compressed"})
+    assert asyncio.run(ask()) == [(405, {"detail": "Method Not Allowed"}), refused, refused, refused, refused]
 
-    async def get() -> tuple[int, str, Any]:
-        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
-            response = await session.get(address)
-            return response.status, response.headers["Allow"], await response.json()
 
-    assert asyncio.run(get()) == (405, "POST", {"detail": "Method Not Allowed"})
+def test_half_a_character_is_replaced_where_it_enters(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"id": float("nan"), "contents": "caf\ud83d \0 bar"}) + "\n")
+    ((status, reply),) = asked(BM25Index(path), {"queries": ["bar \ud83d"]})
+    assert (status, reply) == (200, {"result": [[{"id": None, "contents": "caf\ufffd \ufffd bar"}]]})
+
+
+def test_connections_that_send_no_request_are_ended_and_few_are_admitted(
+    index: BM25Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retriever_server, "HEAD_S", 0.3)
+    monkeypatch.setattr(retriever_server, "BODY_S", 0.3)
+    monkeypatch.setattr(retriever_server, "MOST_CONNECTIONS", 20)
+
+    async def send(address: str, *sent: str) -> bytes:
+        host, port = address.split("/")[2].split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        reply = b""
+        try:
+            for part in sent:
+                writer.write(part.encode())
+                await writer.drain()
+                reply += await asyncio.wait_for(reader.read(100), 10)
+        except ConnectionError:
+            reply += b"reset"
+        writer.close()
+        return reply
+
+    async def ask() -> tuple[list[bytes], int]:
+        async with serving(RetrieverServer(index)) as address:
+            head = "POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            ended = [
+                await send(address, "POST /retr"),
+                await send(address, head),
+                await send(address, head + "\r\n{", "and after the reply", "nothing"),
+                await send(address, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health", "nothing"),
+            ]
+            idle = await asyncio.gather(*(send(address, "P") for _ in range(60)))
+            async with aiohttp.ClientSession() as session, session.post(address, json={"queries": ["novel"]}) as reply:
+                return [*ended, *idle], reply.status
+
+    (cut, also_cut, slow, kept, *_), status = asyncio.run(ask())
+    assert {cut, also_cut} <= {b"", b"reset"}
+    assert slow.startswith(b"HTTP/1.1 408 ") and kept.startswith(b"HTTP/1.1 200 ")
+    assert status == 200, "it serves when the idle ones are gone"
 
 
 def test_two_hundred_clients_at_once_and_nothing_lost(index: BM25Index) -> None:
     words = ["novel", "village", "Steventon", "county", "zebra"]
-    expected = {word: [index.passages.row(number) for number, _ in index.top(word, 3)] for word in words}
+    expected = {word: [index.passages.row(start) for start, _ in index.top(word, 3)] for word in words}
 
     async def client(address: str, number: int) -> int:
         async with aiohttp.ClientSession() as session:  # a connection of its own, as another process has
@@ -171,7 +233,7 @@ class SlowIndex:
     """Finds the first passage, slowly; fails on "fail"."""
 
     def __init__(self, passages: PassageFile, delay_s: float = 0.0) -> None:
-        self.passages, self.delay_s = passages, delay_s
+        self.passages, self.delay_s, self.manifest = passages, delay_s, {"num_passages": 1}
         self.started, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
         self.threads: set[str] = set()
@@ -186,13 +248,27 @@ class SlowIndex:
         return [[(0, 1.0)] for _ in queries]
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "slow"}
+        return {"kind": "slow", "model": "/home/me/models/e5"}
 
 
 def test_an_index_that_fails_fails_one_request_and_serves_the_next(index: BM25Index) -> None:
     replies = asked(SlowIndex(index.passages), {"queries": ["fail"]}, {"queries": ["go on"]})
     assert replies[0] == (500, {"detail": "the index failed: ZeroDivisionError"})
     assert replies[1] == (200, {"result": [[EMMA]]})
+
+
+def test_a_corpus_that_is_cut_while_it_is_served_is_a_failure_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps(EMMA) + "\n")
+
+    async def ask() -> tuple[int, Any]:
+        async with serving(RetrieverServer(BM25Index(path))) as address, aiohttp.ClientSession() as session:
+            path.write_text("")
+            response = await session.post(address, json={"queries": ["novel"]})
+            return response.status, await response.json()
+
+    message = "the corpus corpus.jsonl has changed since it was indexed; start again to index it"
+    assert asyncio.run(ask()) == (500, {"detail": message})
 
 
 def test_a_query_that_fails_takes_no_other_with_it(index: BM25Index) -> None:
@@ -229,14 +305,15 @@ def test_it_answers_while_it_searches_and_finishes_what_is_under_way(index: BM25
     assert all(name.startswith("index") for name in slow.threads)
 
 
-def test_health_says_which_index_this_is(index: BM25Index) -> None:
-    async def ask() -> Any:
-        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
+def test_health_says_which_index_this_is_and_not_where(index: BM25Index) -> None:
+    async def ask(served: Any) -> Any:
+        async with serving(RetrieverServer(served)) as address, aiohttp.ClientSession() as session:
             return await (await session.get(address.replace("retrieve", "health"))).json()
 
-    health = asyncio.run(ask())
+    health = asyncio.run(ask(index))
     assert (health["status"], health["passages"]) == ("ok", 4)
     assert health["index"]["kind"] == "bm25" and len(health["index"]["corpus_sha256"]) == 64
+    assert asyncio.run(ask(SlowIndex(index.passages)))["index"] == {"kind": "slow", "model": "e5"}, "no path"
 
 
 def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_path: Path) -> None:

@@ -1,78 +1,75 @@
-"""A corpus where it lies: passages of a JSONL file by number, read from the disk when they are asked for.
+"""A corpus on disk, read where it lies, and the folder that keeps an index of it.
 
-What an engine builds over a corpus is kept in a folder beside a manifest that says of which corpus, by its hash, and
-is built again when the corpus is another.
+An index folder holds `zerosearch.json`, the manifest, and `data/`, which belongs to zerosearch alone: it is emptied
+before an index is built. The manifest records the size, time and SHA-256 of the corpus and of every file of the index,
+so that a changed corpus and a damaged index are noticed, and the index is built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from zerosearch.data import Passage, json_object, passage_of
 from zerosearch.errors import UserError
 
-MANIFEST = "zerosearch.json"
-FORMAT = 1  # of the folders; another number makes them anew
+MANIFEST, LOCK, DATA = "zerosearch.json", "zerosearch.lock", "data"
+FORMAT = 2  # of an index folder; an index of another format is built again
 PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in a few seconds
 SETTLED_S = 2.0  # a file written this long before it was read cannot have changed within the same tick of its clock
 
+Found = list[tuple[int, float]]  # passages, best first: the byte at which each starts in the corpus, its score
+
 
 class PassageFile:
-    """The passages of a JSONL file in wiki-18's format by number, memory-mapped: processes share what is in memory.
+    """The rows of a JSONL corpus in wiki-18's format by the byte at which each starts, read when they are asked for.
 
-    `offsets` (passages,) holds where each row starts, in bytes.
+    `size` is the size in bytes that the index was built for. Reading raises `UserError` once the file has changed.
+    Threads may share a reader.
     """
 
-    def __init__(self, path: str | Path, offsets: np.ndarray) -> None:
-        self.path = Path(path)
-        self.offsets = offsets
-        with self.path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, path: str | Path, size: int) -> None:
+        self.path, self._lock = Path(path), Lock()
+        self._file = self.path.open("rb")
+        self._state = (size, os.fstat(self._file.fileno()).st_mtime_ns)
 
-    def __len__(self) -> int:
-        return len(self.offsets)
+    def row(self, start: int) -> dict[str, Any]:
+        """Return a row."""
+        with self._lock:
+            status = os.fstat(self._file.fileno())
+            self._file.seek(start)
+            line = self._file.readline()
+        if (status.st_size, status.st_mtime_ns) != self._state:
+            raise UserError(f"the corpus {self.path.name} has changed since it was indexed; start again to index it")
+        return json_object(line, f"{self.path.name} byte {start}")
 
-    def row(self, number: int) -> dict[str, Any]:
-        """Return a row as it stands in the file."""
-        start = int(self.offsets[number])
-        end = self._bytes.find(b"\n", start)
-        row: dict[str, Any] = json.loads(self._bytes[start : end if end >= 0 else len(self._bytes)])
-        return row
-
-    def passage(self, number: int) -> Passage:
+    def passage(self, start: int) -> Passage:
         """Return a passage."""
-        return passage_of(self.row(number), f"{self.path} passage {number}")
+        return passage_of(self.row(start), f"{self.path} byte {start}")
 
 
-@dataclass
 class CorpusReader:
-    """Read a corpus once, from front to end, and know its hash (`sha256`, hex) at the end."""
+    """Read a corpus once, from front to end; `sha256` is its hash (hex) at the end."""
 
-    path: Path
-    sha256: str = ""
+    def __init__(self, path: Path) -> None:
+        self.path, self.sha256 = path, ""
 
     def passages(self) -> Iterator[tuple[int, Passage]]:
         """Yield each passage with the byte at which its row starts; blank lines are passed over.
 
-        Raises `UserError` for a file that is missing or empty, and, with its line number, for a line that is no such
-        row.
+        Raises `UserError` for an empty file, and, with its line number, for a line that holds no passage.
         """
-        if not self.path.is_file():
-            raise UserError(f"there is no file {self.path}")
         size = self.path.stat().st_size
-        digest, offset, number_of_passages = hashlib.sha256(), 0, 0
+        digest, start, found = hashlib.sha256(), 0, False
         bar = tqdm(
             total=size, desc=f"reading {self.path.name}", unit="B", unit_scale=True, disable=size < PROGRESS_BAR_BYTES
         )
@@ -81,11 +78,10 @@ class CorpusReader:
                 digest.update(line)
                 bar.update(len(line))
                 if line.strip():
-                    place = f"{self.path} line {number}"
-                    yield offset, passage_of(json_object(line, place), place)
-                    number_of_passages += 1
-                offset += len(line)
-        if not number_of_passages:
+                    place, found = f"{self.path} line {number}", True
+                    yield start, passage_of(json_object(line, place), place)
+                start += len(line)
+        if not found:
             raise UserError(f"the corpus {self.path} holds no passages")
         self.sha256 = digest.hexdigest()
 
@@ -95,9 +91,9 @@ def built_index(
 ) -> dict[str, Any]:
     """Return the manifest of the index of `corpus` in `folder`, built first unless it is there already.
 
-    `settings` are what else the index depends on. `build(folder)` writes the index into an empty folder and returns
-    what the manifest should say besides, `corpus_sha256` among it. Several processes may ask at once: one builds.
-    Raises `UserError` for a folder that holds something else, or cannot be written.
+    `settings` are what else the index depends on. `build(data)` writes the index into an empty folder and returns what
+    the manifest should say besides, `corpus_sha256` and `num_passages` among it. Of processes that ask together, one
+    builds. Raises `UserError` for a folder that holds something else or cannot be written, such as on a full disk.
     """
     from filelock import FileLock
 
@@ -106,13 +102,14 @@ def built_index(
     found = current_manifest(corpus, folder, settings)
     if found is not None:
         return found
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is no index of zerosearch, and not empty; name another folder for the index")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            found = current_manifest(corpus, folder, settings)
-            return found or _build(corpus, folder, settings, build)
+        if folder.exists() and not (folder / MANIFEST).is_file():
+            foreign = not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
+            if foreign:
+                raise UserError(f"{folder} holds something else than an index; name another folder for the index")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK):
+            return current_manifest(corpus, folder, settings) or _build(corpus, folder, settings, build)
     except OSError as error:
         raise UserError(f"the index cannot be written to {folder}: {error}; name another folder for it") from error
 
@@ -123,53 +120,61 @@ def index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_manifest(corpus: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of the index in `folder` if it is of this corpus and these settings.
-
-    The corpus is the same if its size and time are, or else its hash.
-    """
+    """Return the manifest of the index in `folder` if it is whole, of this corpus and of these settings."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        if manifest["format"] != FORMAT or manifest["settings"] != settings:
+            return None
+        files = [(corpus, manifest["corpus_bytes"], manifest["corpus_mtime_ns"], manifest["corpus_sha256"])]
+        files += [(folder / DATA / name, *record) for name, record in manifest["files"].items()]
+        return manifest if all(_is_same(*file) for file in files) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    status = corpus.stat()
-    wanted = {"format": FORMAT, "settings": settings, "corpus_bytes": status.st_size}
-    if any(manifest.get(name) != value for name, value in wanted.items()):
-        return None
-    if manifest.get("corpus_mtime_ns") == status.st_mtime_ns:
-        return manifest
-    with corpus.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return manifest if manifest["corpus_sha256"] == sha256 else None
+
+
+def _is_same(path: Path, size: int, mtime_ns: int | None, sha256: str) -> bool:
+    """Compare a file with its record: by size and time or, where the time differs, by hash."""
+    status = path.stat()
+    return status.st_size == size and (status.st_mtime_ns == mtime_ns or _sha256(path) == sha256)
+
+
+def _record(path: Path) -> list[Any]:
+    """Return a file's size, time and hash."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, _sha256(path)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(
     corpus: Path, folder: Path, settings: dict[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Build beside the folder and move into place at the end: what is there is always whole."""
+    """Build into `data/` and write the whole manifest last; until then a manifest without files claims the folder."""
     status, started = corpus.stat(), time.time()
-    draft = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: the lock is ours
-    draft.mkdir()
+    data, temporary = folder / DATA, folder / f"{MANIFEST}.tmp"
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+    if data.exists():
+        shutil.rmtree(data)
+    data.mkdir()
     try:
-        settled = started - status.st_mtime > SETTLED_S
+        facts = build(data)
+        files = {path.name: _record(path) for path in sorted(data.iterdir()) if not path.name.startswith(".")}
         manifest = {
             "format": FORMAT,
             "settings": settings,
             "corpus": str(corpus.resolve()),
             "corpus_bytes": status.st_size,
-            "corpus_mtime_ns": status.st_mtime_ns if settled else None,
-            **build(draft),
+            "corpus_mtime_ns": status.st_mtime_ns if started - status.st_mtime > SETTLED_S else None,
+            **facts,
             "build_s": round(time.time() - started, 2),
+            "files": files,
         }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    except BaseException:  # an interrupt too: nothing half-built stays
+        shutil.rmtree(data, ignore_errors=True)
+        raise
+    os.replace(temporary, folder / MANIFEST)
     return manifest
-
-
-def mapped(path: Path) -> np.ndarray:
-    """Return an array that stays in its file, memory-mapped. Nothing is unpickled."""
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

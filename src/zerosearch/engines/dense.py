@@ -1,7 +1,7 @@
 """A dense index: passages as vectors of a sentence-transformers model, searched by FAISS.
 
-Flat is exact and takes 4 bytes a dimension and passage. What FAISS compresses, such as "SQ8" or "IVF4096,PQ64", takes
-less and finds less: how much less is measured when the index is built, against flat, and kept in the manifest.
+Flat is exact and takes 4 bytes a dimension and passage. A compressed index, such as "SQ8" or "IVF4096,PQ64", takes
+less and finds less: its recall against flat is measured when it is built, and kept in the manifest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.engines.corpus import CorpusReader, PassageFile, built_index, index_identity, mapped
+from zerosearch.engines.corpus import DATA, CorpusReader, Found, PassageFile, built_index, index_identity
 from zerosearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class DenseSettings:
 class DenseIndex:
     """Vectors of every passage of a corpus. `manifest` says what it was built from, and its recall against flat.
 
-    Without `index_dir` there is nothing to keep a corpus' vectors in, so it is required. `faiss_index` is an index
-    that exists, with the vectors of the corpus in its order, such as Search-R1's e5_Flat.index: it is used as it is.
+    `faiss_index` is an existing index with the vectors of the corpus in its order, such as Search-R1's e5_Flat.index:
+    it is used as it is, and `index_dir` keeps only where each passage starts.
     Raises `UserError` for a missing package, model or corpus, and for a factory that FAISS does not know.
     """
 
@@ -69,24 +69,27 @@ class DenseIndex:
                 raise UserError(
                     f"a dense index needs {package}, which is not installed: pip install 'zerosearch[dense]'"
                 )
-        self.settings = settings or DenseSettings()
-        self.batch_size = batch_size
+        self.settings, self.batch_size = settings or DenseSettings(), batch_size
         corpus, folder = Path(corpus), Path(index_dir)
         self.model = _load_model(self.settings)
-        self.dimensions = self.model.get_embedding_dimension() or 0
+        dimensions = self.model.get_embedding_dimension() or 0
         described = {"kind": "dense", **vars(self.settings)}
         del described["num_probes"]  # which belongs to a search: other probes need no other index
-        if faiss_index is not None:
+        if faiss_index is None:
+            _empty_index(self.settings, dimensions)  # a wrong factory is refused before hours of encoding
+        else:
             described["faiss_index"] = str(Path(faiss_index).resolve())
-        self.manifest = built_index(corpus, folder, described, lambda draft: self._build(corpus, draft, faiss_index))
-        path = folder / "index.faiss" if faiss_index is None else Path(faiss_index)
+        build = self._build if faiss_index is None else _offsets
+        self.manifest = built_index(corpus, folder, described, lambda data: build(CorpusReader(corpus), data))
+        path = folder / DATA / "index.faiss" if faiss_index is None else Path(faiss_index)
         self.index = _read(path)
         _set_probes(self.index, self.settings.num_probes)
-        self.passages = PassageFile(corpus, mapped(folder / "offsets.npy"))
-        if self.index.ntotal != len(self.passages):
-            raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.passages):,} passages")
-        if self.index.d != self.dimensions:
-            raise UserError(f"{path} holds vectors of {self.index.d} numbers, {self.settings.model} makes others")
+        self.passages = PassageFile(corpus, self.manifest["corpus_bytes"])
+        self.starts = np.load(folder / DATA / "starts.npy")  # (passages,)
+        if self.index.ntotal != len(self.starts):
+            raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.starts):,} passages")
+        if self.index.d != dimensions:
+            raise UserError(f"{path} holds vectors of {self.index.d} numbers, the model makes {dimensions}")
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on."""
@@ -95,59 +98,50 @@ class DenseIndex:
     @property
     def recall(self) -> float | None:
         """Return the recall against flat with these probes; `None` if it was not measured with as many."""
-        return self.manifest.get("recall_against_flat", {}).get(str(_probes(self.index)))
+        return self.manifest.get("recall_against_flat", {}).get(str(_set_probes(self.index, self.settings.num_probes)))
 
-    def search(self, queries: Sequence[str], count: int) -> list[list[tuple[int, float]]]:
-        """Return the numbers and inner products of the `count` passages nearest to each query, best first."""
+    def search(self, queries: Sequence[str], count: int) -> list[Found]:
+        """Return the `count` passages nearest to each query with their inner products, best first."""
         if not queries:
             return []
         vectors = self._encode([self.settings.query_prefix + query for query in queries])
-        scores, numbers = self.index.search(vectors, min(count, len(self.passages)))
+        scores, numbers = self.index.search(vectors, min(count, len(self.starts)))
         return [
-            [(int(number), float(score)) for number, score in zip(*found, strict=True) if number >= 0]
+            [(int(self.starts[number]), float(score)) for number, score in zip(*found, strict=True) if number >= 0]
             for found in zip(numbers, scores, strict=True)
         ]
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         """Return vectors of length 1; (texts, dimensions)."""
         vectors = self.model.encode(
-            texts,
-            batch_size=self.batch_size,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-            convert_to_numpy=True,
+            texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def _build(self, corpus: Path, folder: Path, faiss_index: str | Path | None) -> dict[str, Any]:
+    def _build(self, reader: CorpusReader, folder: Path) -> dict[str, Any]:
         """Write the index into `folder` and return what its manifest says."""
-        reader, offsets = CorpusReader(corpus), []
-        if faiss_index is not None:
-            offsets = [offset for offset, _ in reader.passages()]
-            facts: dict[str, Any] = {}
-        else:
-            _empty_index(self.settings, self.dimensions)  # a wrong name costs no hours
-            with (folder / "vectors.tmp").open("wb") as file:
-                for block_offsets, vectors in self._encoded(reader):
-                    offsets += block_offsets
-                    vectors.tofile(file)
-            vectors = np.memmap(folder / "vectors.tmp", np.float32, "r").reshape(len(offsets), -1)
-            facts = self._write_index(vectors, folder)
-            (folder / "vectors.tmp").unlink()
-        np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-        return {"corpus_sha256": reader.sha256, "num_passages": len(offsets), **facts}
+        starts: list[int] = []
+        with (folder / "vectors.tmp").open("wb") as file:
+            for block_starts, block in self._encoded(reader):
+                starts += block_starts
+                block.tofile(file)
+        if not starts:
+            raise UserError(f"the corpus {reader.path} holds no texts")
+        vectors = np.memmap(folder / "vectors.tmp", np.float32, "r").reshape(len(starts), -1)
+        facts = self._write_index(vectors, folder)
+        (folder / "vectors.tmp").unlink()
+        return facts | _save_starts(starts, reader, folder)
 
     def _encoded(self, reader: CorpusReader) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield the offsets of passages and their vectors, block by block."""
-        bar = tqdm(desc="encoding", unit=" passages")
-        passages = reader.passages()
-        while block := list(islice(passages, BLOCK_PASSAGES)):
-            # As Search-R1's index has them: the row's contents, title in quotes.
-            texts = [f'"{passage.title}"\n{passage.text}' if passage.title else passage.text for _, passage in block]
-            vectors = self._encode([self.settings.passage_prefix + text for text in texts])
-            bar.update(len(block))
-            yield [offset for offset, _ in block], vectors
-        bar.close()
+        """Yield where passages start and their vectors, block by block. A row without a text is left out."""
+        passages = ((start, passage) for start, passage in reader.passages() if passage.text)
+        with tqdm(desc="encoding", unit=" passages") as bar:
+            while block := list(islice(passages, BLOCK_PASSAGES)):
+                # As Search-R1's index has them: the row's contents, title in quotes.
+                contents = (f'"{one.title}"\n{one.text}' if one.title else one.text for _, one in block)
+                texts = [self.settings.passage_prefix + content for content in contents]
+                yield [start for start, _ in block], self._encode(texts)
+                bar.update(len(block))
 
     def _write_index(self, vectors: np.ndarray, folder: Path) -> dict[str, Any]:
         """Write the FAISS index of vectors (passages, dimensions); return its size and its recall against flat."""
@@ -159,15 +153,22 @@ class DenseIndex:
             try:
                 index.train(np.ascontiguousarray(vectors[::step]))
             except RuntimeError as error:
-                shown = str(error).splitlines()[-1][-200:]
-                raise UserError(f"FAISS cannot learn {self.settings.factory} from {len(vectors):,}: {shown}") from None
-        for start in range(0, len(vectors), BLOCK_PASSAGES):
-            index.add(np.ascontiguousarray(vectors[start : start + BLOCK_PASSAGES]))
-        faiss.write_index(index, str(folder / "index.faiss"))
+                learning = f"FAISS cannot learn {self.settings.factory} from {len(vectors):,}"
+                raise UserError(f"{learning}: {_last_line(error)}") from None
+        for first in range(0, len(vectors), BLOCK_PASSAGES):
+            index.add(np.ascontiguousarray(vectors[first : first + BLOCK_PASSAGES]))
+        try:
+            faiss.write_index(index, str(folder / "index.faiss"))
+        except RuntimeError as error:  # a full disk
+            raise OSError(_last_line(error)) from error
+        cells = _cells(index)
+        most = 1 if cells is None else int(cells.nlist)
+        probes = {_set_probes(index, wanted) for wanted in (*(2**power for power in range(most.bit_length())), most)}
+        probes.add(_set_probes(index, self.settings.num_probes))
         recalls = {}
-        for num_probes in _probes_to_measure(index, self.settings.num_probes):
+        for num_probes in sorted(probes):
             _set_probes(index, num_probes)
-            recalls[str(_probes(index))] = recall_against_flat(index, vectors)
+            recalls[str(num_probes)] = recall_against_flat(index, vectors)
         size_mib = (folder / "index.faiss").stat().st_size / 2**20
         logger.info("dense index %s: %.1f MiB, recall by probes %s", self.settings.factory, size_mib, recalls)
         return {"index_mib": round(size_mib, 2), "recall_against_flat": recalls, "recall_depth": RECALL_DEPTH}
@@ -201,11 +202,20 @@ def _empty_index(settings: DenseSettings, dimensions: int) -> Any:
     import faiss
 
     try:
-        index = faiss.index_factory(dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT)
+        return faiss.index_factory(dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        shown = str(error).splitlines()[-1][-200:]
-        raise UserError(f"FAISS makes no index {settings.factory!r} of {dimensions} dimensions: {shown}") from None
-    return index
+        refusal = f"FAISS makes no index {settings.factory!r} of {dimensions} dimensions"
+        raise UserError(f"{refusal}: {_last_line(error)}") from None
+
+
+def _offsets(reader: CorpusReader, folder: Path) -> dict[str, Any]:
+    """Write where each passage starts, for an existing FAISS index, which has a vector for every row."""
+    return _save_starts([start for start, _ in reader.passages()], reader, folder)
+
+
+def _save_starts(starts: list[int], reader: CorpusReader, folder: Path) -> dict[str, Any]:
+    np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
+    return {"corpus_sha256": reader.sha256, "num_passages": len(starts)}
 
 
 def _cells(index: Any) -> Any:
@@ -218,24 +228,13 @@ def _cells(index: Any) -> Any:
         return None
 
 
-def _set_probes(index: Any, num_probes: int) -> None:
-    cells = _cells(index)
-    if cells is not None:
-        cells.nprobe = min(num_probes, cells.nlist)
-
-
-def _probes(index: Any) -> int:
-    """Return the cells that a query looks into; 1 where there is but one."""
-    cells = _cells(index)
-    return 1 if cells is None else int(cells.nprobe)
-
-
-def _probes_to_measure(index: Any, num_probes: int) -> list[int]:
-    """Return the powers of two up to the number of cells, and what was asked for."""
+def _set_probes(index: Any, num_probes: int) -> int:
+    """Let a query look into `num_probes` cells, or as many as there are; return how many. 1 for an index without."""
     cells = _cells(index)
     if cells is None:
-        return [1]
-    return sorted({*(2**power for power in range(int(cells.nlist).bit_length())), min(num_probes, int(cells.nlist))})
+        return 1
+    cells.nprobe = min(num_probes, cells.nlist)
+    return int(cells.nprobe)
 
 
 def _read(path: Path) -> Any:
@@ -247,7 +246,12 @@ def _read(path: Path) -> Any:
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
-        raise UserError(f"{path} is no index that FAISS can read: {str(error).splitlines()[-1][-200:]}") from None
+        raise UserError(f"FAISS cannot read the index {path}: {_last_line(error)}") from None
+
+
+def _last_line(error: RuntimeError) -> str:
+    """Return what FAISS says, without its trace."""
+    return str(error).splitlines()[-1][-200:]
 
 
 def _load_model(settings: DenseSettings) -> SentenceTransformer:

@@ -3,7 +3,8 @@
     POST /retrieve   both protocols of zerosearch.engines.retriever, told apart by their keys
     GET /health      what index this is, and how many queries it has answered
 
-Requests that arrive while others are searched wait, and are then searched together.
+Requests that arrive while others are searched wait, and are then searched together. Searching, reading rows and
+writing replies happen in one thread, so that the event loop is free to read requests.
 """
 
 from __future__ import annotations
@@ -11,37 +12,51 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import re
+import resource
 import signal
+import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import Future
 from itertools import islice
-from typing import Any, Protocol
+from queue import SimpleQueue
+from threading import Thread
+from typing import Annotated, Any, Protocol
 
-from aiohttp import web
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from zerosearch.engines.corpus import PassageFile
+from zerosearch.engines.corpus import Found, PassageFile
 from zerosearch.errors import UserError
+from zerosearch.text import clean_json
 
 logger = logging.getLogger(__name__)
 
 LARGEST_BODY_BYTES = 16 * 2**20
+LARGEST_REPLY_BYTES = 256 * 2**20
+LARGEST_QUERY = 10_000  # characters
 LARGEST_COUNT = 1000  # documents for a query
+MOST_ROWS = 50_000  # documents for a request: queries times documents for each
 BATCH_QUERIES = 256
-SHUTDOWN_S = 10.0
+HEAD_S, BODY_S = 30.0, 60.0  # for a client to send the head of a request, its body
+MOST_CONNECTIONS, FILES_FOR_OTHERS = 800, 64
 BACKLOG = 1024  # connections that may wait to be accepted
-
-Found = list[tuple[int, float]]
+SHUTDOWN_S = 10
 
 
 class PassageIndex(Protocol):
     """What can be served: `BM25Index`, `DenseIndex`."""
 
     passages: PassageFile
+    manifest: dict[str, Any]
 
     def search(self, queries: Sequence[str], count: int) -> list[Found]:
-        """Return numbers and scores of the `count` best passages for each query, best first."""
+        """Return the `count` best passages for each query, best first."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -49,17 +64,34 @@ class PassageIndex(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Retrieval:
-    """What a request asks for."""
-
-    queries: tuple[str, ...]
-    count: int
-    return_scores: bool
-    is_single: bool  # of the paper's code
+QueryText = Annotated[str, Field(max_length=LARGEST_QUERY)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
-Waiting = tuple[Retrieval, asyncio.Future[list[Found]]]
+class Retrieval(BaseModel):
+    """What a request asks for: `queries` in Search-R1's protocol, `query` in that of the paper's code."""
+
+    model_config = ConfigDict(strict=True)
+
+    queries: list[QueryText] | None = Field(None, max_length=MOST_ROWS, fail_fast=True)
+    topk: Count | None = None
+    return_scores: bool = False
+    query: QueryText | None = None
+    top_k: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_protocol(self) -> Retrieval:
+        if (self.queries is None) == (self.query is None):
+            raise ValueError("the body needs either queries, a list of texts, or query, a text")
+        return self
+
+    def texts(self) -> list[str]:
+        """Return the queries."""
+        return [self.query or ""] if self.queries is None else self.queries
+
+    def count(self, default: int) -> int:
+        """Return how many documents each query wants."""
+        return (self.top_k if self.queries is None else self.topk) or default
 
 
 class RetrieverServer:
@@ -68,150 +100,148 @@ class RetrieverServer:
     def __init__(self, index: PassageIndex, default_count: int = 3) -> None:  # 3 as in Search-R1's server
         self.index, self.default_count = index, default_count
         self.num_queries = self.num_batches = 0
-        self._waiting: asyncio.Queue[Waiting] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
-        self.application = web.Application(client_max_size=LARGEST_BODY_BYTES, middlewares=[errors_as_json])
-        self.application.add_routes([web.post("/retrieve", self.retrieve), web.get("/health", self.health)])
-        self.application.cleanup_ctx.append(self._searching)
+        self._waiting: SimpleQueue[tuple[Retrieval, Future[bytes]]] = SimpleQueue()
+        self.application = FastAPI(openapi_url=None)
+        self.application.post("/retrieve")(self.retrieve)
+        self.application.get("/health")(self.health)
+        Thread(target=self._work, name="index", daemon=True).start()
 
-    async def retrieve(self, request: web.Request) -> web.Response:
+    async def retrieve(self, request: Request) -> Response:
         """Answer POST /retrieve."""
-        retrieval = read_retrieval(await request.text(), self.default_count)
-        done: asyncio.Future[list[Found]] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait((retrieval, done))
-        found = await done
-        if retrieval.is_single:
-            texts = [self.index.passages.passage(number).document for number, _ in found[0]]
-            return web.json_response([{"text": text} for text in texts])
-        rows = [[self._row(number, score, retrieval.return_scores) for number, score in best] for best in found]
-        return web.json_response({"result": rows})
+        try:
+            retrieval = await read_retrieval(request, self.default_count)
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+        reply: Future[bytes] = Future()
+        self._waiting.put((retrieval, reply))
+        return Response(await asyncio.wrap_future(reply), media_type="application/json")
 
-    async def health(self, request: web.Request) -> web.Response:
-        """Answer GET /health."""
-        return web.json_response(
-            {
-                "status": "ok",
-                "index": self.index.identity(),
-                "passages": len(self.index.passages),
-                "queries": self.num_queries,
-                "batches": self.num_batches,
-            }
-        )
+    async def health(self) -> dict[str, Any]:
+        """Answer GET /health. Where files lie on this machine is not told."""
+        identity = {
+            name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+            for name, value in self.index.identity().items()
+        }
+        return {
+            "status": "ok",
+            "index": identity,
+            "passages": self.index.manifest["num_passages"],
+            "queries": self.num_queries,
+            "batches": self.num_batches,
+        }
 
-    def _row(self, number: int, score: float, with_score: bool) -> dict[str, Any]:
-        row = self.index.passages.row(number)
-        return {"document": row, "score": score} if with_score else row
-
-    async def _searching(self, application: web.Application) -> Any:
-        task = asyncio.create_task(self._search_batches())
-        yield
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        self._thread.shutdown()
-
-    async def _search_batches(self) -> None:
-        """Search what waits, batch by batch."""
+    def _work(self) -> None:
+        """Answer what waits, batch by batch."""
         while True:
-            batch = [await self._waiting.get()]
-            while not self._waiting.empty() and sum(len(one.queries) for one, _ in batch) < BATCH_QUERIES:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty() and sum(len(one.texts()) for one, _ in batch) < BATCH_QUERIES:
                 batch.append(self._waiting.get_nowait())
+            batch = [(one, reply) for one, reply in batch if reply.set_running_or_notify_cancel()]
             try:
-                await self._search(batch)
+                self._answer(batch)
             except Exception:  # whatever an index raises; one query may spoil a batch, but not the others' answers
                 for one in batch:
-                    await self._search_alone(one)
+                    if not one[1].done():
+                        self._answer_alone(one)
 
-    async def _search_alone(self, one: Waiting) -> None:
+    def _answer_alone(self, one: tuple[Retrieval, Future[bytes]]) -> None:
         try:
-            await self._search([one])
+            self._answer([one])
+        except UserError as error:
+            logger.error("%s", error)
+            one[1].set_exception(HTTPException(500, str(error)))
+        except HTTPException as error:
+            one[1].set_exception(error)
         except Exception as error:
-            logger.exception("the index failed on %d queries", len(one[0].queries))
-            if not one[1].done():
-                one[1].set_exception(IndexFailed(f"the index failed: {type(error).__name__}"))
+            logger.exception("the index failed on %d queries", len(one[0].texts()))
+            one[1].set_exception(HTTPException(500, f"the index failed: {type(error).__name__}"))
 
-    async def _search(self, batch: Sequence[Waiting]) -> None:
-        """Search together, in a thread, so that requests are read meanwhile, and hand each request its own."""
-        queries = [query for retrieval, _ in batch for query in retrieval.queries]
-        count = max(retrieval.count for retrieval, _ in batch)
-        loop = asyncio.get_running_loop()
-        found = iter(await loop.run_in_executor(self._thread, self.index.search, queries, count))
-        for retrieval, done in batch:
-            own = [best[: retrieval.count] for best in islice(found, len(retrieval.queries))]
-            if not done.done():  # the client may be gone
-                done.set_result(own)
+    def _answer(self, batch: Sequence[tuple[Retrieval, Future[bytes]]]) -> None:
+        """Search together and reply to each its own."""
+        queries = [query for retrieval, _ in batch for query in retrieval.texts()]
+        found = iter(self.index.search(queries, max(one.count(self.default_count) for one, _ in batch)))
+        for retrieval, reply in batch:
+            count = retrieval.count(self.default_count)
+            reply.set_result(self._reply(retrieval, [best[:count] for best in islice(found, len(retrieval.texts()))]))
         self.num_queries += len(queries)
         self.num_batches += 1
 
+    def _reply(self, retrieval: Retrieval, found: Sequence[Found]) -> bytes:
+        """Return the JSON of a reply, written row by row: as objects, a large one would take several times as much."""
+        lists, size = [], 0
+        for best in found:
+            rows = [self._row(retrieval, start, score) for start, score in best]
+            size += sum(map(len, rows))
+            if size > LARGEST_REPLY_BYTES:
+                raise HTTPException(413, f"the reply would exceed {LARGEST_REPLY_BYTES:,} bytes; ask fewer queries")
+            lists.append(f"[{', '.join(rows)}]")
+        text = lists[0] if retrieval.queries is None else f'{{"result": [{", ".join(lists)}]}}'
+        return text.encode()
 
-class IndexFailed(Exception):
-    """The index raised something; what, stands in the log."""
+    def _row(self, retrieval: Retrieval, start: int, score: float) -> str:
+        if retrieval.queries is None:
+            return json.dumps({"text": self.index.passages.passage(start).document})
+        row = self.index.passages.row(start)
+        return json.dumps({"document": row, "score": score} if retrieval.return_scores else row)
 
 
-class InvalidRequest(Exception):
-    """A request that cannot be answered: the field that is wrong ("" for the whole body), what it is, the status."""
-
-    def __init__(self, field: str, message: str, status: int = 422) -> None:
-        super().__init__(message)
-        self.field, self.status = field, status
-
-
-def read_retrieval(text: str, default_count: int) -> Retrieval:
-    """Read the body of a request in either protocol. Raises `InvalidRequest`."""
+async def read_retrieval(request: Request, default_count: int) -> Retrieval:
+    """Read the body of a request in either protocol. Raises what FastAPI answers with a 4xx."""
+    content_type, coding = (request.headers.get(name, "") for name in ("content-type", "content-encoding"))
+    charset = re.search(r"charset\s*=\s*\"?([^\s\";]*)", content_type, re.IGNORECASE)
+    if coding.lower() not in ("", "identity") or (charset and charset[1].lower() not in ("utf-8", "utf8")):
+        raise HTTPException(415, "the body must be JSON in UTF-8, not compressed")
     try:
-        body = json.loads(text)
+        async with asyncio.timeout(BODY_S):
+            body = await _read_body(request)
+    except TimeoutError:
+        raise HTTPException(408, f"the body took longer than {BODY_S:.0f} s") from None
+    try:
+        retrieval = Retrieval.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest("", f"the body is not JSON: {error}", 400) from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("", "the body must be a JSON object with queries (or query)")
-    if "query" in body and "queries" not in body:
-        if not isinstance(body["query"], str):
-            raise InvalidRequest("query", f"query must be a text, and is {_shown(body['query'])}")
-        return Retrieval((body["query"],), _count(body, "top_k", default_count), False, True)
-    if "query" in body or "queries" not in body:
-        raise InvalidRequest("queries", "the body needs either queries, a list of texts, or query, a text")
-    queries = body["queries"]
-    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
-        raise InvalidRequest("queries", f"queries must be a list of texts, and is {_shown(queries)}")
-    return_scores = body.get("return_scores", False)
-    if not isinstance(return_scores, bool):
-        raise InvalidRequest("return_scores", f"return_scores must be true or false, and is {_shown(return_scores)}")
-    return Retrieval(tuple(queries), _count(body, "topk", default_count), return_scores, False)
+        raise HTTPException(400, f"the body is not JSON: {error}") from None
+    rows = len(retrieval.texts()) * retrieval.count(default_count)
+    if rows > MOST_ROWS:
+        raise HTTPException(422, f"queries times topk is {rows:,}: at most {MOST_ROWS:,} in a request; send several")
+    return retrieval
 
 
-def _count(body: dict[str, Any], name: str, default_count: int) -> int:
-    count = body.get(name)
-    if count is None:
-        return default_count
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST_COUNT:
-        raise InvalidRequest(name, f"{name} must be a whole number from 1 to {LARGEST_COUNT}, and is {_shown(count)}")
-    return count
+async def _read_body(request: Request) -> bytearray:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BODY_BYTES:
+            raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
+    return body
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:100]
+class _Protocol(H11Protocol):
+    """HTTP as uvicorn has it, with limits on connections and on the time between requests, until the head is there."""
 
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # without a free one, asyncio would log without end
+        self._head_timer = self.loop.call_later(HEAD_S, transport.abort)
+        if len(self.connections) > min(MOST_CONNECTIONS, files - FILES_FOR_OTHERS):
+            transport.abort()
 
-@web.middleware
-async def errors_as_json(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-    """Answer every error as JSON, in the form of FastAPI, which Search-R1's server is written in."""
-    try:
-        response: web.StreamResponse = await handler(request)
-    except InvalidRequest as error:
-        place = ["body", error.field] if error.field else ["body"]
-        detail = [{"loc": place, "msg": str(error), "type": "value_error"}]
-        return web.json_response({"detail": detail}, status=error.status)
-    except web.HTTPException as error:  # no such route, another method, a body too large
-        return web.json_response({"detail": error.reason}, status=error.status, headers=_allow(error))
-    except (UnicodeDecodeError, LookupError):
-        return web.json_response({"detail": "the body is not in the encoding that it claims"}, status=400)
-    except IndexFailed as error:
-        return web.json_response({"detail": str(error)}, status=500)
-    return response
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_timer.cancel()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._head_timer.cancel()
+        if self.cycle.response_complete:  # otherwise the next request has arrived with the last one
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
-def _allow(error: web.HTTPException) -> dict[str, str]:
-    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
 
 
 async def serve(
@@ -221,18 +251,34 @@ async def serve(
 
     `ready` is called with the address (port 0 is any that is free). Raises `UserError` if it cannot be had.
     """
-    if stop is None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner = web.AppRunner(server.application, access_log=None, shutdown_timeout=SHUTDOWN_S)
-    await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"cannot serve on {host}:{port} ({error}); choose another with --port") from error
-        ready(f"http://{host}:{runner.addresses[0][1]}/retrieve")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve on {host}:{port} ({error}); choose another with --port") from error
+    config = uvicorn.Config(
+        server.application,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=int(HEAD_S),
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    web = uvicorn.Server(config)
+    stop = stop or asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again at its end, for this handler
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    async def end() -> None:
         await stop.wait()
-    finally:
-        await runner.cleanup()
+        web.should_exit = True
+
+    ending = asyncio.create_task(end())
+    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    ready(f"http://{shown}:{listener.getsockname()[1]}/retrieve")
+    await web.serve([listener])
+    ending.cancel()

