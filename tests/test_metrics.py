@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from zerosearch.metrics import cover_exact_match, exact_match, f1, normalize_answer
+from zerosearch.metrics import cover_exact_match, exact_match, f1, holds_answer, normalize_answer
 
 REAL_QUESTIONS = Path(__file__).parent.parent.parent / "shared/data/qa_dev.jsonl"
 
@@ -137,6 +137,75 @@ def test_scores_differ_from_the_official_scripts_in_two_places() -> None:
     assert exact_match("T.h.e", ["A"]) == 0.0
     # HotpotQA's F1 of yes and no is all or nothing; SQuAD's, which the paper's code uses, counts words.
     assert f1("yes it is", ["yes"]) == pytest.approx(2 * 1 / (3 + 1))
+
+
+@pytest.mark.parametrize(
+    ("document", "answer"),
+    [
+        ("The novel is by Jane Austen.", "jane austen"),
+        ("The capital is \u201cLisbon\u201d, on the Tagus.", "Lisbon"),
+        ("La capitale est \u00abLisbonne\u00bb.", "Lisbonne"),
+        ("Jane Austen\u2019s novel appeared in 1815.", "Jane Austen"),
+        ("Jane Austen's novel appeared in 1815.", "Jane Austen"),
+        ("The Austens' novel.", "Austens"),
+        ("The Lisbon-born painter.", "Lisbon"),
+        ("He reigned 1815\u20131832 in Lisbon.", "1815"),
+        ("He reigned 1815-1832 in Lisbon.", "1832"),
+        ("The city\u2014Lisbon\u2014lies on the Tagus.", "Lisbon"),
+        ("Written by Jane Austen/Cassandra.", "Jane Austen"),
+        ("Written by Jane Austen\u2026", "Jane Austen"),
+        ("Written by Jane Austen.It appeared in 1815.", "Jane Austen"),
+        ("Sung by Beyonce\u0301.", "Beyonc\u00e9"),
+        ("Sung by Beyonc\u00e9.", "Beyonce\u0301"),
+        ("By Saint\u2011Exup\u00e9ry", "Saint-Exup\u00e9ry"),
+        ("Sung by Ab\u200bba.", "Abba"),
+        ("Sung by Ab\u00adba.", "Abba"),
+        ("\uff21\uff22\uff22\uff21", "ABBA"),
+        ("It has 3,500 inhabitants.", "3500"),
+        ("It has 3500 inhabitants.", "3,500"),
+        ("It cost $5 million.", "5 million"),
+        ("Played by Peter O\u2019Toole.", "Peter O'Toole"),
+        ("\u2022Lisbon \u2022Porto", "Lisbon"),
+        ("Lisbon(Portugal)", "Lisbon"),
+        ("In the US.", "U.S."),
+        ("J.K. Rowling wrote it.", "JK Rowling"),
+        ("Spiderman", "Spider-Man"),
+        ("\u201cBeatles\u201d", "The Beatles"),
+        ("Wind in the Willows", "The Wind in the Willows"),
+    ],
+)
+def test_a_document_holds_an_answer_as_pages_are_written(document: str, answer: str) -> None:
+    assert holds_answer(document, [answer])
+    assert holds_answer(document, ["nothing of the kind", answer])
+
+
+@pytest.mark.parametrize(
+    ("document", "answers"),
+    [
+        ("It lies in South Sudan.", ["Dan"]),  # words, not letters
+        ("Austen wrote of Jane.", ["Jane Austen"]),  # together and in order
+        ("It has 3,500 inhabitants.", ["500", "3"]),  # numbers are whole
+        ("It cost 10.5 million.", ["10", "5 million"]),
+        ("I am a man.", ["Ama"]),  # spaces part words
+        ("Beyonce", ["Beyonc\u00e9"]),  # an accent is part of a letter
+        ("Anything.", ["", "?", "\u2014"]),
+        ("", ["Jane Austen"]),
+        ("Anything.", []),
+    ],
+)
+def test_a_document_does_not_hold_what_only_looks_like_an_answer(document: str, answers: list[str]) -> None:
+    assert not holds_answer(document, answers)
+
+
+def test_exact_match_stays_the_papers_where_documents_are_read_more_freely() -> None:
+    for document, answer in (("Peter O\u2019Toole", "Peter O'Toole"), ("Beyonce\u0301", "Beyonc\u00e9")):
+        assert holds_answer(document, [answer])
+        assert exact_match(document, [answer]) == cover_exact_match(document, [answer]) == 0.0
+
+
+def test_golden_answers_of_a_document_are_a_list() -> None:
+    with pytest.raises(TypeError, match="got the string 'Beijing'"):
+        holds_answer("B", "Beijing")
 
 
 Perturb = Callable[[int, list[dict[str, Any]]], str | None]

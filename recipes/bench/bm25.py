@@ -33,7 +33,7 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.metrics import cover_exact_match
+from zerosearch.metrics import holds_answer
 from zerosearch.tinyworld.world import World, question_rows
 
 WORD = re.compile(r"\w+")
@@ -115,7 +115,7 @@ def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
             documents = engine.lookup(row["question"])
             latencies.append(time.perf_counter() - start)
             if round_number == 0:
-                found += any(cover_exact_match(document, row["golden_answers"]) for document in documents)
+                found += any(holds_answer(document, row["golden_answers"]) for document in documents)
     by_round = [len(rows) / sum(latencies[place * len(rows) :][: len(rows)]) for place in range(ROUNDS)]
     return {
         "passages": engine.index.manifest["num_passages"],

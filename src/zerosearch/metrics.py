@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NUMBER_OR_WORD = re.compile(r"(?<!\w)\d+(?:(?:,\d{3})+(?:\.\d+)?|\.\d+)(?!\w)|[^\W_]+")  # 3,500 and 3.5 are whole
+ASCII_SIGNS = str.maketrans("\u2018\u2019\u02bc\u2010\u2011", "'''--")
+INVISIBLE = re.compile("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+FOREIGN_SIGN = re.compile(r"[^\w\s\x00-\x7f]")
 
 
 def normalize_answer(text: str) -> str:
@@ -39,6 +44,28 @@ def cover_exact_match(prediction: str | None, golden_answers: Sequence[str]) -> 
     """
     predicted, golden = _normalized(prediction, golden_answers)
     return float(any(answer and f" {answer} " in f" {predicted} " for answer in golden))
+
+
+def holds_answer(document: str, golden_answers: Sequence[str]) -> bool:
+    """Say whether the words of a golden answer stand, in order and together, in a document as pages are written.
+
+    Unicode counts: composed and decomposed letters are alike, curly quotes and dashes are signs, what is invisible is
+    not there. A sign within a word may join or part it: "U.S." is "US", and "Lisbon-born" and "Austen's" hold "Lisbon"
+    and "Austen". Exact match stays the paper's.
+    """
+    if isinstance(golden_answers, str):
+        raise TypeError(f"golden_answers must be a list of strings, got the string {golden_answers!r}")
+    texts = [_readings(text) for text in (document, *golden_answers)]
+    return any(
+        words and f" {words} " in f" {held} " for held, *answers in zip(*texts, strict=True) for words in answers
+    )
+
+
+def _readings(text: str) -> tuple[str, str]:
+    """Return the words of a text without its punctuation, and with punctuation taken for spaces."""
+    if not text.isascii():
+        text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).translate(ASCII_SIGNS)
+    return normalize_answer(FOREIGN_SIGN.sub(" ", text)), " ".join(NUMBER_OR_WORD.findall(text.lower()))
 
 
 def f1(prediction: str | None, golden_answers: Sequence[str]) -> float:

@@ -23,7 +23,6 @@ STOP_STRINGS = ("</search>", "</answer>")
 
 ActionKind = Literal["search", "answer", "invalid"]
 
-CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 QUOTED_INSTRUCTION = "and"
 LONGEST_TITLE_WORDS = 10
@@ -43,7 +42,7 @@ INVALID = Action("invalid", "")
 
 def parse_action(turn_text: str) -> Action:
     """Read the action in what the policy wrote in one turn, by the rules at the top of this file."""
-    text = CLOSED_THOUGHT.sub(" ", turn_text)  # a space, so that what stood around a thought cannot join into a tag
+    text = without_closed_thoughts(turn_text)
     end = END_OF_TURN.search(text)
     if end is None:
         return INVALID
@@ -53,6 +52,17 @@ def parse_action(turn_text: str) -> Action:
     if not opening_tag or not content or content == QUOTED_INSTRUCTION:
         return INVALID
     return Action(kind, content)
+
+
+def without_closed_thoughts(text: str) -> str:
+    """Return a text with a space in place of each thought, so that what stood around it cannot join into a tag.
+
+    A thought runs from `<think>` to the next `</think>`. Takes linear time, where a lazy regular expression reads the
+    rest of the text again for every `<think>` that is left open.
+    """
+    *closed, rest = text.split("</think>")
+    parts = (before.partition("<think>") for before in closed)
+    return "".join(before + (" " if opening else "</think>") for before, opening, _ in parts) + rest
 
 
 def format_documents(documents: Sequence[str]) -> str:
@@ -69,18 +79,20 @@ def format_observation(documents: Sequence[str]) -> str:
 def titled_documents(documents: Sequence[str], titles: Sequence[str]) -> tuple[str, ...]:
     """Return documents as Search-R1 shows them, behind their title: `(Title: "Emma") Emma is a novel.`
 
-    A text that itself begins with "Emma: " loses that. Where an engine gives no `titles`, one is what stands before
-    the first ": ", unless that is long for a title. A document without a title stays as it is.
+    A text that itself begins with "Emma: " loses that. Where an engine gives no `titles`, they are those of
+    `split_title`. A document without a title stays as it is.
     """
     titled = []
     for document, title in zip_longest(documents, titles, fillvalue=""):
-        text = document.removeprefix(f"{title}: ")
-        if not titles:
-            before, _, after = " ".join(document.split()).partition(": ")
-            if after and len(before.split()) <= LONGEST_TITLE_WORDS:
-                title, text = before, after
+        title, text = (title, document.removeprefix(f"{title}: ")) if titles else split_title(document)
         titled.append(f'{TITLED}{title}") {text}' if title else document)
     return tuple(titled)
+
+
+def split_title(document: str) -> tuple[str, str]:
+    """Return title and text of a document "title: text"; the title is "" where it would be longer than ten words."""
+    title, *text = re.split(r":\s+", document.strip(), maxsplit=1)
+    return (title, text[0]) if text and len(title.split()) <= LONGEST_TITLE_WORDS else ("", document.strip())
 
 
 def format_titled_observation(documents: Sequence[str]) -> str:
@@ -151,17 +163,17 @@ def _items(lines: Sequence[str]) -> list[str]:
     A line that follows an item directly continues it; one after a gap, or before the first item, is no part of a list.
     Where there is no list, a first line that ends in a colon only announces the rest.
     """
-    items: list[str] = []
+    items: list[list[str]] = []
     in_item = False
     for line in lines:
         if LIST_MARKER.match(line):
-            items.append(LIST_MARKER.sub("", line))
+            items.append([LIST_MARKER.sub("", line)])
             in_item = True
         elif not line.strip():
             in_item = False
         elif in_item:
-            items[-1] += f" {line}"
+            items[-1].append(line)
     if len(items) > 1:
-        return items
+        return [" ".join(item) for item in items]
     written = [LIST_MARKER.sub("", line) for line in lines if line.strip()]
     return written[1:] if written and written[0].rstrip(" *").endswith(":") else written

@@ -14,7 +14,7 @@ from zerosearch.engines.ledger import Ledger
 from zerosearch.engines.replicas import Replicas
 from zerosearch.errors import UserError
 from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
-from zerosearch.metrics import cover_exact_match
+from zerosearch.metrics import holds_answer
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import is_well_formed, split_documents
@@ -200,7 +200,7 @@ class SimulatedEngine:
         def leaks(documents: tuple[str, ...]) -> bool:
             """Say whether documents that were to be noisy answer the question, where that is looked at."""
             is_watched = noisy and self.ask_leaks_again
-            return is_watched and any(cover_exact_match(text, request.golden_answers) for text in documents)
+            return is_watched and any(holds_answer(text, request.golden_answers) for text in documents)
 
         documents, retries = await self._ask(messages, request.key, attempt=0)
         replies = [documents]

@@ -20,7 +20,7 @@ from typing import Any
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.http import CallFailed, HTTPClient, ServiceError
-from zerosearch.protocol import CLOSED_THOUGHT, END_OF_TURN, STOP_STRINGS
+from zerosearch.protocol import END_OF_TURN, STOP_STRINGS, without_closed_thoughts
 
 PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
 OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
@@ -287,7 +287,7 @@ def as_turn(reply: Reply) -> tuple[str, FinishReason]:
     if reply.finish_reason == "length":
         return text, "length"
     if reply.finish_reason == "stop":
-        opened = OPENING_TAG.findall(CLOSED_THOUGHT.sub(" ", text))
+        opened = OPENING_TAG.findall(without_closed_thoughts(text))
         stop = reply.stop_string or (opened[-1].replace("<", "</") if opened else None)
         if stop is not None:
             return text + stop, "stop"

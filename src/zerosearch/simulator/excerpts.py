@@ -8,10 +8,11 @@ and then before it as fit, and the title in front where the excerpt would not sa
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from zerosearch.data import Passage
-from zerosearch.metrics import cover_exact_match, normalize_answer
+from zerosearch.metrics import holds_answer, normalize_answer
 
 ROOM = 1.2  # an excerpt may take this much more than `num_words`: 36 words for 30
 # Not after an initial or an abbreviation: "J. Austen", "St. Louis", "U.S. Army".
@@ -32,15 +33,13 @@ def excerpt(passage: Passage, num_words: int, query: str, answers: Sequence[str]
     title = passage.title if 2 * len(passage.title.split()) <= limit else ""
     room = limit - len(title.split())
     shortened = Passage(title, _window_of_sentences(passage.text, room, query, answers)).document
-    if _holds(passage.document, answers) and not _holds(shortened, answers):  # it runs over the end of a sentence
+    if holds_answer(passage.document, answers) and not holds_answer(
+        shortened, answers
+    ):  # it runs over the end of a sentence
         shortened = Passage(title, _window_of_words(passage.text, room, answers)).document
-    if _holds(passage.document, answers) and not _holds(shortened, answers):  # it begins in the title
+    if holds_answer(passage.document, answers) and not holds_answer(shortened, answers):  # it begins in the title
         shortened = _window_of_words(passage.document, limit, answers)
     return shortened
-
-
-def _holds(text: str, answers: Sequence[str]) -> bool:
-    return bool(answers) and bool(cover_exact_match(text, answers))
 
 
 def _window_of_sentences(text: str, room: int, query: str, answers: Sequence[str]) -> str:
@@ -48,7 +47,8 @@ def _window_of_sentences(text: str, room: int, query: str, answers: Sequence[str
     lengths = [len(sentence.split()) for sentence in sentences]
     wanted = set(normalize_answer(query).split())
     relevance = [
-        (_holds(sentence, answers), len(wanted & set(normalize_answer(sentence).split()))) for sentence in sentences
+        (holds_answer(sentence, answers), len(wanted & set(normalize_answer(sentence).split())))
+        for sentence in sentences
     ]
     first = last = relevance.index(max(relevance))
     if lengths[first] > room:
@@ -63,9 +63,15 @@ def _window_of_sentences(text: str, room: int, query: str, answers: Sequence[str
 def _window_of_words(text: str, room: int, answers: Sequence[str]) -> str:
     """Cut a text to `room` words: its beginning if that holds an answer or nothing does, else around the answer."""
     words = text.split()
-    starts = range(max(len(words) - room, 0) + 1)
-    holding = [start for start in starts if _holds(" ".join(words[start : start + room]), answers)]
-    run = [start for place, start in enumerate(holding) if start == holding[0] + place]  # around the first occurrence
-    start = run[len(run) // 2] if run and run[0] else 0
+
+    def holds(start: int, end: int) -> bool:
+        return holds_answer(" ".join(words[start:end]), answers)
+
+    start = 0
+    if holds(0, len(words)):
+        end = bisect_left(range(len(words)), True, key=lambda end: holds(0, end))  # of the first answer
+        begin = bisect_left(range(end), True, key=lambda begin: not holds(begin, end)) - 1
+        if room < end <= begin + room:
+            start = (end - room + min(begin, len(words) - room) + 1) // 2
     before, after = ELLIPSIS if start else "", ELLIPSIS if start + room < len(words) else ""
     return " ".join(filter(None, (before, *words[start : start + room], after)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from zerosearch.metrics import cover_exact_match, normalize_answer
+from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.simulator.judge import NOT_FOUND_IN_TEXT
 from zerosearch.simulator.traces import as_passage, read_traces
 
@@ -53,17 +53,17 @@ class HeldOutQuery:
     def is_answered_by(self, documents: Sequence[str]) -> bool:
         """Say whether one of the documents answers the query."""
         if self.rule == "answer":
-            return any(cover_exact_match(document, self.answers) for document in documents)
+            return any(holds_answer(document, self.answers) for document in documents)
         stated = [document for document in documents if _states(document, self.query)]
         if not self.asks_for_answer:
             return bool(stated)
-        return any(cover_exact_match(document, self.answers) for document in stated)
+        return any(holds_answer(document, self.answers) for document in stated)
 
     def is_leaked_by(self, documents: Sequence[str]) -> bool:
         """Say whether one of the documents gives the answer away, in whatever sentence it stands."""
         if self.rule == "statement" and not self.asks_for_answer:
             return self.is_answered_by(documents)
-        return any(cover_exact_match(document, self.golden_answers) for document in documents)
+        return any(holds_answer(document, self.golden_answers) for document in documents)
 
 
 def read_held_out(path: str | Path, rule: Rule = "answer") -> list[HeldOutQuery]:
@@ -116,7 +116,7 @@ def _why_left_out(question: str, query: str, answers: Sequence[str], golden_answ
         return "" if rule == "statement" else "another_fact"
     if all(normalize_answer(answer) in NOT_FOUND_IN_TEXT for answer in answers):
         return "yes_no"
-    if cover_exact_match(query, answers) or cover_exact_match(question, answers):
+    if holds_answer(query, answers) or holds_answer(question, answers):
         return "answer_in_question"
     return ""
 

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from zerosearch.errors import UserError
 from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text
-from zerosearch.metrics import cover_exact_match, normalize_answer
+from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.prompts import JUDGE_AGAIN_PROMPT, JUDGE_PROMPT
+from zerosearch.protocol import without_closed_thoughts
 from zerosearch.simulator.traces import as_passage
 
 Verdict = bool | None
@@ -34,12 +35,12 @@ EMPTY_BALANCE = ("insufficient_quota", "insufficient_balance", "Insufficient Bal
 
 
 def rule_verdict(document: str, golden_answers: Sequence[str]) -> Verdict:
-    """Say whether a golden answer occurs in the document, word for word once both are normalised as in `metrics`.
+    """Say whether a golden answer occurs in the document.
 
     `None` where every golden answer is a yes or a no: those words occur by chance, and the fact without them.
     """
     answers = [answer for answer in golden_answers if normalize_answer(answer) not in NOT_FOUND_IN_TEXT]
-    return bool(cover_exact_match(document, answers)) if answers else None
+    return holds_answer(document, answers) if answers else None
 
 
 def rule_verdicts(trace: Mapping[str, Any]) -> list[Verdict]:
@@ -54,7 +55,6 @@ def document_texts(trace: Mapping[str, Any]) -> list[str]:
 
 VERDICT_LINE = re.compile(r"\W*verdict\W+(?P<word>sufficient|insufficient)\W*", re.IGNORECASE)
 BARE_VERDICT = re.compile(r"\W*(?P<word>sufficient|insufficient)\W*", re.IGNORECASE)
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def parse_verdict(reply: str) -> Verdict:
@@ -62,7 +62,7 @@ def parse_verdict(reply: str) -> Verdict:
 
     `None` for anything else, two lines that differ included: a verdict is never guessed.
     """
-    text = THOUGHT.sub("", reply)
+    text = without_closed_thoughts(reply)
     if bare := BARE_VERDICT.fullmatch(text):
         return bare["word"].lower() == "sufficient"
     words = {line["word"].lower() for line in map(VERDICT_LINE.fullmatch, text.splitlines()) if line}

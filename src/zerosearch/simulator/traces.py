@@ -17,10 +17,9 @@ from typing import Any
 
 from zerosearch.data import Passage, claim_output_dir, read_jsonl
 from zerosearch.errors import UserError
+from zerosearch.protocol import split_title
 
 logger = logging.getLogger(__name__)
-
-LONGEST_TITLE_WORDS = 10
 
 
 def read_traces(path: str | Path) -> list[dict[str, Any]]:
@@ -52,14 +51,11 @@ def read_traces(path: str | Path) -> list[dict[str, Any]]:
 def as_passage(document: str | Mapping[str, str]) -> Passage:
     """Return a document of a trace with its title apart.
 
-    Engines give one text, "title: text"; what stands before the first colon is the title if it is short enough.
+    Engines give one text, "title: text", of which `split_title` tells the two apart.
     """
-    if not isinstance(document, str):
-        return Passage((document.get("title") or "").strip(), document["text"].strip())
-    title, colon, text = document.strip().partition(": ")
-    if colon and text.strip() and len(title.split()) <= LONGEST_TITLE_WORDS:
-        return Passage(title, text.strip())
-    return Passage("", document.strip())
+    if isinstance(document, str):
+        return Passage(*split_title(document))
+    return Passage((document.get("title") or "").strip(), document["text"].strip())
 
 
 def _is_text(value: object) -> bool:
