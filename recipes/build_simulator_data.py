@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import claim_output_dir
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir, write_jsonl
 from zerosearch.prompts import PAPER
 from zerosearch.simulator.cards import create_repository, dataset_card, push_folder
 from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.simulator.examples import simulator_example
 from zerosearch.simulator.judge import RULE, rule_verdicts
-from zerosearch.simulator.traces import read_traces, write_jsonl
+from zerosearch.simulator.traces import read_traces
 
 
 @dataclass

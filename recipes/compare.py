@@ -13,9 +13,10 @@ from pathlib import Path
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.evaluation.evaluate import read_whole_lines, write_json
+from zerosearch.evaluation.evaluate import read_whole_lines
 from zerosearch.evaluation.scores import Record, compare
 from zerosearch.evaluation.tables import comparison_table
+from zerosearch.files import write_json
 
 
 @dataclass

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import claim_output_dir
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir
 from zerosearch.report import summary_table, write_report
 from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
 

@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import BENCHMARKS, FLASHRAG, claim_output_dir, load_question_sets
+from zerosearch.data import BENCHMARKS, FLASHRAG, load_question_sets
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.limits import LimitReached, Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.evaluate import check_samples, evaluate, write_json
+from zerosearch.evaluation.evaluate import check_samples, evaluate
 from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
+from zerosearch.files import claim_output_dir, sole_writer, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
@@ -41,7 +42,6 @@ from zerosearch.prompts import PAPER, PROMPT_SETS, Agent, PromptSetName, Simulat
 from zerosearch.report.plots import scores_plot
 from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
 from zerosearch.rollout.loop import RolloutSettings
-from zerosearch.simulator.traces import sole_writer
 
 PAID_SEARCHES = "searches.sqlite"  # the cassette in the output folder, for an engine that costs money
 

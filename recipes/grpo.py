@@ -25,11 +25,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import claim_output_dir, load_questions
+from zerosearch.data import load_questions
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.ledger import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir
 from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName

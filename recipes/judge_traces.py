@@ -22,6 +22,7 @@ from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
+from zerosearch.files import sole_writer, write_jsonl
 from zerosearch.prompts import PAPER
 from zerosearch.simulator.judge import (
     RULE,
@@ -33,7 +34,7 @@ from zerosearch.simulator.judge import (
     judge_pairs,
     rule_verdicts,
 )
-from zerosearch.simulator.traces import read_traces, sole_writer, write_jsonl
+from zerosearch.simulator.traces import read_traces
 
 
 @dataclass

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import claim_output_dir, read_passages
+from zerosearch.data import read_passages
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir
 
 END_OF_TEXT = "<|endoftext|>"
 P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token

@@ -32,9 +32,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.data import claim_output_dir
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir
 from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot

@@ -21,7 +21,6 @@ from zerosearch.data import (
     BENCHMARKS,
     Passage,
     choose_questions,
-    claim_output_dir,
     data_hash,
     load_question_sets,
     load_questions,
@@ -107,7 +106,7 @@ def test_a_hub_dataset_is_read_with_its_own_columns(monkeypatch: pytest.MonkeyPa
         ({**ROW, "question": " "}, "line 2: 'question' is ' ', not a text"),
         ({**ROW, "question": 5}, "line 2: 'question' is 5, not a text"),
         ('{"question": ', "line 2 is not JSON"),
-        ("[1, 2]", "line 2 is no JSON object"),
+        ("[1, 2]", "line 2 is not a JSON object"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
@@ -174,20 +173,6 @@ def test_a_bad_passage_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no passages"):
         read_passages(jsonl(tmp_path))
-
-
-def test_an_output_folder_is_made_and_kept_from_being_overwritten(tmp_path: Path) -> None:
-    new = tmp_path / "a" / "b"
-    assert claim_output_dir(new) == new and new.is_dir()
-    assert claim_output_dir(new) == new  # still empty
-    (new / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="is not empty; name another, or pass --overwrite_output_dir"):
-        claim_output_dir(new)
-    assert claim_output_dir(new, overwrite=True) == new and (new / "results.json").exists()
-    with pytest.raises(UserError, match="is a file"):
-        claim_output_dir(new / "results.json", overwrite=True)
-    with pytest.raises(UserError, match="cannot be made"):
-        claim_output_dir(new / "results.json" / "c")
 
 
 def benchmark_folder(root: Path, num_rows: int = 3) -> Path:

@@ -7,10 +7,11 @@ at any moment leaves a whole one behind it: the last whose `trainer_state.json` 
 from __future__ import annotations
 
 import json
-import os
+from itertools import takewhile
 from pathlib import Path
 
 from zerosearch.errors import UserError
+from zerosearch.files import read_jsonl, write_jsonl
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
@@ -42,13 +43,6 @@ def is_whole(checkpoint: Path) -> bool:
 
 def forget_later_steps(path: Path, step: int) -> None:
     """Keep the records of a `trajectories.jsonl` up to this step: what came later will be rolled out again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:  # a killed run may leave half a line
-            break
-        kept.append(line)
-    written = path.with_suffix(".partial")
-    written.write_text("".join(kept), encoding="utf-8")
-    os.replace(written, path)
+    if path.exists():
+        records = (record for _, record in read_jsonl(path, skip_half_line=True))
+        write_jsonl(path, takewhile(lambda record: record["step"] <= step, records))

@@ -16,18 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from zerosearch.errors import UserError
-from zerosearch.text import clean_json
+from zerosearch.files import read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is no JSON, but common: it reads as null
-PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in about a second, and a bar would only flicker
 
 
 @dataclass(frozen=True)
@@ -174,52 +169,6 @@ def passage_of(row: Mapping[str, Any], place: str) -> Passage:
     title, newline, text = contents.partition("\n")
     # Without a line break there is no title: all of it is text.
     return Passage(_unquoted(title), text.strip()) if newline else Passage("", contents.strip())
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each object of a JSONL file with its place, "FILE line N"; blank lines are passed over.
-
-    Raises `UserError` if the file is missing, or a line is no JSON object in UTF-8.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=size < PROGRESS_BAR_BYTES) as bar,
-    ):
-        for number, line in enumerate(file, start=1):
-            bar.update(len(line))
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            yield place, json_object(line, place)
-
-
-def json_object(line: bytes, place: str) -> dict[str, Any]:
-    """Return a line's JSON object, texts cleaned. Raises `UserError`, with its place, for a line that holds none."""
-    try:
-        row = clean_json(DECODER.decode(line.decode("utf-8-sig")))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, nested too deeply
-        raise UserError(f"{place} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is no JSON object: {line[:60].decode(errors='replace')!r}")
-    return row
-
-
-def claim_output_dir(path: str | Path, overwrite: bool = False) -> Path:
-    """Create the folder and return it. Raises `UserError` if it holds something and `overwrite` is not set."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"the output folder {path} is a file")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"the output folder {path} is not empty; name another, or pass --overwrite_output_dir")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the output folder {path} cannot be made: {error}") from error
-    return path
 
 
 def _rows(source: str, split: str, benchmark_source: str) -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -278,7 +278,7 @@ def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
         (["--dataset", "none.jsonl"], "there is no file none.jsonl"),
         (
             ["--output_dir", f"{__file__}/x", "--cassette", ":memory:"],
-            f"the output folder {__file__}/x cannot be made",
+            f"the output folder {__file__}/x cannot be used",
         ),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path) -> Non
     assert the_same(run(tmp_path, engine=engine, resume=True)) == the_same(whole)
     assert [request.query for request in engine.requests] == ["11"]
     path.write_bytes(b"broken\n" + path.read_bytes())
-    with pytest.raises(UserError, match="holds a line that is no JSON"):
+    with pytest.raises(UserError, match=r"trajectories\.jsonl line 1 is not JSON"):
         run(tmp_path, resume=True)
 
 
@@ -249,11 +249,11 @@ def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any
 @pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest.json (cannot be read|is no manifest).*name another folder"):
+    with pytest.raises(UserError, match=r"manifest\.json is not .*name another folder"):
         run(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(("line", "lacks"), [("[1]", "row, sample, dataset"), ('{"row": 0, "sample": 0}', "dataset")])
+@pytest.mark.parametrize(("line", "lacks"), [("{}", "row, sample, dataset"), ('{"row": 0, "sample": 0}', "dataset")])
 def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, line: str, lacks: str) -> None:
     run(tmp_path)
     with (tmp_path / "trajectories.jsonl").open("a") as file:

@@ -15,11 +15,11 @@ import pytest
 
 from zerosearch.data import BENCHMARKS, load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.files import sole_writer
 from zerosearch.generation.loading import load_generator
 from zerosearch.metrics import exact_match, f1
 from zerosearch.prompts import PAPER, TINYWORLD
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
-from zerosearch.simulator.traces import sole_writer
 from zerosearch.tinyworld.world import World, question_rows
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Trace files: read strictly, appended line by line, whole again after a kill."""
+"""Trace files are read strictly, titles apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from zerosearch.data import Passage
 from zerosearch.errors import UserError
-from zerosearch.simulator.traces import JsonlLog, as_passage, read_traces, sole_writer, write_jsonl
+from zerosearch.simulator.traces import as_passage, read_traces
 
 TRACE = {
     "question": "Who wrote Emma?",
@@ -78,45 +78,3 @@ def test_real_traces_are_read() -> None:
     traces = read_traces(SHARED / "search_traces.jsonl")
     assert len(traces) == 2176
     assert all(as_passage(document).title for trace in traces for document in trace["documents"])
-
-
-def test_half_a_line_is_dropped_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "log.jsonl"
-    log = JsonlLog(path)
-    log.append({"n": 1}, {"n": 2})
-    log.close()
-    with path.open("ab") as file:
-        file.write('{"n": "dré'.encode()[:-1])  # a kill in the middle of a letter
-    log = JsonlLog(path)
-    assert log.dropped_bytes == 10 and "ended in half a line" in caplog.text
-    log.append({"n": 3})
-    log.close()
-    assert [json.loads(line) for line in path.open()] == [{"n": 1}, {"n": 2}, {"n": 3}]
-
-
-def test_a_file_of_half_a_line_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_bytes(b'{"n"')
-    JsonlLog(tmp_path / "log.jsonl").close()
-    assert (tmp_path / "log.jsonl").read_bytes() == b""
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", {"n": 1})
-
-    def rows() -> object:
-        yield {"n": 2}
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_jsonl(path, rows())  # type: ignore[arg-type]
-    assert path.read_text() == '{"n": 1}\n'
-    write_jsonl(path, [{"n": "é"}])
-    assert path.read_text(encoding="utf-8") == '{"n": "é"}\n'
-
-
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    refused = pytest.raises(UserError, match="another run is writing")
-    with sole_writer(tmp_path / "out"), refused, sole_writer(tmp_path / "out"):
-        pass
-    with sole_writer(tmp_path / "out"):
-        pass

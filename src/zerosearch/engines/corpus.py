@@ -19,8 +19,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from zerosearch.data import Passage, json_object, passage_of
+from zerosearch.data import Passage, passage_of
 from zerosearch.errors import UserError
+from zerosearch.files import json_object
 
 MANIFEST, LOCK, DATA = "zerosearch.json", "zerosearch.lock", "data"
 FORMAT = 2  # of an index folder; an index of another format is built again

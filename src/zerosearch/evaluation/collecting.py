@@ -16,16 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zerosearch.data import data_hash, read_jsonl
+from zerosearch.data import data_hash
 from zerosearch.engines import SearchEngine, engine_identity
 from zerosearch.engines.limits import Account, Limits
 from zerosearch.errors import UserError
-from zerosearch.evaluation.evaluate import check_same, versions, write_json
+from zerosearch.evaluation.evaluate import check_same, versions
+from zerosearch.files import JsonlLog, read_jsonl, sole_writer, write_json, write_jsonl
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.metrics import exact_match, f1
 from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, Trajectory, run_rollouts
-from zerosearch.simulator.traces import JsonlLog, sole_writer, write_jsonl
 
 MAX_FAILED = 10  # questions that lost a search before the run is given up
 MAX_LIVE = 64

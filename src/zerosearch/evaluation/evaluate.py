@@ -12,7 +12,6 @@ An output folder holds
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from zerosearch.engines.limits import Account, LimitReached, Limits
 from zerosearch.errors import UserError
 from zerosearch.evaluation.scores import Record, summarize
 from zerosearch.evaluation.tables import results_table as results_table
+from zerosearch.files import JsonlLog, read_json, read_jsonl, write_json, write_jsonl
 from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, Usage
 from zerosearch.generation.loading import load_generator as load_generator
@@ -173,8 +173,8 @@ class TrajectoryFile:
             self.records = {(record["row"], record["sample"]): record for record in kept}
         write_json(output_dir / "manifest.json", manifest)
         (output_dir / "results.json").unlink(missing_ok=True)
-        write_records(self.path, list(self.records.values()))
-        self.file = self.path.open("a", encoding="utf-8")
+        write_jsonl(self.path, self.records.values())
+        self.log = JsonlLog(self.path)
 
     def keeping(
         self,
@@ -200,17 +200,16 @@ class TrajectoryFile:
 
     def append(self, record: Record) -> None:
         """Write a record so that it outlives this process."""
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.log.append(record)
         self.records[record["row"], record["sample"]] = record
 
     def close(self) -> None:
-        self.file.close()
+        self.log.close()
 
     def in_order(self) -> list[Record]:
         """Put the file into the order of the questions, and return its records."""
         records = [self.records[place] for place in sorted(self.records)]
-        write_records(self.path, records)
+        write_jsonl(self.path, records)
         return records
 
 
@@ -230,11 +229,11 @@ def check_same(manifest: Mapping[str, Any], output_dir: Path) -> None:
     """
     path = output_dir / "manifest.json"
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another folder") from None
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-        raise UserError(f"{path} is no manifest of an evaluation or collection; name another folder")
+        found = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; name another folder") from None
+    if not isinstance(found.get("settings"), dict):
+        raise UserError(f"{path} is not the manifest of an evaluation or collection; name another folder")
     stored, wanted = _without_time_limits(found), _without_time_limits(manifest)
     for name in {**wanted, **stored}:
         if stored.get(name) != wanted.get(name):
@@ -269,30 +268,10 @@ def read_whole_lines(path: Path) -> list[Record]:
     """Read trajectories, but for a last line that a kill cut short. Raises `UserError` for another broken one."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is no whole line
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} holds a line that is no JSON ({error}); mend it, or start afresh") from None
-    for number, record in enumerate(records, start=1):
-        lacks = [name for name in RECORD_COLUMNS if not isinstance(record, dict) or name not in record]
+    records = []
+    for place, record in read_jsonl(path, skip_half_line=True):
+        lacks = [name for name in RECORD_COLUMNS if name not in record]
         if lacks:
-            raise UserError(f"{path} line {number} is no trajectory of an evaluation: it lacks {', '.join(lacks)}")
+            raise UserError(f"{place} is no trajectory of an evaluation: it lacks {', '.join(lacks)}")
+        records.append(record)
     return records
-
-
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write one JSON object a line."""
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON."""
-    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, and nothing between."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

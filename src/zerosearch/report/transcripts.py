@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from zerosearch.data import read_jsonl
 from zerosearch.errors import UserError
+from zerosearch.files import read_jsonl
 
 Record = Mapping[str, Any]  # a trajectory, checked
 

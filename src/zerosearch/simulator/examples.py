@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zerosearch.data import read_jsonl
 from zerosearch.errors import UserError
+from zerosearch.files import read_jsonl
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import format_documents
 
