@@ -6,7 +6,7 @@
         --engine retriever --output_dir outputs/traces
 
 The output folder gets traces.jsonl, a line a search: question, golden answers, query, documents, and how the
-trajectory ended. Every line is on the disk as it comes, and every reply of the engine on a cassette: after a kill, an
+trajectory ended. Every line is on the disk as it comes, and every reply of the engine in a cache: after a kill, an
 error or a limit the same command goes on, and nothing is paid for twice. `--max_usd` counts the endpoint too, by its
 `--endpoint_usd_read` and `--endpoint_usd_written`. Next: recipes/judge_traces.py.
 """
@@ -19,15 +19,16 @@ from typing import Any, Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
-from zerosearch.engines.limits import Limits
+from zerosearch.engines.account import Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.evaluation.collecting import MAX_FAILED, MAX_LIVE, collect_traces
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
+from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
 from zerosearch.prompts import PAPER
-from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import RolloutSettings
 
 # How the model is asked. The paper does not give the words it collected with.
@@ -72,7 +73,10 @@ class CollectEngine(EngineOptions):
 def load_model(arguments: CollectArguments, options: EndpointOptions, max_tokens: int) -> tuple[Any, dict[str, Any]]:
     """Return what runs the model, and which model that is."""
     if arguments.generator == "endpoint":
-        return make_endpoint(options, arguments.model), {"model": arguments.model, "endpoint": options.endpoint_url}
+        return make_endpoint(options, arguments.model), {
+            "model": arguments.model,
+            "endpoint": redacted_url(options.endpoint_url or ""),
+        }
     return load_generator(arguments.model, arguments.generator, max_tokens), model_identity(arguments.model)
 
 
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     limits = Limits(arguments.max_usd, arguments.max_seconds)
     questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit).to_list()
     output_dir = Path(arguments.output_dir)
-    engine_options.cassette = engine_options.cassette or str(output_dir / "searches.sqlite")
+    engine_options.search_cache = engine_options.search_cache or str(output_dir / "searches.sqlite")
     engine = make_engine(engine_options, PAPER.simulator)
     generator: Generator | RemoteGenerator
     generator, identity = load_model(arguments, endpoint_options, settings.max_trajectory_tokens)

@@ -28,8 +28,7 @@ from typing import Any, Literal
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import BENCHMARKS, FLASHRAG, load_question_sets
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.engines.ledger import cost_table
-from zerosearch.engines.limits import LimitReached, Limits
+from zerosearch.engines.account import LimitReached, Limits, cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import check_samples, evaluate
@@ -38,12 +37,13 @@ from zerosearch.files import claim_output_dir, sole_writer, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
+from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
 from zerosearch.prompts import PAPER, PROMPT_SETS, Agent, PromptSetName, SimulatorTemplate
 from zerosearch.report.plots import scores_plot
-from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, close_engine, run_in_background
+from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import RolloutSettings
 
-PAID_SEARCHES = "searches.sqlite"  # the cassette in the output folder, for an engine that costs money
+PAID_SEARCHES = "searches.sqlite"  # the cache in the output folder, for an engine that costs money
 
 LoadedModel = tuple[Generator | RemoteGenerator, dict[str, Any]]  # what runs it; which model it is
 
@@ -116,7 +116,7 @@ class EvaluationEngines(EngineOptions):
         options = self.each()
         for one in options:
             if one.engine == "google":
-                one.cassette = one.cassette or str(output_dir / PAID_SEARCHES)
+                one.search_cache = one.search_cache or str(output_dir / PAID_SEARCHES)
         return [make_engine(one, template) for one in options]
 
 
@@ -172,7 +172,7 @@ def evaluations(models: list[str], agents: list[Agent], engines: list[SearchEngi
 def load_model(model: str, arguments: EvaluationArguments, options: EndpointOptions, max_tokens: int) -> LoadedModel:
     """Return the generator that runs a model, and which model that is."""
     if arguments.generator == "endpoint":
-        return make_endpoint(options, model), {"model": model, "endpoint": options.endpoint_url}
+        return make_endpoint(options, model), {"model": model, "endpoint": redacted_url(options.endpoint_url or "")}
     return load_generator(model, arguments.generator, max_tokens), model_identity(model)
 
 
@@ -290,10 +290,10 @@ def main(argv: list[str] | None = None) -> None:
     todo = list(evaluations(arguments.model, agents, engines))
     found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
     report(found, output_dir)
-    ledgers = [ledger for engine in engines if (ledger := getattr(engine, "ledger", None)) and ledger.queries]
-    if ledgers:
-        queries = {ledger.engine: ledger.queries for ledger in ledgers}
-        print(f"\n{cost_table(queries, {ledger.engine: ledger.usd_here for ledger in ledgers})}")
+    accounts = [account for engine in engines if (account := getattr(engine, "account", None)) and account.queries]
+    if accounts:
+        queries = {account.engine: account.queries for account in accounts}
+        print(f"\n{cost_table(queries, {account.engine: account.usd_here for account in accounts})}")
     for engine in engines:
         close_engine(engine)
 

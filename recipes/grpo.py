@@ -27,7 +27,7 @@ from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.engines.ledger import cost_table
+from zerosearch.engines.account import cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir
@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     counted = Path(config.output_dir, "engine_queries.json")
     if config.process_index == 0 and counted.exists():  # no query was made where nothing was left to train
         sent = json.loads(counted.read_text(encoding="utf-8"))
-        ledger = getattr(engine, "ledger", None)
-        print(cost_table(sent, {engine.name: ledger.usd_of(sent.get(engine.name, 0))} if ledger else {}))
+        account = getattr(engine, "account", None)
+        print(cost_table(sent, {engine.name: account.usd_of(sent.get(engine.name, 0))} if account else {}))
     close_engine(engine)
 
 

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
 from zerosearch.files import sole_writer, write_jsonl
+from zerosearch.http import redacted_url
 from zerosearch.prompts import PAPER
 from zerosearch.simulator.judge import (
     RULE,
     Judge,
     Verdict,
-    VerdictCache,
     agreement,
     document_texts,
     judge_pairs,
@@ -84,7 +85,7 @@ def llm_verdicts(arguments: JudgeArguments, traces: list[dict[str, Any]]) -> tup
         max_retries=arguments.judge_max_retries,
         max_concurrency=arguments.judge_concurrency,
     )
-    cache = VerdictCache(Path(arguments.verdict_cache or Path(arguments.output_dir, "verdicts.sqlite")))
+    cache = Cache(Path(arguments.verdict_cache or Path(arguments.output_dir, "verdicts.sqlite")))
     pairs = [[(trace["query"], text) for text in document_texts(trace)] for trace in traces]
     verdicts = judge_pairs(chain.from_iterable(pairs), judge, cache)
     cache.close()
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             verdicts[RULE] = [rule_verdicts(trace) for trace in traces]
         if "llm" in arguments.judges:
             judge, verdicts[judge.model] = llm_verdicts(arguments, traces)
-            about["judge"] = {"model": judge.model, "url": judge.base_url, "prompt": judge.template}
+            about["judge"] = {"model": judge.model, "url": redacted_url(judge.base_url), "prompt": judge.template}
             about["judge"] |= asdict(judge.counts) | asdict(judge.client.counts)
         results = about | report(verdicts)
         rows = (

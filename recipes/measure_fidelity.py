@@ -28,6 +28,7 @@ from typing import Literal
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
+from zerosearch.http import redacted_url
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, measure_simulator
@@ -123,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
             with engine_of(recipe) as engine:
                 settings = {"prompt": recipe.prompt, "temperature": recipe.temperature, "seed": options.seed}
                 settings["ask_leaks_again"] = recipe.ask_leaks_again
-                about |= {"model": recipe.model or recipe.simulator_model or recipe.simulator_url, **settings}
+                about |= {
+                    "model": recipe.model or recipe.simulator_model or redacted_url(recipe.simulator_url),
+                    **settings,
+                }
                 card = measure_simulator(engine, queries, options, about)
         except ServerDied as error:
             print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.generation import Generator, RemoteGenerator, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.loading import load_model
 from zerosearch.generation.transformers_engine import TransformersGenerator
-from zerosearch.rollout.in_flight import run_in_background
+from zerosearch.http import run_in_background
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 

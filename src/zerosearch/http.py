@@ -1,10 +1,10 @@
-"""JSON over HTTP, for every service this project calls: simulators, search APIs, retrievers, judges, policies.
+"""JSON over HTTP, for every service that this package calls: simulators, search APIs, retrievers, judges, policies.
 
-A call fails in two ways. What may pass (no connection, no reply in time, a reply of another form, a status of
-`PASSING_STATUSES`) is repeated, at most `max_retries` times; anything else, such as a wrong key, is final at once.
+A call that fails in passing (no connection, no reply in time, a reply of another form, a status of
+`RETRIED_STATUSES`) is retried, at most `max_retries` times; any other failure, such as a wrong key, is final at once.
 
     client = HTTPClient("the judge", remedy="check --judge_url and the key in OPENAI_API_KEY", api_key=key)
-    verdict, retries = await client.post(url, body, read=read_verdict, key=(seed, row))
+    reply, retries = await client.request("POST", url, body=body, read=read_chat)
 """
 
 from __future__ import annotations
@@ -12,62 +12,98 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import re
-import zlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
-# Not huggingface_hub's client: it computes for 2 ms a query where this takes 0.2 (at 64 in flight, beside a trainer
-# that needs the core), refuses even localhost when HF_HUB_OFFLINE=1, and sends the user's Hub token by default.
+# Not huggingface_hub's client: it takes 2 ms of computing a query where this takes 0.2 (at 64 in flight, beside a
+# trainer that needs the core), refuses even localhost when HF_HUB_OFFLINE=1, and sends the user's Hub token.
 import aiohttp
 
-from zerosearch.noise import keyed_uniform
+from zerosearch.errors import UserError
+from zerosearch.text import clean_json
 
 logger = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
 
-PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # worth another try; any other one is final
+RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
-LONGEST_RETRY_AFTER_S = 120.0  # a service that wants a longer pause is not waited for
+LONGEST_RETRY_AFTER_S = 120.0  # a service that asks for a longer pause fails
 KEEP_ALIVE_S = 3.0  # less than the 5 s after which vLLM closes an idle connection, so that none is used as it closes
-SHOWN_CHARACTERS = 300  # of what a service said, in a message
-URL_PASSWORD = re.compile(r"://[^/@\s]+@")
+CLOSE_TIMEOUT_S = 30.0
+MAX_REPLY_BYTES = 16 * 2**20
+KEPT_CHARACTERS, SHOWN_CHARACTERS = 20_000, 300  # of what a service said: in an exception, in a message
+# Every repetition is bounded: a text from outside may be thousands of "://".
+URL_PASSWORD = re.compile(r"(?<=://)(?:[^\s,@]{0,2000}@)+")
+URL_KEY = re.compile(r"(?i)(?<=[?&])([^=&?\s]{0,40}(?:key|token|secret|password|auth)[^=&?\s]{0,40})=[^&\s#,]+")
+
+
+@cache
+def background_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process, on which all calls run; it has a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="calls", daemon=True).start()
+    return loop
+
+
+def run_in_background(work: Coroutine[Any, Any, Content], timeout_s: float | None = None) -> Content:
+    """Run a coroutine on the background loop, and wait for it. Raises `TimeoutError` after `timeout_s`."""
+    future = asyncio.run_coroutine_threadsafe(work, background_loop())
+    try:
+        return future.result(timeout_s)
+    except BaseException:  # KeyboardInterrupt included: the work stops with the wait for it
+        future.cancel()
+        raise
+
+
+def redacted_url(text: str) -> str:
+    """Return an address, or a text with addresses in it, with passwords and keys replaced by ***."""
+    return URL_KEY.sub(r"\1=***", URL_PASSWORD.sub("***@", text))
+
+
+def checked_key(key: str | None, owner: str) -> str:
+    """Return an API key without white space around it, "" for none.
+
+    Raises `UserError` for one that no header can hold, such as two lines.
+    """
+    key = (key or "").strip().removeprefix("\ufeff")  # the byte order mark that some editors write
+    if not all("!" <= character <= "~" for character in key):
+        raise UserError(f"the key of {owner} holds a space, a line break or another character that no key has")
+    return key
 
 
 class CallFailed(Exception):
-    """One call came to nothing.
-
-    `may_pass` says whether the same call can succeed later, `retry_after_s` when the service wants it. `status` is the
-    HTTP status, `None` when there was no reply.
-    """
+    """One call failed. `is_final`: a retry is of no use. `status`: the HTTP status, `None` if there was no reply."""
 
     def __init__(
-        self, message: str, may_pass: bool = True, status: int | None = None, retry_after_s: float | None = None
+        self, message: str, status: int | None = 200, *, is_final: bool = False, retry_after_s: float = 0.0
     ) -> None:
-        super().__init__(" ".join(message.split()))
-        self.may_pass = may_pass
-        self.status = status
-        self.retry_after_s = retry_after_s
+        super().__init__(" ".join(message[:KEPT_CHARACTERS].split()))
+        self.status, self.is_final, self.retry_after_s = status, is_final, retry_after_s
 
 
 class ServiceError(RuntimeError):
-    """A service failed for good. The message names it, its address and the remedy; `status` is the last one seen."""
+    """A service failed for good. The message names it, its address and the remedy; `reason` says how the last call
+    failed, `status` is its HTTP status."""
 
-    def __init__(self, message: str, status: int | None, retries: int) -> None:
+    def __init__(self, message: str, reason: str, status: int | None, retries: int) -> None:
         super().__init__(message)
-        self.status = status
-        self.retries = retries
+        self.reason, self.status, self.retries = reason, status, retries
 
 
 @dataclass
 class CallCounts:
-    """What a client did: calls made, those of them that repeated another, and requests that failed for good."""
+    """What a client did: calls made, those of them that were retries, and requests that failed for good."""
 
     calls: int = 0
     retries: int = 0
@@ -75,12 +111,12 @@ class CallCounts:
 
 
 class HTTPClient:
-    """Call one service, with at most `max_concurrency` requests in flight; a call may take `timeout_s`.
+    """Call one service, with at most `max_concurrency` calls in flight; a call may take `timeout_s`.
 
-    `service` ("the simulator") and `remedy` are for messages. `api_key` is sent as a bearer token. It and `secrets`,
-    such as a key that goes into the query string, are blotted out of every message. A reply with a status that may
-    pass and one of `final_signs` in its text is final all the same: some services report an empty balance as 429.
-    Safe to use from several event loops, as each gets connections of its own.
+    `service` ("the simulator") and `remedy` are for messages. `api_key` is sent as a bearer token. It and `secrets`
+    are redacted in every message. A reply with one of `final_signs` in its text is a final failure whatever its
+    status: some services report an empty balance as 429. `trust_env` goes through the proxies that the environment
+    names. A client belongs to one event loop until `aclose`.
     """
 
     def __init__(
@@ -89,6 +125,7 @@ class HTTPClient:
         *,
         remedy: str,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         secrets: Sequence[str] = (),
         final_signs: Sequence[str] = (),
         timeout_s: float = 120.0,
@@ -96,199 +133,175 @@ class HTTPClient:
         max_concurrency: int = 64,
         trust_env: bool = False,
     ) -> None:
-        """`trust_env`: go through the proxies that the environment names, which is right for the world outside."""
-        self.service = service
-        self.remedy = remedy
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.secret_forms = _forms(secret for secret in (api_key, *secrets) if secret)
-        self.final_signs = tuple(final_signs)
-        self.timeout_s = timeout_s
-        self.max_retries = max_retries
-        self.max_concurrency = max_concurrency
+        api_key = checked_key(api_key, service)
+        self.service, self.remedy = service, remedy
+        self.headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        self.secrets = _forms(secret for secret in (api_key, *secrets) if secret)
+        self.final_signs = final_signs
+        self.timeout_s, self.max_retries, self.max_concurrency = timeout_s, max_retries, max_concurrency
         self.trust_env = trust_env
         self.counts = CallCounts()
-        self._connections: dict[asyncio.AbstractEventLoop, _Connections] = {}
+        self._turns = count()
+        self._session: aiohttp.ClientSession | None = None
 
-    async def get(
-        self,
-        url: str,
-        params: Mapping[str, str | int] | None = None,
-        *,
-        read: Callable[[Any], Content],
-        key: tuple[int, ...] = (),
-    ) -> tuple[Content, int]:
-        """GET `url`; return what `read` makes of the JSON reply, and how often the call was repeated.
-
-        `read` raises `CallFailed` for a reply of another form. `key` is that of the request's randomness, for the
-        jitter. Raises `ServiceError`.
-        """
-        return await self.with_retries(
-            lambda: self.call("GET", url, params=params, read=read), url, key or _key_of(params)
-        )
-
-    async def post(
-        self, url: str, body: Any, *, read: Callable[[Any], Content], key: tuple[int, ...] = ()
-    ) -> tuple[Content, int]:
-        """POST `body` as JSON to `url`; otherwise as `get`."""
-        return await self.with_retries(lambda: self.call("POST", url, body=body, read=read), url, key or _key_of(body))
-
-    async def with_retries(
-        self, call: Callable[[], Awaitable[Content]], address: str, key: tuple[int, ...] = ()
-    ) -> tuple[Content, int]:
-        """Await `call()` until it does not raise `CallFailed`; return its result and how often it was repeated.
-
-        Waits for one of the `max_concurrency` slots first, which uses up no time limit. `address` is for messages.
-        Raises `ServiceError` once the failure is final or the retries are spent.
-        """
-        for retries in range(self.max_retries + 1):
-            try:
-                async with (await self._connected()).slots:  # not held during a pause
-                    return await call(), retries
-            except CallFailed as error:
-                failure = error
-            wait_s = self._back_off_s(failure, retries, key)
-            if not failure.may_pass or retries == self.max_retries or wait_s > LONGEST_RETRY_AFTER_S:
-                break
-            shown = self.without_secrets(f"{self.service} at {address}: {failure}")
-            logger.warning("%s; asking again in %.1f s", shown, wait_s)
-            self.counts.retries += 1
-            await asyncio.sleep(wait_s)
-        self.counts.failures += 1
-        raise ServiceError(
-            self.without_secrets(
-                f"{self.service} at {address} failed, attempt {retries + 1} of {self.max_retries + 1}: {failure}; "
-                f"{self.remedy}"
-            ),
-            failure.status,
-            retries,
-        ) from failure
-
-    async def call(
+    async def request(
         self,
         method: str,
-        url: str,
+        url: str | Sequence[str],
         *,
-        params: Mapping[str, str | int] | None = None,
-        body: Any = None,
         read: Callable[[Any], Content],
+        body: Any = None,
+        params: Mapping[str, str | int] | None = None,
         timeout_s: float | None = None,
-    ) -> Content:
-        """Make one call at once, and return what `read` makes of the JSON reply. Raises `CallFailed` otherwise."""
-        try:
-            return read(await self._json(method, url, params, body, timeout_s or self.timeout_s))
-        except CallFailed as error:
-            shown = self.without_secrets(str(error))[:SHOWN_CHARACTERS]  # in this order: half a secret is one too
-            # Not "from error": a traceback would show what the message must not.
-            raise CallFailed(shown, error.may_pass, error.status, error.retry_after_s) from None
+        max_retries: int | None = None,
+        around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> tuple[Content, int]:
+        """Return what `read` makes of the JSON reply, and how often the call was retried.
 
-    def without_secrets(self, text: str) -> str:
-        """Return `text` with every secret blotted out, as it is or as it stands in a URL, and a URL's password."""
-        text = URL_PASSWORD.sub("://***@", text)
-        for form in self.secret_forms:
+        Several addresses do the same work: requests go round them, and a retry goes to the next one. `read` fails a
+        reply of another form by `CallFailed`, or by the error that indexing or converting it raises. `around` is
+        entered around each call, retries included. Waiting for one of the `max_concurrency` slots uses up no time
+        limit. Raises `ServiceError`.
+        """
+        urls = [url] if isinstance(url, str) else url
+        max_retries = self.max_retries if max_retries is None else max_retries
+        turn = next(self._turns)
+        for retries in range(max_retries + 1):
+            url = urls[(turn + retries) % len(urls)]
+            session, slots = self._opened()
+            try:
+                async with slots, around():  # not held during a pause
+                    return await self._call(session, method, url, body, params, timeout_s, read), retries
+            except CallFailed as error:
+                failure = error
+            reason = self.redacted(str(failure))[:SHOWN_CHARACTERS]  # in this order: half a secret is one too
+            jitter = random.Random(f"{url} {params} {body} {retries}").uniform(0.5, 1.5)  # many fail at once
+            pause_s = max(min(FIRST_BACK_OFF_S * 2**retries, LONGEST_BACK_OFF_S) * jitter, failure.retry_after_s)
+            if retries + 1 < len(urls):
+                pause_s = 0.0  # another server is asked
+            if failure.is_final or retries == max_retries or pause_s > LONGEST_RETRY_AFTER_S:
+                break
+            logger.warning("%s at %s: %s; retried in %.1f s", self.service, self.redacted(url), reason, pause_s)
+            self.counts.retries += 1
+            await asyncio.sleep(pause_s)
+        self.counts.failures += 1
+        address = self.redacted(", ".join(urls))
+        attempts = f"attempt {retries + 1} of {max_retries + 1}"
+        raise ServiceError(
+            f"{self.service} at {address} failed, {attempts}: {reason}; {self.remedy}", reason, failure.status, retries
+        )
+
+    def redacted(self, text: str) -> str:
+        """Return `text` with secrets redacted, as they are and as they stand in a URL."""
+        text = redacted_url(text)
+        for form in self.secrets:
             text = text.replace(form, "***")
         return text
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop, and drop those of loops that have ended."""
-        here = self._connections.pop(asyncio.get_running_loop(), None)
-        if here is not None:
-            await here.session.close()
-        await self._drop_ended()
+        """Close the connections; the client may be used again, on another event loop too."""
+        session, self._session = self._session, None
+        if session:
+            await session.close()
 
-    async def _json(
-        self, method: str, url: str, params: Mapping[str, str | int] | None, body: Any, timeout_s: float
-    ) -> Any:
-        check_url(url)
-        session = (await self._connected()).session
+    def _opened(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # the slots are the limit
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=self.trust_env)
+            self._slots = asyncio.Semaphore(self.max_concurrency)
+        return self._session, self._slots
+
+    async def _call(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        body: Any,
+        params: Mapping[str, str | int] | None,
+        timeout_s: float | None,
+        read: Callable[[Any], Content],
+    ) -> Content:
         self.counts.calls += 1
+        timeout_s = timeout_s or self.timeout_s
         try:
             async with session.request(
-                method, url, params=params, json=body, headers=self.headers, timeout=aiohttp.ClientTimeout(timeout_s)
+                method,
+                url,
+                json=body,
+                params=params,
+                headers=self.headers,
+                timeout=aiohttp.ClientTimeout(timeout_s),
+                allow_redirects=False,  # another host would be sent the key
             ) as response:
-                text = await response.text(errors="replace")
+                reply = bytearray()
+                async for chunk in response.content.iter_any():
+                    reply += chunk
+                    if len(reply) > MAX_REPLY_BYTES:
+                        raise CallFailed(f"its reply is longer than {MAX_REPLY_BYTES:,} bytes")
         except TimeoutError:
-            raise CallFailed(f"no answer within {timeout_s:g} s") from None
+            raise CallFailed(f"no answer within {timeout_s:g} s", None) from None
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            raise CallFailed("this is no http address", None, is_final=True) from None
         except (aiohttp.ClientError, OSError) as error:
-            may_pass = not isinstance(error, aiohttp.InvalidURL)
-            raise CallFailed(f"{type(error).__name__} {error}", may_pass) from None
+            raise CallFailed(f"{type(error).__name__} {error}", None) from None
+        text = reply.decode("utf-8-sig", errors="replace")  # JSON is UTF-8, whatever a header says
         if response.status != 200:
-            may_pass = response.status in PASSING_STATUSES and not any(sign in text for sign in self.final_signs)
-            pause_s = retry_after_s(response.headers.get("Retry-After"))
-            raise CallFailed(f"HTTP status {response.status}: {text}", may_pass, response.status, pause_s)
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise CallFailed(f"its reply is not JSON: {text}", status=200) from None
-
-    def _back_off_s(self, failure: CallFailed, retries: int, key: tuple[int, ...]) -> float:
-        """Return the pause before the next try: it doubles, is spread by jitter, and as long as the service asks."""
-        back_off_s = min(FIRST_BACK_OFF_S * 2**retries, LONGEST_BACK_OFF_S)
-        back_off_s *= 0.5 + keyed_uniform(*key, retries)  # many calls fail at the same moment
-        return max(back_off_s, failure.retry_after_s or 0.0)
-
-    async def _connected(self) -> _Connections:
-        """Return this event loop's session, whose connections stay open."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._connections:
-            session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),  # the slots are the limit
-                trust_env=self.trust_env,
+            if where := response.headers.get("Location"):
+                text = f"it redirects to {where}, which is not followed"
+            raise CallFailed(
+                f"HTTP status {response.status}: {text}",
+                response.status,
+                is_final=response.status not in RETRIED_STATUSES or any(sign in text for sign in self.final_signs),
+                retry_after_s=retry_after_s(response.headers.get("Retry-After")),
             )
-            self._connections[loop] = _Connections(session, asyncio.Semaphore(self.max_concurrency))
-            await self._drop_ended()
-        return self._connections[loop]
-
-    async def _drop_ended(self) -> None:
-        for loop in list(self._connections):
-            if loop.is_closed():
-                await self._connections.pop(loop).session.close()
+        try:
+            return read(clean_json(json.loads(text)))
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError, UserError):
+            raise CallFailed(f"its reply is not of the form expected: {text}") from None
 
 
 @dataclass(frozen=True)
-class _Connections:
-    session: aiohttp.ClientSession
-    slots: asyncio.Semaphore
+class ChatReply:
+    """A chat completion: its text, why it ended, the stop string that was met, and its tokens, where it says so."""
+
+    text: str
+    finish_reason: Any = None
+    stop_reason: Any = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
-def read_chat_text(reply: Any) -> str:
-    """Return the text of an OpenAI-style chat completion, "" for none. Raises `CallFailed` for another form."""
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is no chat completion: {json.dumps(reply)}", status=200) from None
-    return content if isinstance(content, str) else ""
+def read_chat(reply: Any) -> ChatReply:
+    """Read an OpenAI-style chat completion; its content is a text, a list of parts, or missing."""
+    choice, usage = reply["choices"][0], reply.get("usage") or {}
+    content = choice["message"].get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return ChatReply(
+        content,
+        choice.get("finish_reason"),
+        choice.get("stop_reason"),  # of vLLM and SGLang
+        *(number if type(number) is int and number >= 0 else None for number in tokens),
+    )
 
 
 def read_models(reply: Any) -> list[str]:
-    """Return the ids of an OpenAI-style list of models. Raises `CallFailed` for another form."""
-    try:
-        return [str(model["id"]) for model in reply["data"]]
-    except (KeyError, TypeError):
-        raise CallFailed(f"its reply is no list of models: {json.dumps(reply)}", status=200) from None
+    """Read an OpenAI-style list of models; vLLM's adapters, which have a parent, come before their base."""
+    models = [str(model["id"]) for model in sorted(reply["data"], key=lambda model: not model.get("parent"))]
+    if not models:
+        raise CallFailed("it serves no model")
+    return models
 
 
-def retry_after_s(header: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, as a number or a date; `None` if it says nothing."""
-    if header is None:
-        return None
-    with suppress(ValueError):
-        seconds = float(header)
-        return max(seconds, 0.0) if seconds == seconds else None
-    with suppress(ValueError):
-        moment = parsedate_to_datetime(header)
+def retry_after_s(header: str | None) -> float:
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it says nothing."""
+    with suppress(ValueError, OverflowError):
+        return max(float(header or 0.0), 0.0)
+    with suppress(ValueError, OverflowError):
+        moment = parsedate_to_datetime(header or "")
         return max((moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
-    return None
-
-
-def check_url(url: str) -> None:
-    """Raise a final `CallFailed` unless this is a whole http or https URL."""
-    try:
-        parts = urlsplit(url)
-        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the port is no number, or a bracket is open
-        is_whole = False
-    if not is_whole:
-        raise CallFailed("this is no http address", may_pass=False)
+    return 0.0
 
 
 def _forms(secrets: Iterable[str]) -> list[str]:
@@ -299,8 +312,3 @@ def _forms(secrets: Iterable[str]) -> list[str]:
         for form in (secret, quote(secret), quote(secret, safe=""), quote_plus(secret), quote_plus(secret, safe="/"))
     }
     return sorted(forms, key=len, reverse=True)
-
-
-def _key_of(content: Any) -> tuple[int, ...]:
-    """Return a key for the jitter of a request that has none."""
-    return (zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode()),)

@@ -12,7 +12,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine, BM25Index
-from zerosearch.engines.cassette import CassetteEngine
+from zerosearch.engines.cache import CachedEngine
 from zerosearch.engines.google import GoogleEngine
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.engines.retriever_server import RetrieverServer
@@ -53,7 +53,7 @@ def test_google_by_its_flags(tmp_path: Path) -> None:
     options = parsed("--engine", "google", "--google_key_file", str(tmp_path / "key"), *flags)
     engine = make_engine(options, "")
     assert isinstance(engine, GoogleEngine)
-    assert (engine.provider_name, engine.max_usd, engine.num_documents) == ("serper", 2.5, 5)
+    assert (engine.provider_name, engine.account.max_usd, engine.num_documents) == ("serper", 2.5, 5)
     assert engine.url == "https://google.serper.dev/search"
     assert "secret" not in repr(options)
 
@@ -73,8 +73,8 @@ def test_a_retriever_by_its_flags(corpus: Path) -> None:
     assert asyncio.run(search()).documents[0].startswith("Jane Austen was born")
 
 
-def test_a_simulator_in_replay_is_not_asked_for(tmp_path: Path) -> None:
-    cassette = str(tmp_path / "c.sqlite")
+def test_cached_answers_of_a_simulator_need_no_server(tmp_path: Path) -> None:
+    cache = str(tmp_path / "c.sqlite")
     request = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), key=(0, 0, 0, 0, 0))
 
     class Written(SimulatedEngine):
@@ -83,32 +83,32 @@ def test_a_simulator_in_replay_is_not_asked_for(tmp_path: Path) -> None:
         async def search(self, request: SearchRequest) -> SearchResult:
             return SearchResult(("Emma is by Jane Austen.",), noisy=False)
 
-    recording = CassetteEngine(cassette, Written(model="3B", template="ask"))
+    recording = CachedEngine(cache, Written(model="3B", template="ask"))
     asyncio.run(recording.search(request))
-    flags = ("--cassette", cassette, "--cassette_replay_only", "--simulator_url", "http://127.0.0.1:9/v1")
+    flags = ("--search_cache", cache, "--search_cache_only", "--simulator_url", "http://127.0.0.1:9/v1")
     engine = make_engine(parsed(*flags), "ask")
-    assert isinstance(engine, CassetteEngine) and engine.identity()["model"] == "3B"
+    assert isinstance(engine, CachedEngine) and engine.identity()["model"] == "3B"
     assert asyncio.run(engine.search(request)).documents == ("Emma is by Jane Austen.",)
     with pytest.raises(UserError, match="name the model of simulated"):
         make_engine(parsed(*flags), "another prompt")
 
 
-def test_google_in_replay_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_answers_of_google_need_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("SERPAPI_API_KEY", "SER_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    CassetteEngine(tmp_path / "c.sqlite", GoogleEngine("key"))
-    flags = ("--engine", "google", "--cassette", str(tmp_path / "c.sqlite"), "--cassette_replay_only")
+    CachedEngine(tmp_path / "c.sqlite", GoogleEngine("key"))
+    flags = ("--engine", "google", "--search_cache", str(tmp_path / "c.sqlite"), "--search_cache_only")
     engine = make_engine(parsed(*flags), "")
     with pytest.raises(SearchError, match="holds no answer of google"):
         asyncio.run(engine.search(SearchRequest("Emma", "Q?", ("a",))))
 
 
-def test_the_price_of_the_machine_reaches_the_ledger(corpus: Path, tmp_path: Path) -> None:
+def test_the_price_of_the_machine_reaches_the_account(corpus: Path, tmp_path: Path) -> None:
     flags = ("--engine", "bm25", "--corpus", str(corpus), "--engine_usd_per_hour", "1.5")
-    engine = make_engine(parsed(*flags, "--cassette", str(tmp_path / "c.sqlite")), "")
-    assert isinstance(engine, CassetteEngine) and engine.ledger.usd_per_hour == 1.5
+    engine = make_engine(parsed(*flags, "--search_cache", str(tmp_path / "c.sqlite")), "")
+    assert isinstance(engine, CachedEngine) and engine.account.usd_per_hour == 1.5
     asyncio.run(engine.search(SearchRequest("village", "Q?", ("a",))))
-    assert engine.ledger.to_record()["queries"] == 1
+    assert engine.account.queries == 1
 
 
 MISTAKES = {
@@ -125,10 +125,10 @@ MISTAKES = {
     "no key": ({"engine": "google"}, "serpapi needs a key: set SERPAPI_API_KEY, or pass --google_key_file"),
     "no rate": ({"google_queries_per_s": 0.0}, "google_queries_per_s is 0.0: it must be above 0"),
     "negative money": ({"google_max_usd": -1.0}, "google_max_usd is -1.0: it must be at least 0"),
-    "nothing to replay": ({"cassette_replay_only": True}, "--cassette_replay_only needs --cassette"),
-    "no cassette": (
-        {"engine": "google", "cassette": "/no/such.sqlite", "cassette_replay_only": True},
-        "there is no cassette /no/such.sqlite to replay",
+    "nothing to answer from": ({"search_cache_only": True}, "--search_cache_only needs --search_cache"),
+    "no cache": (
+        {"engine": "google", "search_cache": "/no/such.sqlite", "search_cache_only": True},
+        "there is no cache /no/such.sqlite",
     ),
 }
 

@@ -51,7 +51,7 @@ def test_over_the_network_as_in_the_process(protocol: Protocol, corpus: Path) ->
     assert [result.documents for result in results] == [direct.lookup(query) for query in queries]
     assert results[0].documents[0] == "Emma is a novel by Jane Austen, published in 1815."
     assert engine.identity()["index"] == direct.index.identity()
-    assert (engine.ledger.queries, engine.ledger.sent, engine.ledger.failures) == (3, 3, 0)
+    assert (engine.account.queries, engine.account.sent, engine.account.failures) == (3, 3, 0)
 
 
 class Foreign:
@@ -120,21 +120,23 @@ def test_the_format_of_the_paper_s_code() -> None:
         ("zerosearch", [{"contents": "no text"}]),
     ],
 )
-def test_another_format_fails_at_once_and_is_shown(protocol: Protocol, reply: Any) -> None:
+def test_another_format_is_a_failed_call_and_shown(protocol: Protocol, reply: Any) -> None:
     server = Foreign((200, reply))
-    error, engine = searched(server, protocol)
-    assert isinstance(error, SearchError) and f"its reply is not of the protocol {protocol}" in str(error)
-    assert len(server.bodies) == 1 and engine.ledger.failures == 1
+    error, engine = searched(server, protocol, max_retries=0)
+    assert isinstance(error, SearchError) and f"its reply is not of the form expected: {json.dumps(reply)}" in str(
+        error
+    )
+    assert len(server.bodies) == 1 and engine.account.failures == 1
 
 
 def test_what_may_pass_is_tried_again_within_a_bound() -> None:
     good = (200, {"result": [[{"document": ROWS[0], "score": 1.0}]]})
     result, engine = searched(Foreign((503, {}), (500, {}), good), "search-r1")
     assert result == SearchResult(DOCUMENTS[:1], retries=2, titles=("Emma",))
-    assert (engine.ledger.sent, engine.ledger.retries) == (3, 2)
+    assert (engine.account.sent, engine.account.retries) == (3, 2)
     error, engine = searched(Foreign((503, {})), "search-r1", max_retries=2)
     assert isinstance(error, SearchError) and "recipes/serve_retriever.py serves one" in str(error)
-    assert (engine.ledger.sent, engine.ledger.failures) == (3, 1)
+    assert (engine.account.sent, engine.account.failures) == (3, 1)
 
 
 def test_a_retriever_without_health_is_known_by_its_address() -> None:

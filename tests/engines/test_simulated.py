@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from zerosearch import http
-from zerosearch.engines import SearchError, SearchRequest, SearchResult, replicas
+from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
 from zerosearch.prompts import PROMPTED_SIMULATOR
@@ -52,7 +52,6 @@ class Server:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
-    monkeypatch.setattr(replicas, "PROBE_EVERY_S", 0.05)
 
 
 @pytest.fixture
@@ -234,7 +233,9 @@ def test_a_server_that_is_late_is_asked_again(server: Server) -> None:
 
 def test_retries_are_bounded_and_the_error_names_the_remedy(server: Server) -> None:
     server.answer = in_turn((500, "Doc 1: Internal Server Error"))
-    message = f"{server.url} failed, attempt 3 of 3: HTTP status 500.*serve_simulator.py --model sim-3b --port"
+    message = (
+        f"{server.url}/chat/completions failed, attempt 3 of 3: HTTP status 500.*serve_simulator.py --model sim-3b"
+    )
     with pytest.raises(SearchError, match=message):
         search(SimulatedEngine(server.url, "sim-3b", max_retries=2), REQUEST)
     assert len(server.requests) == 3
@@ -362,12 +363,6 @@ def test_searches_run_side_by_side_over_connections_that_stay_open(server: Serve
     assert len(server.connections) == 20
 
 
-def test_an_engine_outlives_an_event_loop(server: Server) -> None:
-    engine = SimulatedEngine(server.url, "sim-3b")
-    assert asyncio.run(engine.search(REQUEST)).documents == FIVE
-    assert asyncio.run(engine.search(REQUEST)).documents == FIVE  # the first loop is closed, its connections with it
-
-
 def test_a_prompted_simulator_gets_an_example_and_its_noisy_form_no_answer(server: Server) -> None:
     requests = [SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), p_noise=p) for p in (0.0, 1.0)]
     search(SimulatedEngine(server.url, "sim-3b", PROMPTED_SIMULATOR), *requests)
@@ -435,80 +430,28 @@ def requests_of(count: int, first: int = 0) -> list[SearchRequest]:
     return [SearchRequest(f"query {row}", "Q?", ("a",), key=(row,)) for row in range(first, first + count)]
 
 
-def test_load_goes_to_the_server_with_the_fewest_in_flight(server: Server) -> None:
-    with serving() as slow, serving() as third:
-        twelve, rest_is_done = threading.Barrier(12, timeout=30), threading.Event()
-
-        def fast(place: int) -> tuple[int, str]:
-            if place < 4:
-                twelve.wait()
-            elif len(server.requests) + len(third.requests) == 116:
-                rest_is_done.set()
-            return reply_of(*FIVE)
-
-        def busy(place: int) -> tuple[int, str]:
-            twelve.wait()
-            rest_is_done.wait(30)
-            return reply_of(*FIVE)
-
-        server.answer = third.answer = fast
-        slow.answer = busy
-        engine = SimulatedEngine(f"{server.url}, {slow.url},{third.url}/", "sim-3b", max_concurrency=12)
-        search(engine, *requests_of(120))
-        assert slow.most_in_flight == server.most_in_flight == third.most_in_flight == 4
-        assert len(slow.requests) == 4  # it was never the least busy one again
-        assert len(server.requests) + len(third.requests) == 116
-
-
-def test_a_replica_that_fails_gets_nothing_until_it_answers_again(server: Server) -> None:
+def test_several_servers_share_the_searches_and_one_that_dies_fails_none(server: Server) -> None:
     with serving() as dying:
-        engine = SimulatedEngine([server.url, dying.url], "sim-3b", max_concurrency=8)
-
-        async def run() -> None:
-            await asyncio.gather(*map(engine.search, requests_of(40)))
-            assert dying.requests and not engine.replicas.down
-            dying.answer, dying.models = in_turn((500, "out of memory")), (503, "no")
-            results = await asyncio.gather(*map(engine.search, requests_of(40, first=100)))
-            assert engine.replicas.down == [dying.url]
-            assert 1 <= sum(result.retries for result in results) <= 8  # the calls that were in flight when it failed
-            seen = len(dying.requests)
-            await asyncio.sleep(0.1)
-            await asyncio.gather(*map(engine.search, requests_of(40, first=200)))  # probed meanwhile, and found ill
-            await asyncio.sleep(0.1)
-            assert len(dying.requests) == seen and engine.replicas.down == [dying.url]
-            dying.answer, dying.models = in_turn(reply_of(*FIVE)), server.models
-            for row in range(1000):
-                await engine.search(requests_of(1, first=1000 + row)[0])  # which has it probed
-                if not engine.replicas.down:
-                    break
-                await asyncio.sleep(0.01)
-            assert not engine.replicas.down
-            await asyncio.gather(*map(engine.search, requests_of(40, first=400)))
-            assert len(dying.requests) > seen
-            await engine.aclose()
-
-        asyncio.run(run())
+        engine = SimulatedEngine(f"{server.url}, {dying.url}/", "sim-3b", max_concurrency=8)
+        search(engine, *requests_of(40))
+        assert (len(server.requests), len(dying.requests)) == (20, 20)
+        dying.answer = in_turn((500, "out of memory"))
+        results = search(engine, *requests_of(40, first=100))
+        assert [result.documents for result in results] == [FIVE] * 40
+        assert sum(result.retries for result in results) == 20 == engine.account.retries
 
 
-def test_all_replicas_down_is_a_search_error_after_bounded_retries(server: Server) -> None:
+def test_all_servers_down_is_a_search_error_after_bounded_retries(server: Server) -> None:
     with serving() as other:
         for one in (server, other):
-            one.answer, one.models = in_turn((500, "out of memory")), (500, "out of memory")
+            one.answer = in_turn((500, "out of memory"))
         engine = SimulatedEngine([server.url, other.url], "sim-3b", max_retries=3)
-        message = f"the simulator at {server.url}, {other.url} failed, attempt 4 of 4: .*out of memory.*--replicas 2"
-        with pytest.raises(SearchError, match=message):
+        message = (
+            f"the simulator at {server.url}/chat/completions, {other.url}/chat/completions failed, attempt 4 of 4"
+        )
+        with pytest.raises(SearchError, match=f"{message}: .*out of memory.*--replicas 2"):
             search(engine, REQUEST)
-        assert (len(server.requests), len(other.requests)) == (1, 1)
-        server.answer, server.models = in_turn(reply_of(*FIVE)), (200, json.dumps({"data": [{"id": "sim-3b"}]}))
-        assert search(engine, REQUEST)[0].documents == FIVE  # and back as soon as one answers
-
-
-def test_a_busy_replica_stays_in_rotation(server: Server) -> None:
-    server.answer = in_turn((429, "busy"), reply_of(*FIVE))
-    with serving() as other:
-        engine = SimulatedEngine([server.url, other.url], "sim-3b")
-        search(engine, REQUEST)
-        assert not engine.replicas.down
+        assert (len(server.requests), len(other.requests)) == (2, 2)
 
 
 def test_check_asks_every_server(server: Server) -> None:
@@ -518,6 +461,55 @@ def test_check_asks_every_server(server: Server) -> None:
         other.models = (200, json.dumps({"data": [{"id": "another"}]}))
         with pytest.raises(UserError, match=f"the server at {other.url} has no model 'sim-3b', but: another"):
             SimulatedEngine([server.url, other.url]).check()
+
+
+THOUGHT = "They want noise. The answer is Jane Austen.\nDoc 1: no\nDoc 2: no"
+WRITTEN = "\n".join(f"Doc {number}: {text}" for number, text in enumerate(FIVE, start=1))
+
+
+@pytest.mark.parametrize("reply", [f"<think>{THOUGHT}</think>\n\n{WRITTEN}", f"{THOUGHT}\n</think>\n{WRITTEN}"])
+def test_a_thought_is_not_a_document(server: Server, reply: str) -> None:
+    server.answer = in_turn(completion(reply))
+    engine = SimulatedEngine(server.url, "sim-3b")
+    assert search(engine, REQUEST)[0].documents == FIVE
+    assert engine.counts.well_formed_replies == 1
+
+
+def test_a_thought_cut_off_holds_no_documents_and_is_asked_for_again(server: Server) -> None:
+    server.answer = in_turn(completion(f"<think>\n{THOUGHT}"), reply_of(*FIVE))
+    (result,) = search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
+    assert (result.documents, result.short_replies) == (FIVE, 1)
+    server.answer = in_turn(completion(f"<think>\n{THOUGHT}"))
+    with pytest.raises(SearchError, match="wrote no documents"):
+        search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
+
+
+def test_content_in_parts_is_read(server: Server) -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}, {"type": "text", "text": WRITTEN}]
+    server.answer = in_turn((200, json.dumps({"choices": [{"message": {"content": parts}}]})))
+    assert search(SimulatedEngine(server.url, "sim-3b"), REQUEST)[0].documents == FIVE
+
+
+def test_half_a_character_is_replaced(server: Server) -> None:
+    server.answer = in_turn(reply_of("caf\ud83d", "nul \x00", *FIVE[2:]))
+    (result,) = search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
+    assert result.documents == ("caf\ufffd", "nul \ufffd", *FIVE[2:])
+
+
+def test_a_password_in_the_address_is_in_no_message(server: Server) -> None:
+    url = server.url.replace("http://", "http://user:p4ss@")
+    server.answer = in_turn(completion(""))
+    with pytest.raises(SearchError, match="wrote no documents") as nothing:
+        search(SimulatedEngine(url, "sim-3b"), REQUEST)
+    with pytest.raises(UserError, match="has no model") as wrong:
+        SimulatedEngine(url, "sim-7b").check()
+    absent = SimulatedEngine("http://user:p4ss@127.0.0.1:9/v1", "sim-3b", max_retries=0)
+    with pytest.raises(SearchError, match=r"\*\*\*@127\.0\.0\.1:9") as failed:
+        search(absent, REQUEST)
+    with pytest.raises(UserError, match=r"no simulator answers at http://\*\*\*@") as nobody:
+        absent.check()
+    shown = [str(error.value) for error in (nothing, wrong, failed, nobody)]
+    assert "p4ss" not in f"{shown} {absent.identity()}"
 
 
 def test_the_users_hub_token_and_offline_mode_stay_out_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

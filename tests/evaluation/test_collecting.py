@@ -159,8 +159,8 @@ def test_every_search_is_kept_with_what_became_of_it(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--google_max_queries", "10"], "the limit of 10 queries to Google is reached"),
-        (["--google_max_usd", "0.1"], "the limit of 0.1 USD for Google is reached"),
+        (["--google_max_queries", "10"], "the limit of 10 queries to google is reached"),
+        (["--google_max_usd", "0.1"], "the limit of 0.1 USD for google is reached"),
         (["--max_usd", "0.25", "--endpoint_usd_read", "10"], "stopped at the limit of 0.25 USD"),
     ],
 )
@@ -277,7 +277,7 @@ def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
         (["--max_usd", "0"], "the limit of usd is 0"),
         (["--dataset", "none.jsonl"], "there is no file none.jsonl"),
         (
-            ["--output_dir", f"{__file__}/x", "--cassette", ":memory:"],
+            ["--output_dir", f"{__file__}/x", "--search_cache", ":memory:"],
             f"the output folder {__file__}/x cannot be used",
         ),
     ],

@@ -17,16 +17,16 @@ import pytest
 from scripted import Library, Writer
 
 from zerosearch.data import load_questions, read_passages
-from zerosearch.engines import SearchError, SearchRequest, SearchResult, limits
+from zerosearch.engines import SearchError, SearchRequest, SearchResult, account
+from zerosearch.engines.account import LimitReached, Limits
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.engines.limits import LimitReached, Limits
 from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import evaluate
 from zerosearch.generation import loading
 from zerosearch.generation.chat_endpoint import EndpointGenerator, Prices
 from zerosearch.generation.loading import load_generator, model_identity
+from zerosearch.http import run_in_background
 from zerosearch.prompts import PAPER
-from zerosearch.rollout.in_flight import run_in_background
 from zerosearch.rollout.loop import RolloutSettings
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:
 
 def test_time_that_runs_out_leaves_scores_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0  # a clock that only turns advance
-    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(account, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def slow(context: str) -> str:
         nonlocal now
@@ -359,8 +359,8 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
 @pytest.mark.parametrize(
     ("budget", "reason"),
     [
-        ({"max_queries": 5}, "stopped: the limit of 5 queries to Google is reached"),
-        ({"max_usd": 0.005, "usd_per_query": 0.001}, "stopped: the limit of 0.005 USD for Google is reached: 0.0050"),
+        ({"max_queries": 5}, "stopped: the limit of 5 queries to google is reached"),
+        ({"max_usd": 0.005, "usd_per_query": 0.001}, "stopped: the limit of 0.005 USD for google is reached: 0.0050"),
     ],
 )
 def test_a_budget_that_is_spent_stops_and_is_no_failure(
@@ -382,7 +382,7 @@ def test_a_budget_that_is_spent_stops_and_is_no_failure(
 
 
 def test_a_budget_for_nothing_leaves_nothing(paid_search: PaidSearch, tmp_path: Path) -> None:
-    with pytest.raises(LimitReached, match="the limit of 0 queries to Google is reached: 0 of 12 trajectories"):
+    with pytest.raises(LimitReached, match="the limit of 0 queries to google is reached: 0 of 12 trajectories"):
         run(tmp_path, engine=paid_search.engine(max_queries=0))
     assert paid_search.queries == [] and trajectories(tmp_path) == []
 
@@ -402,28 +402,6 @@ def test_a_refusal_ends_an_evaluation_that_cannot_go_on(paid_search: PaidSearch,
     assert len(paid_search.queries) <= 4  # those under way, and not all twelve
     paid_search.refuses = lambda query: 200
     assert run(tmp_path, engine=paid_search.engine(), resume=True)["n"] == 12
-
-
-def test_a_limit_stays_reached_though_a_search_is_paid_back() -> None:
-    ledger = SimpleNamespace(usd_here=0.0, queries=0, sent=0, replayed=0, retries=0, failures=0)
-    account = limits.Account(None, SimpleNamespace(name="google", max_concurrency=1, ledger=ledger), Limits(usd=1.0))
-    assert account.may_go_on()
-    ledger.usd_here = 1.0
-    assert not account.may_go_on()
-    ledger.usd_here = 0.9
-    assert not account.may_go_on() and account.stopped() == "stopped at the limit of 1 USD"
-
-
-@pytest.mark.parametrize("limits", [{"usd": 0.0}, {"seconds": -1.0}, {"usd": float("nan")}])
-def test_a_limit_is_above_0(limits: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="must be above 0"):
-        Limits(**limits)
-
-
-def test_what_is_left_of_limits() -> None:
-    assert Limits(10.0, None).less(4.0, 100.0) == Limits(6.0, None)
-    with pytest.raises(LimitReached, match="the limit of 10 USD is used up"):
-        Limits(10.0, None).less(10.0, 1.0)
 
 
 def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,11 @@ from zerosearch.generation.chat_endpoint import (
     EndpointOptions,
     PieceTokenizer,
     Prices,
-    Reply,
     as_turn,
     make_endpoint,
-    read_reply,
 )
-from zerosearch.http import CallFailed
+from zerosearch.http import ChatReply, run_in_background
 from zerosearch.prompts import INVALID_ACTION_HINT
-from zerosearch.rollout.in_flight import run_in_background
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 
 if TYPE_CHECKING:
@@ -219,14 +217,22 @@ def test_a_reply_becomes_a_turn(
     text: str, finish_reason: str | None, stop_string: str | None, turn: str | None, finish: str
 ) -> None:
     expected = f"{text}</search>" if turn is None else turn
-    assert as_turn(Reply(text, finish_reason, stop_string, None, None)) == (expected, finish)
+    assert as_turn(ChatReply(text, finish_reason, stop_string)) == (expected, finish)
 
 
-def test_a_reply_without_text_is_empty_and_one_of_another_form_fails() -> None:
-    assert read_reply({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}).text == ""
-    for reply in ({"error": "x"}, {"choices": []}, [], {"choices": [{"message": "x"}]}):
-        with pytest.raises(CallFailed, match="no chat completion"):
-            read_reply(reply)
+def test_a_reply_of_nothing_but_open_thoughts_takes_linear_time() -> None:
+    start = time.perf_counter()
+    assert as_turn(ChatReply("<think>" * 40_000, "stop")) == ("<think>" * 40_000, "eos")
+    assert time.perf_counter() - start < 1.0
+
+
+def test_a_key_is_stripped_and_a_password_in_the_address_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "k\n")
+    policy = make_endpoint(EndpointOptions("http://user:p4ss@x/v1", "SOME_KEY"), "m")
+    assert policy.client.headers == {"Authorization": "Bearer k"} and policy.name == "the endpoint http://***@x/v1"
+    monkeypatch.setenv("SOME_KEY", "one\ntwo")
+    with pytest.raises(UserError, match="the key of SOME_KEY holds a space, a line break or another"):
+        make_endpoint(EndpointOptions("http://x/v1", "SOME_KEY"), "m")
 
 
 def test_prices_are_numbers_of_dollars() -> None:

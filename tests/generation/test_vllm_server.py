@@ -115,18 +115,18 @@ def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "may_pass", "message"),
+    ("reply", "is_final", "message"),
     [
-        ({"choices": [{"text": "no ids"}]}, False, "its reply is no completion with token ids"),
-        ([], False, "its reply is no completion with token ids"),
-        (completion([1, 2], "abort", None), True, "gave the turn up: 2 tokens, finish_reason 'abort'"),
-        (completion([], "stop", None), True, "gave the turn up: 0 tokens"),
+        ({"choices": [{"text": "no ids"}]}, True, "its reply is no completion with token ids"),
+        ([], True, "its reply is no completion with token ids"),
+        (completion([1, 2], "abort", None), False, "gave the turn up: 2 tokens, finish_reason 'abort'"),
+        (completion([], "stop", None), False, "gave the turn up: 0 tokens"),
     ],
 )
-def test_a_reply_without_a_turn_is_none(reply: Any, may_pass: bool, message: str) -> None:
+def test_a_reply_without_a_turn_is_none(reply: Any, is_final: bool, message: str) -> None:
     with pytest.raises(CallFailed, match=message) as caught:
         read_turn(reply, 0)
-    assert caught.value.may_pass is may_pass
+    assert caught.value.is_final is is_final
 
 
 def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -250,14 +250,14 @@ def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(
     load_recipe("evaluate").main([*flags, "--google_max_queries", "2"])
     finished = json.loads((tmp_path / "out/results.json").read_text())["n"]
     assert finished in (1, 2)
-    stopped = f"the limit of 2 queries to Google is reached: {finished} of 3 trajectories are finished"
+    stopped = f"the limit of 2 queries to google is reached: {finished} of 3 trajectories are finished"
     assert f"policy: stopped: {stopped}; --resume true goes on" in capsys.readouterr().out
     load_recipe("evaluate").main([*flags, "--resume", "true"])
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (results["n"], results["stopped"], results["outcomes"]["answered"]) == (3, None, 3)
     assert len(paid_search.queries) == len(set(paid_search.queries)) == 3
     (bill,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("google "))
-    assert bill[1] == str(3 - finished) and bill[3] == "0.01"  # one was sent, the other came from the cassette
+    assert bill[1] == str(3 - finished) and bill[3] == "0.01"  # one was sent, the other came from the cache
     assert all(b"s3cret" not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 

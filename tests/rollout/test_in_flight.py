@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from zerosearch.rollout.in_flight import Arrival, InFlight, background_loop, run_in_background
+from zerosearch.http import background_loop, run_in_background
+from zerosearch.rollout.in_flight import Arrival, InFlight
 
 
 async def after(seconds: float, result: str, log: list[str] | None = None) -> str:

@@ -21,6 +21,7 @@ from aiohttp import web
 from http_servers import serving
 
 from zerosearch import http
+from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError
 from zerosearch.simulator.judge import (
@@ -28,7 +29,6 @@ from zerosearch.simulator.judge import (
     Judge,
     Pair,
     Verdict,
-    VerdictCache,
     agreement,
     judge_pairs,
     parse_verdict,
@@ -140,8 +140,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[VerdictCache]:
-    cache = VerdictCache(tmp_path / "verdicts.sqlite")
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    cache = Cache(tmp_path / "verdicts.sqlite")
     yield cache
     cache.close()
 
@@ -149,7 +149,7 @@ def cache(tmp_path: Path) -> Iterator[VerdictCache]:
 PAIRS = [("Emma author", "Emma is by Jane Austen."), ("Emma author", "It rains."), ("rain", "It rains.")]
 
 
-def test_the_judge_is_asked_about_each_document_alone(server: JudgeServer, cache: VerdictCache) -> None:
+def test_the_judge_is_asked_about_each_document_alone(server: JudgeServer, cache: Cache) -> None:
     judge = Judge(server.url, "judge-1", "secret")
     verdicts = judge_pairs([*PAIRS, PAIRS[0]], judge, cache)
     assert list(map(verdicts.get, PAIRS)) == [True, False, True]
@@ -177,9 +177,7 @@ def test_the_judge_is_asked_about_each_document_alone(server: JudgeServer, cache
     assert judge.counts.prompt_tokens == 300 and judge.counts.completion_tokens == 12
 
 
-def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(
-    server: JudgeServer, cache: VerdictCache
-) -> None:
+def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(server: JudgeServer, cache: Cache) -> None:
     first = judge_pairs(PAIRS, Judge(server.url, "judge-1"), cache)
     judge = Judge(server.url, "judge-1")
     assert judge_pairs(PAIRS, judge, cache) == first
@@ -191,7 +189,7 @@ def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(
     assert len(server.requests) == 5
 
 
-def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, cache: VerdictCache) -> None:
+def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, cache: Cache) -> None:
     server.answer = lambda n, messages: reply_of("It depends.") if n == 0 else verdict_of(messages)
     judge = Judge(server.url, "judge-1")
     assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
@@ -200,7 +198,7 @@ def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, c
     assert second[:1] == first and second[1]["content"] == "It depends." and "no verdict" in second[2]["content"]
 
 
-def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, cache: VerdictCache) -> None:
+def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, cache: Cache) -> None:
     server.answer = lambda n, messages: reply_of("It depends.")
     judge = Judge(server.url, "judge-1")
     assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: None}
@@ -220,14 +218,14 @@ def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, c
         (200, '{"choices": []}'),
     ],
 )
-def test_what_may_pass_is_tried_again(server: JudgeServer, cache: VerdictCache, failure: tuple[int, str]) -> None:
+def test_what_may_pass_is_tried_again(server: JudgeServer, cache: Cache, failure: tuple[int, str]) -> None:
     server.answer = lambda n, messages: failure if n < 2 else verdict_of(messages)
     judge = Judge(server.url, "judge-1")
     assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
     assert judge.client.counts.retries == 2
 
 
-def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: VerdictCache) -> None:
+def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: Cache) -> None:
     judge = Judge(server.url, "judge-1", timeout_s=0.3)
 
     def hold(n: int) -> bool:
@@ -249,7 +247,7 @@ def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: Verdict
     ],
 )
 def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_nothing(
-    server: JudgeServer, cache: VerdictCache, failure: tuple[int, str], calls: int, message: str
+    server: JudgeServer, cache: Cache, failure: tuple[int, str], calls: int, message: str
 ) -> None:
     judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache)
     server.answer = lambda n, messages: failure
@@ -262,7 +260,7 @@ def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_noth
     assert judge.counts.from_cache == 1
 
 
-def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cache: VerdictCache) -> None:
+def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cache: Cache) -> None:
     pairs = [("q", f"document {n}") for n in range(20)]
     judge = Judge(server.url, "judge-1", max_concurrency=4)
     verdict, failed = judge.verdict, Event()
@@ -279,11 +277,11 @@ def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cac
     server.hold = lambda n: "document 0" not in str(server.requests[n]) and not failed.is_set()
     with pytest.raises(UserError, match="401"):
         judge_pairs(pairs, judge, cache)
-    assert cache.get(judge.key(pairs[1])) and cache.get(judge.key(pairs[3]))
+    assert cache.get(judge.cached_as(pairs[1])) and cache.get(judge.cached_as(pairs[3]))
     assert len(server.requests) == 4  # and nothing more was asked
 
 
-def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache: VerdictCache) -> None:
+def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache: Cache) -> None:
     together: set[int] = set()
 
     def hold(n: int) -> bool:
@@ -299,8 +297,8 @@ def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache
 
 def test_a_cache_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("hello " * 1000)
-    with pytest.raises(UserError, match=r"verdict cache .*cache cannot be used"):
-        VerdictCache(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"the cache .*cache cannot be used"):
+        Cache(tmp_path / "cache")
 
 
 def write_traces(path: Path, num_searches: int) -> Path:
@@ -383,8 +381,8 @@ def test_killed_half_way_and_started_again_no_verdict_is_paid_for_twice(server: 
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    cache = VerdictCache(tmp_path / "out/verdicts.sqlite")
-    paid = cache._database.execute("SELECT count(*) FROM verdicts").fetchone()[0]
+    cache = Cache(tmp_path / "out/verdicts.sqlite")
+    paid = cache._database.execute("SELECT count(*) FROM replies").fetchone()[0]
     cache.close()
     before = len(server.requests)
     assert (before, paid) == (84, 80)  # lost with the kill: no more than was in flight

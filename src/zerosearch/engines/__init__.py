@@ -14,7 +14,8 @@ class SearchRequest:
     """One search of one trajectory, with the question and answers of its own row.
 
     A real engine reads `query` alone. A simulator also reads the question, the golden answers and `p_noise`, the
-    probability of noisy documents, and tosses the coin by `key`: (seed, step, row, sample, turn).
+    probability of noisy documents, and draws noisy or useful from an RNG keyed by `key`: (seed, step, row, sample,
+    turn).
     """
 
     query: str
@@ -27,16 +28,16 @@ class SearchRequest:
         if not 0.0 <= self.p_noise <= 1.0:
             raise ValueError(f"p_noise is {self.p_noise}: a probability lies in [0, 1]")
         if 0.0 < self.p_noise < 1.0 and not self.key:
-            raise ValueError("p_noise needs a key: without one every search would toss the same coin")
+            raise ValueError("p_noise needs a key: without one every search would draw the same")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The documents, best first; whether they were asked to be noisy (`None`: the engine has no such notion).
+    """The documents, best first; whether they were asked to be noisy (`None`: the engine knows no noise).
 
     Where each document has a coin of its own, `noisy` is what most of them are and `noisy_share` says how many.
     `short_replies` counts the replies that held too few documents and were asked for again. `titles` are those of the
-    documents, "" for one that has none; an engine that does not tell titles from texts gives no titles at all.
+    documents, "" for one without; an engine that does not tell titles from texts gives an empty tuple.
     """
 
     documents: tuple[str, ...]
@@ -50,8 +51,8 @@ class SearchResult:
 class SearchEngine(Protocol):
     """Anything that answers a search. At most `max_concurrency` searches are in flight at once.
 
-    An engine may have more: `identity()`, a dictionary of what its results depend on, for manifests and cassettes;
-    `reads_query_only`, true if they depend on nothing else of a request; and a `ledger`, its account.
+    An engine may have more: `identity()`, a dictionary of what its results depend on, for manifests and the cache;
+    `reads_query_only`, true if they depend on the query alone; and an `account` (zerosearch.engines.account).
     """
 
     name: str
@@ -89,7 +90,7 @@ def result_of(passages: Sequence[Passage]) -> SearchResult:
 
 
 def engine_identity(engine: SearchEngine) -> dict[str, Any]:
-    """Return what an engine's results depend on, for manifests and cassettes: its own `identity()`, or its name.
+    """Return what an engine's results depend on, for manifests and the cache: its own `identity()`, or its name.
 
     A value of `None` is one that the engine does not know before it has asked its server.
     """

@@ -16,8 +16,8 @@ from tantivy import Document, Filter, Occur, Query, TextAnalyzerBuilder, Tokeniz
 
 from zerosearch.data import Passage
 from zerosearch.engines import SearchError, SearchRequest, SearchResult, result_of
+from zerosearch.engines.account import Account
 from zerosearch.engines.corpus import DATA, CorpusReader, Found, PassageFile, built_index, index_identity
-from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
 from zerosearch.text import clean_text
 
@@ -59,12 +59,12 @@ class BM25Engine:
             raise UserError(f"num_documents is {num_documents}: it must be at least 1")
         self.num_documents = num_documents
         self.index = BM25Index(corpus, index_dir)
-        self.ledger = Ledger(self.name)
+        self.account = Account(self.name)
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the passages that match the query; a query without a known word matches none."""
-        with self.ledger.search():
-            self.ledger.sent += 1
+        with self.account.search():
+            self.account.sent += 1
             try:
                 return result_of(self.find(request.query))
             except UserError as error:  # the corpus has changed under the engine

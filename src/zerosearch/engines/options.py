@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from zerosearch.engines import SearchEngine
-from zerosearch.engines.ledger import Ledger
 from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
 
@@ -69,14 +68,14 @@ class EngineOptions:
         default=None, metadata={"help": "For google: the price in your plan. Default: the provider's list."}
     )
 
-    cassette: str | None = field(
-        default=None, metadata={"help": "SQLite file that records what the engine answers, and answers from then on."}
+    search_cache: str | None = field(
+        default=None, metadata={"help": "SQLite file that keeps what the engine answers: nothing is asked twice."}
     )
-    cassette_replay_only: bool = field(
-        default=False, metadata={"help": "Answer from the cassette alone; what it does not hold is an error."}
+    search_cache_only: bool = field(
+        default=False, metadata={"help": "Answer from the cache alone; what it does not hold is an error."}
     )
     engine_usd_per_hour: float = field(
-        default=0.0, metadata={"help": "What the machine behind the engine costs an hour, for the ledger."}
+        default=0.0, metadata={"help": "What the machine behind the engine costs an hour, for the account."}
     )
 
     def __post_init__(self) -> None:
@@ -98,8 +97,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"{name} is {value}: it must be at least 0")
-        if self.cassette_replay_only and self.cassette is None:
-            raise UserError("--cassette_replay_only needs --cassette, the file to replay")
+        if self.search_cache_only and self.search_cache is None:
+            raise UserError("--search_cache_only needs --search_cache, the file to answer from")
 
 
 def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -> SearchEngine:
@@ -108,68 +107,47 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
     `simulator_template` is what a simulator is asked (zerosearch.prompts).
     Raises `UserError`, one sentence with the remedy, for a flag that is missing or an engine that does not answer.
     """
+    engine: Any
     if options.engine == "bm25":
-        engine = _bm25(options)
+        from zerosearch.engines.bm25 import BM25Engine
+
+        if options.corpus is None:
+            raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
+        engine = BM25Engine(options.corpus, options.num_documents, options.index_dir)
     elif options.engine == "retriever":
-        engine = _retriever(options)
+        from zerosearch.engines.retriever import RetrieverEngine
+
+        engine = RetrieverEngine(options.retriever_url, options.retriever_protocol, options.num_documents)
     elif options.engine == "google":
-        engine = _google(options)
+        from zerosearch.engines.google import GoogleEngine, read_key
+
+        engine = GoogleEngine(
+            "" if options.search_cache_only else read_key(options.google_provider, options.google_key_file),
+            options.google_provider,
+            options.num_documents,
+            queries_per_s=options.google_queries_per_s,
+            max_queries=options.google_max_queries,
+            max_usd=options.google_max_usd,
+            usd_per_query=options.google_usd_per_query,
+            url=options.google_url,
+        )
     else:
-        engine = _simulated(options, simulator_template)
-    ledger = getattr(engine, "ledger", None)
-    if isinstance(ledger, Ledger):
-        ledger.usd_per_hour = options.engine_usd_per_hour
-    if options.cassette is None:
+        from zerosearch.engines.simulated import SimulatedEngine
+
+        engine = SimulatedEngine(
+            options.simulator_url,
+            options.simulator_model,
+            simulator_template,
+            coin=options.simulator_coin,
+            max_tokens=options.simulator_max_tokens,
+            ask_leaks_again=options.simulator_ask_leaks_again,
+            num_documents=options.num_documents,
+        )
+    engine.account.usd_per_hour = options.engine_usd_per_hour
+    if options.engine in ("simulated", "retriever") and not options.search_cache_only:
+        engine.check()
+    if options.search_cache is None:
         return engine
-    from zerosearch.engines.cassette import CassetteEngine
+    from zerosearch.engines.cache import CachedEngine
 
-    return CassetteEngine(options.cassette, engine, options.cassette_replay_only)
-
-
-def _bm25(options: EngineOptions) -> SearchEngine:
-    from zerosearch.engines.bm25 import BM25Engine
-
-    if options.corpus is None:
-        raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
-    return BM25Engine(options.corpus, options.num_documents, options.index_dir)
-
-
-def _retriever(options: EngineOptions) -> SearchEngine:
-    from zerosearch.engines.retriever import RetrieverEngine
-
-    engine = RetrieverEngine(options.retriever_url, options.retriever_protocol, options.num_documents)
-    if not options.cassette_replay_only:
-        engine.check()
-    return engine
-
-
-def _google(options: EngineOptions) -> SearchEngine:
-    from zerosearch.engines.google import GoogleEngine, read_key
-
-    return GoogleEngine(
-        "" if options.cassette_replay_only else read_key(options.google_provider, options.google_key_file),
-        options.google_provider,
-        options.num_documents,
-        queries_per_s=options.google_queries_per_s,
-        max_queries=options.google_max_queries,
-        max_usd=options.google_max_usd,
-        usd_per_query=options.google_usd_per_query,
-        url=options.google_url,
-    )
-
-
-def _simulated(options: EngineOptions, template: SimulatorTemplate) -> SearchEngine:
-    from zerosearch.engines.simulated import SimulatedEngine
-
-    engine = SimulatedEngine(
-        options.simulator_url,
-        options.simulator_model,
-        template,
-        coin=options.simulator_coin,
-        max_tokens=options.simulator_max_tokens,
-        ask_leaks_again=options.simulator_ask_leaks_again,
-        num_documents=options.num_documents,
-    )
-    if not options.cassette_replay_only:
-        engine.check()
-    return engine
+    return CachedEngine(options.search_cache, engine, options.search_cache_only)

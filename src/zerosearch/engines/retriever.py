@@ -9,17 +9,15 @@ recipes/serve_retriever.py serves both.
 
 from __future__ import annotations
 
-import asyncio
-import json
 from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import urljoin
 
-from zerosearch.data import Passage, passage_of
-from zerosearch.engines import SearchError, SearchRequest, SearchResult, result_of
-from zerosearch.engines.ledger import Ledger
+from zerosearch.data import passage_of
+from zerosearch.engines import SearchRequest, SearchResult, result_of
+from zerosearch.engines.account import Account
 from zerosearch.errors import UserError
-from zerosearch.http import CallFailed, HTTPClient, ServiceError
+from zerosearch.http import HTTPClient, ServiceError, redacted_url, run_in_background
 
 Protocol = Literal["search-r1", "zerosearch"]
 
@@ -28,7 +26,6 @@ class RetrieverEngine:
     """Ask a retriever for the `num_documents` best passages.
 
     `url` is the whole address, route included. The server may be ours or anybody's that speaks the protocol.
-    Raises `SearchError` once the bounded retries are spent, or at once if they are of no use.
     """
 
     name = "retriever"
@@ -47,7 +44,7 @@ class RetrieverEngine:
         self.url, self.protocol, self.num_documents = url, protocol, num_documents
         self.max_concurrency = max_concurrency
         self.index: Any = None  # what is behind the address, once `check` has asked
-        self.ledger = Ledger(self.name)
+        self.account = Account(self.name)
         self.client = HTTPClient(
             "the retriever",
             remedy="put it right (recipes/serve_retriever.py serves one) and resume the run",
@@ -59,21 +56,18 @@ class RetrieverEngine:
     def check(self) -> None:
         """Raise `UserError` unless the retriever answers a query in its protocol; ask what index it has.
 
-        A retriever that has no /health as ours does is known by its address.
+        A retriever without our server's /health is known by its address.
         """
-        asyncio.run(self._check())
+        run_in_background(self._check())
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        """Return the documents the retriever finds."""
-        with self.ledger.search():
-            try:
-                result, retries = await self.client.with_retries(
-                    lambda: self._call(request.query), self.url, request.key
-                )
-            except ServiceError as error:
-                self.ledger.retries += error.retries
-                raise SearchError(str(error), error.retries) from error
-            self.ledger.retries += retries
+        """Return the documents the retriever finds. Raises `SearchError`."""
+        with self.account.search():
+            body = self._body(request.query)
+            result, retries = await self.client.request(
+                "POST", self.url, body=body, read=self._result, around=self.account.call
+            )
+            self.account.retries += retries
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
@@ -89,28 +83,21 @@ class RetrieverEngine:
             "num_documents": self.num_documents,
         }
 
-    async def _call(self, query: str) -> SearchResult:
-        self.ledger.sent += 1
-        return await self.client.call("POST", self.url, body=self._body(query), read=self._result)
-
     async def _check(self) -> None:
+        client, url = self.client, self.url
         try:
-            await self.client.call("POST", self.url, body=self._body("test"), read=self._result)
-            self.index = await self._served_index()
-        except CallFailed as error:
+            await client.request("POST", url, body=self._body("test"), read=self._result, max_retries=0)
+            try:
+                self.index, _ = await client.request("GET", urljoin(url, "health"), read=_read_index, max_retries=0)
+            except ServiceError:
+                self.index = {"url": redacted_url(url)}
+        except ServiceError as error:
             raise UserError(
-                f"no retriever answers at {self.url} in the protocol {self.protocol} ({error}); start one with: "
-                "python recipes/serve_retriever.py --corpus FILE.jsonl"
-            ) from error
+                f"no retriever answers at {redacted_url(url)} in the protocol {self.protocol} ({error.reason}); "
+                "start one with: python recipes/serve_retriever.py --corpus FILE.jsonl"
+            ) from None
         finally:
-            await self.client.aclose()
-
-    async def _served_index(self) -> Any:
-        """Return what the server says of its index, or its address if it says nothing."""
-        try:
-            return await self.client.call("GET", urljoin(self.url, "health"), read=_read_index)
-        except CallFailed:
-            return {"url": self.url}
+            await client.aclose()
 
     def _body(self, query: str) -> dict[str, Any]:
         if self.protocol == "zerosearch":
@@ -119,22 +106,14 @@ class RetrieverEngine:
         return {"queries": [query], "topk": self.num_documents, "return_scores": True}
 
     def _result(self, reply: Any) -> SearchResult:
-        try:
-            if self.protocol == "zerosearch":
-                return SearchResult(tuple(str(found["text"]) for found in reply)[: self.num_documents])
-            (found_for_query,) = reply["result"]
-            return result_of([_passage(found) for found in found_for_query][: self.num_documents])
-        except (AttributeError, KeyError, TypeError, ValueError, UserError):
-            shown = json.dumps(reply)
-            raise CallFailed(f"its reply is not of the protocol {self.protocol}: {shown}", False, 200) from None
-
-
-def _passage(found: Any) -> Passage:
-    """Return a passage of Search-R1's protocol, with or without a score."""
-    return passage_of(found.get("document", found), "a document")
+        if self.protocol == "zerosearch":
+            texts = [found["text"] for found in reply[: self.num_documents]]
+            return SearchResult(tuple(text.strip() for text in texts))
+        (found,) = reply["result"]
+        return result_of([passage_of(one.get("document", one), "a document") for one in found[: self.num_documents]])
 
 
 def _read_index(reply: Any) -> Any:
-    if not isinstance(reply, dict) or not reply.get("index"):
-        raise CallFailed("it says nothing of an index", False, 200)
+    if not reply["index"]:
+        raise ValueError("the server names no index")
     return reply["index"]

@@ -10,25 +10,25 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
-from zerosearch.engines.ledger import Ledger
-from zerosearch.engines.replicas import Replicas
+from zerosearch.engines.account import Account
 from zerosearch.errors import UserError
-from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text, read_models
+from zerosearch.http import HTTPClient, ServiceError, read_chat, read_models, redacted_url, run_in_background
 from zerosearch.metrics import holds_answer
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import is_well_formed, split_documents
+from zerosearch.text import without_thoughts
 
 CHECK_TIMEOUT_S = 10.0
 CONCURRENCY_OF_A_SERVER = 64
 
 Coin = Literal["query", "document"]
-COIN_STREAM = 1_000_033  # sets a document's coin apart from a query's, and from the seeds
+COIN_STREAM = 1_000_033  # keeps the coins of documents apart from those of queries, and from the seeds
 
 
 @dataclass
 class SimulatorCounts:
-    """What an engine has seen. A reply that is short, with too few documents, is asked for once more."""
+    """What an engine has seen. A short reply, one with too few documents, is asked for once more."""
 
     searches: int = 0
     replies: int = 0
@@ -40,20 +40,19 @@ class SimulatorCounts:
 
 
 class SimulatedEngine:
-    """Ask a simulator for documents, useful or noisy by the toss of a coin.
+    """Ask a simulator for documents, useful or noisy as drawn from a keyed RNG.
 
-    `base_url` is one address or several, in a sequence or with commas between them: calls go to the server with the
-    fewest in flight, and a server that fails gets none until it answers a health probe. `model` None: the one that is
-    served, an adapter before its base. `template` is the tuned simulator's prompt (the paper's Table 2) or the two of
-    a prompted one, `PROMPTED_SIMULATOR`.
+    `base_url` is one address or several, in a sequence or with commas between them: calls go round them, and a call
+    that failed is retried at the next one. `model` None: the one that is served, an adapter before its base.
+    `template` is the tuned simulator's prompt (the paper's Table 2) or the two of a prompted one,
+    `PROMPTED_SIMULATOR`.
 
     One coin a query, as in the paper's code, so its documents are all useful or all noisy; with `coin="document"` each
     document has a coin of its own, and a mixed search costs two replies. Coins and sampling seed come from the
     request's key, so a run that is resumed asks for the same documents.
 
     A reply with fewer than `num_documents` documents is asked for once more, with another seed. The fuller of the two
-    is used; with fewer than `min_documents` in it the search fails. A call that fails on its way (no connection,
-    `timeout_s` passed, a reply that is no JSON, a status that may pass) is repeated at most `max_retries` times.
+    is used; with fewer than `min_documents` in it the search fails.
 
     With `ask_leaks_again`, which is not the paper's, a noisy reply that holds a golden answer of the question is asked
     for once more, too, so that the noise that comes is nearer to the noise that was asked for. A reply that leaks the
@@ -82,17 +81,16 @@ class SimulatedEngine:
         """`max_concurrency` None: 64 for each server. `api_key` is for an endpoint that wants one."""
         urls = base_url.split(",") if isinstance(base_url, str) else base_url
         self.base_urls = tuple(dict.fromkeys(url.strip().rstrip("/") for url in urls if url.strip())) or ("",)
+        self.address = redacted_url(", ".join(self.base_urls))  # for messages
         self.model = model
         self.template = template
         self.coin = coin
-        self.temperature = temperature
-        self.max_tokens = max_tokens
-        self.num_documents = num_documents
-        self.min_documents = min_documents
+        self.temperature, self.max_tokens = temperature, max_tokens
+        self.num_documents, self.min_documents = num_documents, min_documents
         self.ask_leaks_again = ask_leaks_again
         self.max_concurrency = max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
-        self.ledger = Ledger(self.name)
+        self.account = Account(self.name)
         self.client = HTTPClient(
             "the simulator",
             remedy=f"put it right (it is started with: {self.start_command()}) and resume the run",
@@ -101,86 +99,69 @@ class SimulatedEngine:
             max_retries=max_retries,
             max_concurrency=self.max_concurrency,
         )
-        self.replicas = Replicas(self.base_urls, self._models)
-
-    @property
-    def address(self) -> str:
-        """Return the addresses, for messages."""
-        return ", ".join(self.base_urls)
 
     def check(self) -> None:
         """Raise `UserError`, with the command that starts a simulator, unless every server answers and has the model.
 
         Settles which model is asked where none was named.
         """
-        asyncio.run(self._check())
+        run_in_background(self._check())
 
     def start_command(self) -> str:
         """Return the command that starts a simulator where this engine looks for one."""
         try:
             port = urlsplit(self.base_urls[0]).port or 6001
-        except ValueError:  # the address names a port that is none
+        except ValueError:
             port = 6001
         replicas = f" --replicas {len(self.base_urls)}" if len(self.base_urls) > 1 else ""
         return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}{replicas}"
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        """Return the documents the simulator writes. Raises `SearchError` when it cannot be had to."""
-        with self.ledger.search():
-            try:
+        """Return the documents the simulator writes. Raises `SearchError` when it writes none."""
+        self.counts.searches += 1
+        try:
+            with self.account.search():
                 return await self._search(request)
-            finally:
-                self.ledger.retries = self.client.counts.retries
+        except SearchError:
+            self.counts.failed_searches += 1
+            raise
 
     async def _search(self, request: SearchRequest) -> SearchResult:
-        self.counts.searches += 1
-        coins = self._toss(request)  # (num_documents,)
-        try:
-            replies = await asyncio.gather(*(self._write(request, noisy) for noisy in sorted(set(coins))))
-        except ServiceError as error:
-            self.counts.failed_searches += 1
-            raise SearchError(str(error), error.retries) from error
-        written = {
-            noisy: iter(documents) for noisy, (documents, _, _) in zip(sorted(set(coins)), replies, strict=True)
-        }
+        coins = self._draw(request)  # (num_documents,)
+        qualities = sorted(set(coins))
+        replies = await asyncio.gather(*(self._write(request, noisy) for noisy in qualities))
+        written = {noisy: iter(documents) for noisy, (documents, _, _) in zip(qualities, replies, strict=True)}
         pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
+        retries = sum(retries for _, retries, _ in replies)
         if len(pairs) < self.min_documents:
-            self.counts.failed_searches += 1
             found = f"{len(pairs)} documents" if pairs else "no documents"
             raise SearchError(
                 f"the simulator at {self.address} wrote {found} for the query {request.query!r}, asked twice; "
                 "is the model it serves a simulator, and tuned to this prompt?",
-                sum(retries for _, retries, _ in replies),
+                retries,
             )
         self.counts.short_searches += len(pairs) < self.num_documents
         noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
         return SearchResult(
             documents=tuple(document for document, _ in pairs),
             noisy=noisy_share > 0.5,
-            retries=sum(retries for _, retries, _ in replies),
+            retries=retries,
             noisy_share=noisy_share if self.coin == "document" else None,
             short_replies=sum(short for _, _, short in replies),
         )
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, wherever it is served; `model` is `None` before `check`."""
-        return {
-            "engine": self.name,
-            "model": self.model,
-            "template_sha256": hashlib.sha256(repr(self.template).encode()).hexdigest(),
-            "coin": self.coin,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "num_documents": self.num_documents,
-            "ask_leaks_again": self.ask_leaks_again,
-        }
+        settings = ("model", "coin", "temperature", "max_tokens", "num_documents", "ask_leaks_again")
+        template_sha256 = hashlib.sha256(repr(self.template).encode()).hexdigest()
+        named = {name: getattr(self, name) for name in settings}
+        return {"engine": self.name, "template_sha256": template_sha256, **named}
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self.replicas.aclose()
         await self.client.aclose()
 
-    def _toss(self, request: SearchRequest) -> tuple[bool, ...]:
+    def _draw(self, request: SearchRequest) -> tuple[bool, ...]:
         """Return whether each document is to be noisy."""
         if self.coin == "query":
             return (keyed_uniform(*request.key) < request.p_noise,) * self.num_documents
@@ -217,59 +198,41 @@ class SimulatedEngine:
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
     ) -> tuple[tuple[str, ...], int]:
-        """Return the documents of one reply, and how often the call had to be repeated. Raises `ServiceError`."""
+        """Return the documents of one reply, and how often the call was retried. Raises `ServiceError`."""
+        if self.model is None:
+            urls = [f"{url}/models" for url in self.base_urls]
+            models, _ = await self.client.request("GET", urls, read=read_models, timeout_s=CHECK_TIMEOUT_S)
+            self.model = models[0]
         body: dict[str, Any] = {
+            "model": self.model,
             "messages": messages,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
         if key:
             body["seed"] = int(keyed_uniform(*key, attempt) * 2**31)
-
-        async def call() -> str:
-            replica = await self.replicas.pick()
-            with self.replicas.calling(replica):
-                self.model = self.model or _model_of(await self._models(replica.url))
-                self.ledger.sent += 1
-                return await self.client.call(
-                    "POST", f"{replica.url}/chat/completions", body={"model": self.model, **body}, read=read_chat_text
-                )
-
-        text, retries = await self.client.with_retries(call, self.address, (*key, attempt))
+        urls = [f"{url}/chat/completions" for url in self.base_urls]
+        reply, retries = await self.client.request("POST", urls, body=body, read=read_chat, around=self.account.call)
+        self.account.retries += retries
+        text = without_thoughts(reply.text)
         self.counts.replies += 1
         self.counts.well_formed_replies += is_well_formed(text, self.num_documents)
         return split_documents(text, self.num_documents), retries
 
-    async def _models(self, url: str) -> list[str]:
-        """Return the models of a server, adapters first. Raises `CallFailed`: this is the health probe, too."""
-        return await self.client.call("GET", f"{url}/models", read=_read_adapters_first, timeout_s=CHECK_TIMEOUT_S)
-
     async def _check(self) -> None:
         try:
             for url in self.base_urls:
+                shown = redacted_url(url)
                 try:
-                    models = await self._models(url)
-                    chosen = self.model or _model_of(models)
-                except CallFailed as error:
+                    models, _ = await self.client.request(
+                        "GET", f"{url}/models", read=read_models, timeout_s=CHECK_TIMEOUT_S, max_retries=0
+                    )
+                except ServiceError as error:
                     remedy = f"start one with: {self.start_command()}"
-                    raise UserError(f"no simulator answers at {url} ({error}); {remedy}") from error
+                    raise UserError(f"no simulator answers at {shown} ({error.reason}); {remedy}") from None
+                chosen = self.model or models[0]
                 if chosen not in models:
-                    served = ", ".join(models) or "none"
-                    raise UserError(f"the server at {url} has no model {chosen!r}, but: {served}")
+                    raise UserError(f"the server at {shown} has no model {chosen!r}, but: {', '.join(models)}")
                 self.model = chosen  # which the other servers need to have as well
         finally:
             await self.client.aclose()
-
-
-def _read_adapters_first(reply: Any) -> list[str]:
-    """Return the ids of a list of models; vLLM gives an adapter a parent, its base."""
-    models = read_models(reply)
-    adapters = [str(model["id"]) for model in reply["data"] if model.get("parent")]
-    return [*adapters, *(model for model in models if model not in adapters)]
-
-
-def _model_of(models: Sequence[str]) -> str:
-    """Return the model to ask where none was named. Raises `CallFailed` where there is none."""
-    if not models:
-        raise CallFailed("it serves no model")
-    return models[0]

@@ -5,7 +5,7 @@ An output folder holds
     trajectories.jsonl   a line a question, on the disk once it has ended: that question is not asked again
     traces.jsonl         a line a search, made from it
     collecting.json      counts and costs of the last command
-Searches are paid for once even so if the engine has a cassette: one that a kill cut off from its trajectory included.
+Searches are paid for once even so if the engine has a cache: one that a kill cut off from its trajectory included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from zerosearch.data import data_hash
 from zerosearch.engines import SearchEngine, engine_identity
-from zerosearch.engines.limits import Account, Limits
+from zerosearch.engines.account import Limits, Spending
 from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import check_same, versions
 from zerosearch.files import JsonlLog, read_jsonl, sole_writer, write_json, write_jsonl
@@ -64,7 +64,7 @@ def collect_traces(
     with sole_writer(output_dir):
         collection = Collection(output_dir, manifest, engine.name)
         missing = [place for place in range(len(questions)) if place not in collection.finished]
-        account = Account(generator, engine, limits or Limits())
+        spending = Spending(generator, engine, limits or Limits())
         failures: list[str] = []
 
         def watch(index: int, trajectory: Trajectory, event: Event) -> None:
@@ -74,7 +74,7 @@ def collect_traces(
                 collection.add(missing[index], questions[missing[index]], trajectory)
 
         def may_go_on() -> bool:
-            return account.may_go_on() and len(failures) < max_failed
+            return spending.may_go_on() and len(failures) < max_failed
 
         if isinstance(generator, RemoteGenerator):
             max_live = min(max_live, 2 * generator.max_concurrency)  # so that little is under way at a limit
@@ -82,7 +82,7 @@ def collect_traces(
             run_rollouts(
                 [questions[place] for place in missing],
                 generator,
-                account.engine,
+                engine,
                 settings,
                 keys=[(seed, 0, place, 0) for place in missing],
                 progress=True,
@@ -93,8 +93,8 @@ def collect_traces(
             )
         finally:
             collection.close()
-        if account.engine.refused:
-            raise UserError(f"{account.engine.refused}; what was collected is kept, and the same command goes on")
+        if spending.refused:
+            raise UserError(f"{spending.refused}; what was collected is kept, and the same command goes on")
         if len(failures) >= max_failed:
             raise UserError(f"{len(failures)} questions lost a search, the last one so: {failures[-1]}")
         results = {
@@ -102,8 +102,8 @@ def collect_traces(
             "missing": len(questions) - len(collection.finished),
             "lost_a_search": len(failures),
             "last_failure": failures[-1] if failures else None,
-            "stopped": account.stopped(),
-            "this_command": account.to_record(len(missing) - (len(questions) - len(collection.finished))),
+            "stopped": spending.stopped(),
+            "this_command": spending.to_record(len(missing) - (len(questions) - len(collection.finished))),
             "versions": versions(),
         }
         write_json(output_dir / "collecting.json", results)

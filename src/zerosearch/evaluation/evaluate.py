@@ -22,7 +22,7 @@ from typing import Any
 
 from zerosearch.data import data_hash
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
-from zerosearch.engines.limits import Account, LimitReached, Limits
+from zerosearch.engines.account import LimitReached, Limits, Spending
 from zerosearch.errors import UserError
 from zerosearch.evaluation.scores import Record, summarize
 from zerosearch.evaluation.tables import results_table as results_table
@@ -97,7 +97,7 @@ def evaluate(
         "settings": asdict(settings),
     }
     written = TrajectoryFile(output_dir, manifest, resume)
-    account = Account(generator, engine, limits or Limits())
+    spending = Spending(generator, engine, limits or Limits())
     places = [(row, sample) for row in range(len(rows)) for sample in range(num_samples)]
     missing = [place for place in places if place not in written.records]
     if isinstance(generator, RemoteGenerator):
@@ -106,7 +106,7 @@ def evaluate(
         run_rollouts(
             [rows[row] for row, _ in missing],
             generator,
-            account.engine,
+            engine,
             settings,
             p_noise=p_noise,
             keys=[(seed, 0, row, sample) for row, sample in missing],
@@ -114,16 +114,16 @@ def evaluate(
             agent=agent,
             max_live=max_live,
             watch=written.keeping(missing, rows, generator),
-            may_go_on=account.may_go_on,
+            may_go_on=spending.may_go_on,
         )
     finally:
         written.close()
     records = written.in_order()
     results = {
         **manifest,
-        **score(records, len(places), account, seed),
+        **score(records, len(places), spending, seed),
         "usage": asdict(total_usage(records)) if isinstance(generator, EndpointGenerator) else None,
-        "this_command": account.to_record(len(records) + len(missing) - len(places)),
+        "this_command": spending.to_record(len(records) + len(missing) - len(places)),
     }
     write_json(output_dir / "results.json", results)
     return results
@@ -137,7 +137,7 @@ def check_samples(num_samples: int, settings: RolloutSettings) -> None:
         raise UserError("num_samples above 1 needs a temperature above 0: greedy samples are all the same")
 
 
-def score(records: Sequence[Record], num_places: int, account: Account, seed: int) -> dict[str, Any]:
+def score(records: Sequence[Record], num_places: int, spending: Spending, seed: int) -> dict[str, Any]:
     """Return the scores of what was finished, of `num_places` trajectories in all, and what stopped the rest.
 
     Raises `LimitReached` or `SearchError` where there are no scores: see `evaluate`; and `UserError` if no trajectory
@@ -145,7 +145,7 @@ def score(records: Sequence[Record], num_places: int, account: Account, seed: in
     """
     stopped = None
     if len(records) < num_places:
-        stopped = f"{account.stopped()}: {len(records)} of {num_places} trajectories are finished"
+        stopped = f"{spending.stopped()}: {len(records)} of {num_places} trajectories are finished"
     if not records:
         raise LimitReached(stopped)
     errors = [record["error"] for record in records if record["outcome"] == "failed_search"]
@@ -155,7 +155,7 @@ def score(records: Sequence[Record], num_places: int, account: Account, seed: in
         )
     if all(record["outcome"] == "truncated" and not record["turns"] for record in records):
         raise UserError("no prompt leaves room for a turn: max_trajectory_tokens or the model's context is too short")
-    seconds = round(account.seconds, 1)
+    seconds = round(spending.seconds, 1)
     return {"seconds": seconds, **summarize(records, seed), "stopped": stopped, "versions": versions()}
 
 

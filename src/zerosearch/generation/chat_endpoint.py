@@ -10,6 +10,7 @@ A trajectory is a conversation: the prompt is the user's, a turn the assistant's
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,11 @@ from typing import Any
 
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
-from zerosearch.http import CallFailed, HTTPClient, ServiceError
+from zerosearch.http import ChatReply, HTTPClient, ServiceError, checked_key, read_chat, read_models, redacted_url
 from zerosearch.protocol import END_OF_TURN, STOP_STRINGS, without_closed_thoughts
 
 PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
 OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
-NOT_A_NUMBER = float("nan")
 
 
 class PieceTokenizer:
@@ -92,17 +92,6 @@ class Conversation:
     usage: Usage = field(default_factory=Usage)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A chat completion: its text, why it ended, and its account of tokens, where it gives one."""
-
-    text: str
-    finish_reason: str | None
-    stop_string: str | None
-    tokens_read: int | None
-    tokens_written: int | None
-
-
 class EndpointGenerator:
     """Have turns written by a model behind `base_url` (".../v1"), any server that speaks OpenAI's chat completions.
 
@@ -131,7 +120,7 @@ class EndpointGenerator:
         self.tokenizer: Any = PieceTokenizer()
         self.max_context_tokens = max_context_tokens
         self.max_concurrency = max_concurrency
-        self.name = f"the endpoint {self.base_url}"
+        self.name = f"the endpoint {redacted_url(self.base_url)}"
         self.client = HTTPClient(
             "the endpoint",
             remedy="check its address, model and key, and resume the run",
@@ -166,49 +155,38 @@ class EndpointGenerator:
         token_ids = self.tokenizer(text)["input_ids"]
         for usage in (self.usage, conversation.usage):
             usage.replies += 1
-            usage.estimated += reply.tokens_written is None
-            usage.tokens_read += _or(reply.tokens_read, len(request.context_ids))
-            usage.tokens_written += _or(reply.tokens_written, len(token_ids))
+            usage.estimated += reply.completion_tokens is None
+            usage.tokens_read += len(request.context_ids) if reply.prompt_tokens is None else reply.prompt_tokens
+            usage.tokens_written += len(token_ids) if reply.completion_tokens is None else reply.completion_tokens
         conversation.messages = [*messages, {"role": "assistant", "content": text}]
         conversation.num_ids = len(request.context_ids) + len(token_ids)
-        return SampledTurn(request.trajectory, token_ids, [NOT_A_NUMBER] * len(token_ids), finish)
+        return SampledTurn(request.trajectory, token_ids, [math.nan] * len(token_ids), finish)
 
     def usage_of(self, trajectories: Sequence[int]) -> Usage:
         """Return what these trajectories of the rollout under way have used so far."""
         usages = [self.conversations[number].usage for number in trajectories if number in self.conversations]
         return Usage(*(sum(getattr(usage, name) for usage in usages) for name in Usage.__dataclass_fields__))
 
-    async def _reply(self, messages: list[dict[str, str]], request: TurnRequest) -> Reply:
-        body: dict[str, Any] = {
-            "model": self.model or await self._first_model(),
-            "messages": messages,
-            "max_tokens": request.max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "stop": list(STOP_STRINGS),
-        }
-        if self.sampling.temperature > 0.0:
-            body |= {"top_p": self.sampling.top_p, "seed": request.seed % 2**31}
-        body = {name: value for name, value in (body | self.body).items() if value is not None}
+    async def _reply(self, messages: list[dict[str, str]], request: TurnRequest) -> ChatReply:
         try:
+            if self.model is None:
+                models, _ = await self.client.request("GET", f"{self.base_url}/models", read=read_models)
+                self.model = models[0]
+            body: dict[str, Any] = {
+                "model": self.model,
+                "messages": messages,
+                "max_tokens": request.max_new_tokens,
+                "temperature": self.sampling.temperature,
+                "stop": list(STOP_STRINGS),
+            }
+            if self.sampling.temperature > 0.0:
+                body |= {"top_p": self.sampling.top_p, "seed": request.seed % 2**31}
+            body = {name: value for name, value in (body | self.body).items() if value is not None}
             url = f"{self.base_url}/chat/completions"
-            reply, _ = await self.client.post(url, body, read=read_reply, key=(request.seed,))
+            reply, _ = await self.client.request("POST", url, body=body, read=read_chat)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
         return reply
-
-    async def _first_model(self) -> str:
-        def first(reply: Any) -> str:
-            try:
-                return str(reply["data"][0]["id"])
-            except (KeyError, IndexError, TypeError):
-                raise CallFailed(f"it lists no model: {json.dumps(reply)}", may_pass=False) from None
-
-        try:
-            model, _ = await self.client.get(f"{self.base_url}/models", read=first)
-        except ServiceError as error:
-            raise GenerationError(str(error)) from error
-        self.model = model
-        return model
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -237,9 +215,11 @@ def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenera
         raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
     if options.endpoint_concurrency < 1:
         raise UserError(f"endpoint_concurrency is {options.endpoint_concurrency}: it must be at least 1")
-    api_key = environ.get(options.endpoint_key_env) if options.endpoint_key_env else None
-    if options.endpoint_key_env and not api_key:
-        raise UserError(f"there is no key: the environment variable {options.endpoint_key_env} is not set")
+    api_key = None
+    if variable := options.endpoint_key_env:
+        api_key = checked_key(environ.get(variable), variable)
+        if not api_key:
+            raise UserError(f"there is no key: the environment variable {variable} is not set")
     try:
         body = json.loads(options.endpoint_body or "{}")
     except ValueError as error:
@@ -256,25 +236,7 @@ def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenera
     )
 
 
-def read_reply(reply: Any) -> Reply:
-    """Read a chat completion. Raises `CallFailed` for what is none."""
-    try:
-        choice = reply["choices"][0]
-        text = choice["message"].get("content")
-        usage = reply.get("usage") or {}
-        stop = choice.get("stop_reason")  # vLLM's and SGLang's: the stop string that was met
-        return Reply(
-            text if isinstance(text, str) else "",
-            choice.get("finish_reason"),
-            stop if stop in STOP_STRINGS else None,
-            usage.get("prompt_tokens"),
-            usage.get("completion_tokens"),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise CallFailed(f"its reply is no chat completion: {json.dumps(reply)}") from None
-
-
-def as_turn(reply: Reply) -> tuple[str, FinishReason]:
+def as_turn(reply: ChatReply) -> tuple[str, FinishReason]:
     """Return a reply as a turn: up to its first closing tag, which endpoints cut off, and why it ended.
 
     An endpoint that stops at a stop string keeps it to itself. Where it does not say which one, it is the one of the
@@ -288,11 +250,8 @@ def as_turn(reply: Reply) -> tuple[str, FinishReason]:
         return text, "length"
     if reply.finish_reason == "stop":
         opened = OPENING_TAG.findall(without_closed_thoughts(text))
-        stop = reply.stop_string or (opened[-1].replace("<", "</") if opened else None)
+        said = reply.stop_reason if reply.stop_reason in STOP_STRINGS else None
+        stop = said or (opened[-1].replace("<", "</") if opened else None)
         if stop is not None:
             return text + stop, "stop"
     return text, "eos"
-
-
-def _or(count: Any, estimate: int) -> int:
-    return count if isinstance(count, int) else estimate

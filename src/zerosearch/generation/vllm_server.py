@@ -25,9 +25,8 @@ from trl.generation.vllm_client import VLLMClient
 
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.vllm_workarounds import cpu_server_arguments
-from zerosearch.http import CallFailed, HTTPClient, ServiceError
+from zerosearch.http import CLOSE_TIMEOUT_S, CallFailed, HTTPClient, ServiceError, redacted_url, run_in_background
 from zerosearch.protocol import STOP_STRINGS
-from zerosearch.rollout.in_flight import CLOSE_TIMEOUT_S, run_in_background
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +68,7 @@ class VLLMServerGenerator:
         ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self.name = f"the vLLM server at {self.base_url}"
+        self.name = f"the vLLM server at {redacted_url(self.base_url)}"
         self.tokenizer = tokenizer
         self.max_context_tokens = max_context_tokens
         self.max_concurrency = max_concurrency
@@ -118,7 +117,7 @@ class VLLMServerGenerator:
             return read_turn(reply, request.trajectory)
 
         try:
-            turn, _ = await self.client.post(f"{self.base_url}/v1/completions", body, read=read, key=(request.seed,))
+            turn, _ = await self.client.request("POST", f"{self.base_url}/v1/completions", body=body, read=read)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
         return turn
@@ -139,12 +138,8 @@ class VLLMServerGenerator:
 
     async def _get(self, path: str, params: dict[str, str], read: Callable[[Any], Content]) -> Content:
         url = f"{self.base_url}/{path}"
-
-        async def call() -> Content:
-            return await self.client.call("GET", url, params=params, read=read, timeout_s=CHECK_TIMEOUT_S)
-
         try:
-            content, _ = await self.client.with_retries(call, url)
+            content, _ = await self.client.request("GET", url, params=params, read=read, timeout_s=CHECK_TIMEOUT_S)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
         return content
@@ -157,7 +152,7 @@ def read_turn(reply: Any, trajectory: int) -> SampledTurn:
         token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         reason, stop_reason = choice["finish_reason"], choice["stop_reason"]
     except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is no completion with token ids: {reply}", may_pass=False) from None
+        raise CallFailed(f"its reply is no completion with token ids: {reply}", is_final=True) from None
     if reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
         raise CallFailed(f"it gave the turn up: {len(token_ids)} tokens, finish_reason {reason!r}")
     finish: FinishReason = "length"
@@ -172,7 +167,7 @@ def read_served_model(reply: Any) -> tuple[str, int]:
     try:
         return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
     except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is no vLLM server's list of models: {reply}", may_pass=False) from None
+        raise CallFailed(f"its reply is no vLLM server's list of models: {reply}", is_final=True) from None
 
 
 def read_logprobs_mode(reply: Any) -> str:
@@ -180,7 +175,7 @@ def read_logprobs_mode(reply: Any) -> str:
     try:
         return str(reply["vllm_config"]["model_config"]["logprobs_mode"])
     except (KeyError, TypeError):
-        raise CallFailed(f"its reply is no vLLM server's configuration: {reply}", may_pass=False) from None
+        raise CallFailed(f"its reply is no vLLM server's configuration: {reply}", is_final=True) from None
 
 
 def server_url(config: GRPOConfig) -> str:

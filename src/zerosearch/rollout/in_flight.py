@@ -7,20 +7,16 @@ wakes on whichever comes first.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from functools import cache
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from zerosearch.engines import SearchEngine
+from zerosearch.http import CLOSE_TIMEOUT_S, background_loop, run_in_background
 
-Result = TypeVar("Result")
-
-CLOSE_TIMEOUT_S = 30.0
 GRACE_S = 60.0  # beyond the time limit of what is under way, before its loop is taken for dead
 
 ArrivalKind = Literal["search", "turn"]
@@ -112,19 +108,6 @@ class InFlight:
                 outcome = error
             seconds = time.perf_counter() - start
         self.finished.put(Arrival(kind, trajectory, outcome, seconds))
-
-
-@cache
-def background_loop() -> asyncio.AbstractEventLoop:
-    """Return the asyncio loop of this process; engines keep their connections from rollout to rollout."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="searches", daemon=True).start()
-    return loop
-
-
-def run_in_background(work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
-    """Run a coroutine on the background loop, and wait for it. Raises `TimeoutError` after `timeout_s`."""
-    return asyncio.run_coroutine_threadsafe(work, background_loop()).result(timeout_s)
 
 
 def close_engine(engine: SearchEngine) -> None:

@@ -41,10 +41,11 @@ from zerosearch.generation.tokenization import (
 )
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import PAPER, Agent, reading_prompt
-from zerosearch.protocol import format_documents, parse_action, without_closed_thoughts
+from zerosearch.protocol import format_documents, parse_action
 from zerosearch.rollout.in_flight import Arrival, InFlight
 from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn, noisy_share
 from zerosearch.rollout.watchdog import Watchdog
+from zerosearch.text import without_thoughts
 
 # Ends the key of a turn's sampling, so that it is another number than the coin of the same turn's search.
 SAMPLING_STREAM, READING_STREAM = 1_000_003, 1_000_033
@@ -382,7 +383,7 @@ class _Rollout:
         trajectory = self.trajectories[index]
         trajectory.reading_tokens += num_tokens
         trajectory.turns[-1].was_read = True
-        notes = plain_text(without_closed_thoughts(text), self.tokenizer)
+        notes = plain_text(without_thoughts(text), self.tokenizer)
         text, token_ids, _ = self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
         self._append_observation(index, text, token_ids)
 

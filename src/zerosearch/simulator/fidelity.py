@@ -25,7 +25,7 @@ from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
-from zerosearch.http import ServiceError
+from zerosearch.http import ServiceError, run_in_background
 from zerosearch.intervals import INTERVAL, NUM_RESAMPLES, mean_with_interval
 from zerosearch.noise import NoiseSchedule, keyed_uniform
 from zerosearch.simulator.held_out import WHY_LEFT_OUT, HeldOutQuery, choose
@@ -176,7 +176,7 @@ def _search(engine: SimulatedEngine, requests: Sequence[SearchRequest]) -> list[
             await engine.aclose()
 
     try:
-        return asyncio.run(together())
+        return run_in_background(together())
     except SearchError as error:
         raise UserError(f"the measurement stopped: {error}") from error
 

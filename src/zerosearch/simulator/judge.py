@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import re
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
-from zerosearch.http import CallFailed, HTTPClient, ServiceError, read_chat_text
+from zerosearch.http import HTTPClient, ServiceError, read_chat, run_in_background
 from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.prompts import JUDGE_AGAIN_PROMPT, JUDGE_PROMPT
-from zerosearch.protocol import without_closed_thoughts
 from zerosearch.simulator.traces import as_passage
+from zerosearch.text import without_thoughts
 
 Verdict = bool | None
 Pair = tuple[str, str]  # a query and a document
@@ -62,39 +60,11 @@ def parse_verdict(reply: str) -> Verdict:
 
     `None` for anything else, two lines that differ included: a verdict is never guessed.
     """
-    text = without_closed_thoughts(reply)
+    text = without_thoughts(reply)
     if bare := BARE_VERDICT.fullmatch(text):
         return bare["word"].lower() == "sufficient"
     words = {line["word"].lower() for line in map(VERDICT_LINE.fullmatch, text.splitlines()) if line}
     return words == {"sufficient"} if len(words) == 1 else None
-
-
-class VerdictCache:
-    """Verdicts in an SQLite file, by model, prompt, query and document; each is on the disk once `add` returns."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._database = sqlite3.connect(path)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, model TEXT NOT NULL, query TEXT NOT NULL,"
-                " document TEXT NOT NULL, verdict INTEGER, reply TEXT NOT NULL) WITHOUT ROWID"
-            )
-        except sqlite3.Error as error:
-            raise UserError(f"the verdict cache {path} cannot be used: {error}") from error
-
-    def get(self, key: str) -> tuple[Verdict] | None:
-        """Return the verdict in a tuple, as it may be `None` itself; `None` if there is none."""
-        found = self._database.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
-        return found and (None if found[0] is None else bool(found[0]),)
-
-    def add(self, key: str, model: str, pair: Pair, verdict: Verdict, reply: str) -> None:
-        with self._database:  # commits
-            values = (key, model, *pair, verdict, reply)
-            self._database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", values)
-
-    def close(self) -> None:
-        self._database.close()
 
 
 @dataclass
@@ -141,9 +111,10 @@ class Judge:
             trust_env=True,
         )
 
-    def key(self, pair: Pair) -> str:
+    def cached_as(self, pair: Pair) -> dict[str, str]:
         """Return what a verdict is cached by."""
-        return hashlib.sha256(json.dumps([self.model, self.template, *pair]).encode()).hexdigest()
+        prompt_sha256 = hashlib.sha256(self.template.encode()).hexdigest()
+        return {"judge": self.model, "prompt_sha256": prompt_sha256, "query": pair[0], "document": pair[1]}
 
     async def verdict(self, pair: Pair) -> tuple[Verdict, str]:
         """Return the verdict on one document and the reply that holds it. Raises `ServiceError`."""
@@ -162,21 +133,14 @@ class Judge:
 
     async def _reply(self, messages: list[dict[str, str]]) -> str:
         body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self.max_tokens}
-        (text, usage), _ = await self.client.post(f"{self.base_url}/chat/completions", body, read=_read_reply)
-        self.counts.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.counts.completion_tokens += usage.get("completion_tokens") or 0
-        return text
+        url = f"{self.base_url}/chat/completions"
+        reply, _ = await self.client.request("POST", url, body=body, read=read_chat)
+        self.counts.prompt_tokens += reply.prompt_tokens or 0
+        self.counts.completion_tokens += reply.completion_tokens or 0
+        return without_thoughts(reply.text)
 
 
-def _read_reply(reply: Any) -> tuple[str, dict[str, int]]:
-    text = read_chat_text(reply)
-    usage = reply.get("usage") or {}
-    if not isinstance(usage, dict):
-        raise CallFailed(f"its usage is {usage!r}", status=200)
-    return text, usage
-
-
-def judge_pairs(pairs: Iterable[Pair], judge: Judge, cache: VerdictCache) -> dict[Pair, Verdict]:
+def judge_pairs(pairs: Iterable[Pair], judge: Judge, cache: Cache) -> dict[Pair, Verdict]:
     """Return the judge's verdict on every pair, asking only what the cache does not hold.
 
     Raises `UserError` when the judge fails for good; every verdict given so far is in the cache by then.
@@ -184,21 +148,21 @@ def judge_pairs(pairs: Iterable[Pair], judge: Judge, cache: VerdictCache) -> dic
     verdicts: dict[Pair, Verdict] = {}
     missing = []
     for pair in dict.fromkeys(pairs):
-        found = cache.get(judge.key(pair))
+        found = cache.get(judge.cached_as(pair))
         if found is None:
             missing.append(pair)
         else:
-            verdicts[pair] = found[0]
+            verdicts[pair] = found["verdict"]
     judge.counts.from_cache += len(verdicts)
     judge.counts.judged += len(verdicts)
-    failures = asyncio.run(_ask_all(missing, judge, cache, verdicts))
+    failures = run_in_background(_ask_all(missing, judge, cache, verdicts))
     if failures:
         raise UserError(str(failures[0])) from failures[0]
     return verdicts
 
 
 async def _ask_all(
-    missing: list[Pair], judge: Judge, cache: VerdictCache, verdicts: dict[Pair, Verdict]
+    missing: list[Pair], judge: Judge, cache: Cache, verdicts: dict[Pair, Verdict]
 ) -> list[ServiceError]:
     """Ask for the missing verdicts; after a failure for good ask no more, but take in what is under way and paid."""
     waiting = iter(missing)
@@ -212,7 +176,7 @@ async def _ask_all(
                 except ServiceError as error:
                     failures.append(error)
                     return
-                cache.add(judge.key(pair), judge.model, pair, verdict, reply)
+                cache.put(judge.cached_as(pair), {"verdict": verdict, "reply": reply})
                 verdicts[pair] = verdict
                 judge.counts.judged += 1
                 bar.update()

@@ -332,8 +332,8 @@ class SearchTrainer(GRPOTrainer):
         `failure` says why this rank could not generate, "" if it could.
         """
         own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
-        ledger = getattr(self.engine, "ledger", None)
-        sent = ledger.newly_sent() if ledger else sum(fact.searches + fact.retries for fact in own_facts)
+        account = getattr(self.engine, "account", None)
+        sent = account.newly_sent() if account else sum(fact.searches + fact.retries for fact in own_facts)
         ranks = gather_object([(own_facts, clock, failure, sent)])
         self._count_queries(sum(rank_sent for *_, rank_sent in ranks))
         failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure]

@@ -1,4 +1,4 @@
-"""The cassette: what is recorded comes back, what is not is an error, and nothing is asked for twice."""
+"""The cache: what is kept comes back, what is not there is asked for once, by however many processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import asyncio
 import json
 import multiprocessing
 import os
+import signal
+import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,8 @@ from typing import Any
 import pytest
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
-from zerosearch.engines.cassette import CassetteEngine
-from zerosearch.engines.ledger import Ledger
+from zerosearch.engines.account import Account
+from zerosearch.engines.cache import Cache, CachedEngine
 from zerosearch.errors import UserError
 
 REQUEST = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), p_noise=0.5, key=(0, 1, 2, 3, 0))
@@ -45,7 +49,7 @@ class Rain:
         return {"engine": self.name, **self._identity}
 
 
-def searched(engine: CassetteEngine, *requests: SearchRequest) -> list[SearchResult]:
+def searched(engine: CachedEngine, *requests: SearchRequest) -> list[SearchResult]:
     async def search() -> list[SearchResult]:
         results = await asyncio.gather(*map(engine.search, requests))
         await engine.aclose()
@@ -54,17 +58,17 @@ def searched(engine: CassetteEngine, *requests: SearchRequest) -> list[SearchRes
     return asyncio.run(search())
 
 
-def test_a_replay_needs_no_engine_and_says_the_same(tmp_path: Path) -> None:
+def test_a_cached_answer_needs_no_engine_and_says_the_same(tmp_path: Path) -> None:
     rain = Rain()
-    (recorded,) = searched(CassetteEngine(tmp_path / "new/c.sqlite", rain), REQUEST)
+    (recorded,) = searched(CachedEngine(tmp_path / "new/c.sqlite", rain), REQUEST)
     assert recorded == SearchResult(("rain 1 on Emma author", "Töne"), noisy=True, retries=2)
     assert rain.closed
     silent = Rain()
     silent.failing = True
-    replaying = CassetteEngine(tmp_path / "new/c.sqlite", silent, replay_only=True)
+    replaying = CachedEngine(tmp_path / "new/c.sqlite", silent, cache_only=True)
     assert searched(replaying, REQUEST) == [replace(recorded, retries=0)], "no call was repeated this time"
     assert silent.asked == []
-    assert (replaying.ledger.queries, replaying.ledger.replayed, replaying.ledger.sent) == (1, 1, 0)
+    assert (replaying.account.queries, replaying.account.replayed, replaying.account.sent) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,53 +83,53 @@ def test_a_replay_needs_no_engine_and_says_the_same(tmp_path: Path) -> None:
 )
 def test_what_a_simulator_reads_tells_searches_apart(change: dict[str, Any], tmp_path: Path) -> None:
     rain, other = Rain(), replace(REQUEST, **change)
-    engine = CassetteEngine(tmp_path / "c.sqlite", rain)
+    engine = CachedEngine(tmp_path / "c.sqlite", rain)
     searched(engine, REQUEST, other, other)
     assert rain.asked == [REQUEST, other]
 
 
 def test_the_coin_counts_not_the_odds_at_which_it_was_tossed(tmp_path: Path) -> None:
     rain = Rain()
-    searched(CassetteEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
+    searched(CachedEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
     assert len(rain.asked) == 1
     rain = Rain(coin="document")  # several coins: the odds decide how many fall on useful
-    searched(CassetteEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
+    searched(CachedEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
     assert len(rain.asked) == 2
 
 
 def test_a_real_engine_reads_the_query_alone(tmp_path: Path) -> None:
     rain, other = Rain(reads_query_only=True), replace(REQUEST, question="Q?", p_noise=0.0, key=())
-    first, second = searched(CassetteEngine(tmp_path / "c.sqlite", rain), REQUEST, other)
+    first, second = searched(CachedEngine(tmp_path / "c.sqlite", rain), REQUEST, other)
     assert len(rain.asked) == 1 and first.documents == second.documents
 
 
 def test_another_engine_has_answers_of_its_own(tmp_path: Path) -> None:
     one, two = Rain(model="3B"), Rain(model="7B")
     for engine in (one, two, one):
-        searched(CassetteEngine(tmp_path / "c.sqlite", engine), REQUEST)
+        searched(CachedEngine(tmp_path / "c.sqlite", engine), REQUEST)
     assert (len(one.asked), len(two.asked)) == (1, 1)
 
 
 def test_the_same_search_in_flight_is_sent_once(tmp_path: Path) -> None:
     rain = Rain(delay_s=0.05)
-    results = searched(CassetteEngine(tmp_path / "c.sqlite", rain), *[REQUEST] * 20)
+    results = searched(CachedEngine(tmp_path / "c.sqlite", rain), *[REQUEST] * 20)
     assert len(rain.asked) == 1
     assert {result.documents for result in results} == {("rain 1 on Emma author", "Töne")}
 
 
-def test_a_miss_in_replay_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    searched(CassetteEngine(tmp_path / "c.sqlite", Rain()), REQUEST)
+def test_a_miss_in_cache_only_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    searched(CachedEngine(tmp_path / "c.sqlite", Rain()), REQUEST)
     rain = Rain()
-    engine = CassetteEngine(tmp_path / "c.sqlite", rain, replay_only=True)
-    with pytest.raises(SearchError, match="no answer of rain to the query 'Emma novel'; record it first"):
+    engine = CachedEngine(tmp_path / "c.sqlite", rain, cache_only=True)
+    with pytest.raises(SearchError, match="no answer of rain to the query 'Emma novel'; run the same command without"):
         asyncio.run(engine.search(replace(REQUEST, query="Emma novel")))
     assert rain.asked == []
 
 
-def test_a_failure_is_not_recorded(tmp_path: Path) -> None:
+def test_a_failure_is_not_kept(tmp_path: Path) -> None:
     rain = Rain()
     rain.failing = True
-    engine = CassetteEngine(tmp_path / "c.sqlite", rain)
+    engine = CachedEngine(tmp_path / "c.sqlite", rain)
     for _ in range(2):
         with pytest.raises(SearchError, match="no rain today"):
             asyncio.run(engine.search(REQUEST))
@@ -135,57 +139,57 @@ def test_a_failure_is_not_recorded(tmp_path: Path) -> None:
 
 def test_searches_are_booked_once(tmp_path: Path) -> None:
     rain = Rain()
-    rain.ledger = Ledger("rain")  # type: ignore[attr-defined]
-    engine = CassetteEngine(tmp_path / "c.sqlite", Rain())
+    rain.account = Account("rain")  # type: ignore[attr-defined]
+    engine = CachedEngine(tmp_path / "c.sqlite", Rain())
     searched(engine, REQUEST, REQUEST)
-    assert (engine.ledger.queries, engine.ledger.sent, engine.ledger.replayed) == (2, 1, 1)
-    assert CassetteEngine(tmp_path / "c.sqlite", rain).ledger is rain.ledger  # type: ignore[attr-defined]
+    assert (engine.account.queries, engine.account.sent, engine.account.replayed) == (2, 1, 1)
+    assert CachedEngine(tmp_path / "c.sqlite", rain).account is rain.account  # type: ignore[attr-defined]
 
 
-def test_a_model_that_nobody_named_is_the_one_on_the_cassette(tmp_path: Path) -> None:
+def test_a_model_that_nobody_named_is_the_one_in_the_cache(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     with pytest.raises(ValueError, match="does not know its model yet"):
-        CassetteEngine(path, Rain(model=None))
-    searched(CassetteEngine(path, Rain(model="3B", top=5)), REQUEST)
-    replaying = CassetteEngine(path, Rain(model=None, top=5), replay_only=True)
+        CachedEngine(path, Rain(model=None))
+    searched(CachedEngine(path, Rain(model="3B", top=5)), REQUEST)
+    replaying = CachedEngine(path, Rain(model=None, top=5), cache_only=True)
     assert replaying.identity() == {"engine": "rain", "model": "3B", "top": 5}
     assert len(searched(replaying, REQUEST)) == 1
-    with pytest.raises(UserError, match="it holds: none"):
-        CassetteEngine(path, Rain(model=None, top=3), replay_only=True)
-    searched(CassetteEngine(path, Rain(model="7B", top=5)), REQUEST)
+    with pytest.raises(UserError, match="holds: none"):
+        CachedEngine(path, Rain(model=None, top=3), cache_only=True)
+    searched(CachedEngine(path, Rain(model="7B", top=5)), REQUEST)
     with pytest.raises(UserError, match=r"name the model of rain.*3B.*7B"):
-        CassetteEngine(path, Rain(model=None, top=5), replay_only=True)
+        CachedEngine(path, Rain(model=None, top=5), cache_only=True)
 
 
-def test_a_file_that_is_no_cassette_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no cassette"):
-        CassetteEngine(tmp_path / "none.sqlite", Rain(), replay_only=True)
+def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no cache"):
+        CachedEngine(tmp_path / "none.sqlite", Rain(), cache_only=True)
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("Years of work. " * 100)
-    for replay_only in (False, True):
+    for cache_only in (False, True):
         with pytest.raises(UserError, match="cannot be used"):
-            CassetteEngine(thesis, Rain(), replay_only=replay_only)
+            CachedEngine(thesis, Rain(), cache_only=cache_only)
     assert thesis.read_text() == "Years of work. " * 100
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cassette_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
-    searched(CassetteEngine(path, Rain()), REQUEST)
+    searched(CachedEngine(path, Rain()), REQUEST)
     path.chmod(0o400)
     tmp_path.chmod(0o500)
     try:
-        assert len(searched(CassetteEngine(path, Rain(), replay_only=True), REQUEST)) == 1
+        assert len(searched(CachedEngine(path, Rain(), cache_only=True), REQUEST)) == 1
     finally:
         tmp_path.chmod(0o700)
 
 
 def record_many(path: Path, process: int) -> None:
     requests = [replace(REQUEST, query=f"query {process} {number}") for number in range(50)]
-    searched(CassetteEngine(path, Rain()), *requests)
+    searched(CachedEngine(path, Rain()), *requests)
 
 
-def test_processes_share_a_cassette(tmp_path: Path) -> None:
+def test_processes_share_a_cache(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=record_many, args=(path, number)) for number in range(3)]
@@ -194,15 +198,15 @@ def test_processes_share_a_cassette(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    replaying = CassetteEngine(path, Rain(), replay_only=True)
+    replaying = CachedEngine(path, Rain(), cache_only=True)
     requests = [replace(REQUEST, query=f"query {process} {number}") for process in range(3) for number in range(50)]
     assert len(searched(replaying, *requests)) == 150
 
 
-def test_the_cassette_can_be_read_by_eye(tmp_path: Path) -> None:
-    engine = CassetteEngine(tmp_path / "c.sqlite", Rain())
+def test_the_cache_can_be_read_by_eye(tmp_path: Path) -> None:
+    engine = CachedEngine(tmp_path / "c.sqlite", Rain())
     asyncio.run(engine.search(REQUEST))
-    ((described,),) = engine._database.execute("SELECT request FROM searches")
+    ((described,),) = sqlite3.connect(tmp_path / "c.sqlite").execute("SELECT request FROM replies")
     assert json.loads(described) == {
         "engine": {"engine": "rain"},
         "query": "Emma author",
@@ -211,3 +215,23 @@ def test_the_cassette_can_be_read_by_eye(tmp_path: Path) -> None:
         "noisy": False,
         "key": [0, 1, 2, 3, 0],
     }
+
+
+def test_a_reply_outlives_a_kill(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from zerosearch.engines.cache import Cache;"
+        "Cache(sys.argv[1]).put({'query': 'Emma'}, {'verdict': None, 'reply': 'T\\u00f6ne \\ud83d'});"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.sqlite")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    cache = Cache(tmp_path / "c.sqlite")
+    assert cache.get({"query": "Emma"}) == {"verdict": None, "reply": "Töne \ud83d"}
+    assert cache.get({"query": "emma"}) is None
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "old.sqlite") as old:
+        old.execute("CREATE TABLE verdicts (key TEXT)")
+    with pytest.raises(UserError, match="is not a cache of this version: name another file"):
+        Cache(tmp_path / "old.sqlite")

@@ -1,0 +1,169 @@
+"""The cache of replies: one SQLite file that processes share, for searches and for a judge's verdicts.
+
+Nothing in it is asked for, or paid for, again; each reply is in the file once `put` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
+from zerosearch.engines.account import Account
+from zerosearch.errors import UserError
+from zerosearch.noise import keyed_uniform
+
+FORMAT = 2
+
+
+class Cache:
+    """Replies by request; both are JSON, and a request holds all that its reply depends on.
+
+    Raises `UserError` for a file that is missing where it is only read, or not a cache.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+        self.path = Path(path)
+        try:
+            self._database = self._opened_to_read() if read_only else self._opened()
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"the cache {path} cannot be used: {error}") from error
+
+    def get(self, request: Mapping[str, Any]) -> Any:
+        """Return the reply to a request, `None` if there is none."""
+        found = self._database.execute("SELECT reply FROM replies WHERE key = ?", (_key(request),)).fetchone()
+        return found and json.loads(found[0])
+
+    def put(self, request: Mapping[str, Any], reply: Any) -> None:
+        """Keep the reply to a request."""
+        with self._database:  # commits
+            row = (_key(request), json.dumps(request), json.dumps(reply))
+            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+
+    def engines(self) -> list[dict[str, Any]]:
+        """Return the identity of every engine that has replies here."""
+        found = self._database.execute("SELECT DISTINCT json_extract(request, '$.engine') FROM replies")
+        return [json.loads(text) for (text,) in found]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        is_new = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not is_new and database.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
+            raise UserError(f"{self.path} is not a cache of this version: name another file")
+        database.execute("PRAGMA journal_mode = WAL")  # writing does not wait for the disk
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute(f"PRAGMA user_version = {FORMAT}")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL)"
+            " WITHOUT ROWID"
+        )
+        return database
+
+    def _opened_to_read(self) -> sqlite3.Connection:
+        if not self.path.is_file():
+            raise UserError(f"there is no cache {self.path}")
+        for mode in ("mode=ro", "immutable=1"):  # the second where not even a lock can be written
+            database = sqlite3.connect(f"{self.path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
+            try:
+                database.execute("SELECT 1 FROM replies LIMIT 1")
+                break
+            except sqlite3.OperationalError:
+                if mode == "immutable=1":
+                    raise
+        return database
+
+
+class CachedEngine:
+    """Answer from the cache what it holds; ask `engine` for the rest, and keep the answers. Failures are not kept.
+
+    A search is known by the engine's identity, the query, and for an engine that reads more of a request than the
+    query, the question, the golden answers, the coin for noise and the key. The same search asked for twice at the
+    same time is sent once. With `cache_only` the engine is never asked, and a search that is missing fails.
+    """
+
+    def __init__(self, path: str | Path, engine: SearchEngine, cache_only: bool = False) -> None:
+        self.engine, self.cache_only = engine, cache_only
+        self.name, self.max_concurrency = engine.name, engine.max_concurrency
+        self.reads_query_only = getattr(engine, "reads_query_only", False)
+        self.account: Account = getattr(engine, "account", None) or Account(engine.name)
+        self.cache = Cache(path, cache_only)
+        self._identity = self._known_identity()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of searches in flight
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the results depend on: the same as for the engine itself."""
+        return self._identity
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        """Return the cached result, or the engine's. Raises `SearchError`."""
+        described = self._described(request)
+        async with self._locks.setdefault(_key(described), asyncio.Lock()):
+            found = self.cache.get(described)
+            if found is None:
+                return await self._ask(described, request)
+        self.account.queries += 1
+        self.account.replayed += 1
+        lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+        return SearchResult(**{**found, **lists, "retries": 0})
+
+    async def aclose(self) -> None:
+        """Close the engine and the file."""
+        await self.engine.aclose()
+        self.cache.close()
+
+    async def _ask(self, described: dict[str, Any], request: SearchRequest) -> SearchResult:
+        if self.cache_only:
+            raise SearchError(
+                f"the cache {self.cache.path} holds no answer of {self.name} to the query {request.query!r}; "
+                "run the same command without --search_cache_only first"
+            )
+        if getattr(self.engine, "account", None):  # it books for itself
+            result = await self.engine.search(request)
+        else:
+            with self.account.search():
+                self.account.sent += 1
+                result = await self.engine.search(request)
+        self.cache.put(described, asdict(result))
+        return result
+
+    def _described(self, request: SearchRequest) -> dict[str, Any]:
+        described: dict[str, Any] = {"engine": self._identity, "query": request.query}
+        if not self.reads_query_only:
+            described |= {"question": request.question, "golden_answers": request.golden_answers, "key": request.key}
+            if self._identity.get("coin", "query") == "query":
+                described["noisy"] = keyed_uniform(*request.key) < request.p_noise
+            else:  # a coin a document
+                described["p_noise"] = request.p_noise
+        return described
+
+    def _known_identity(self) -> dict[str, Any]:
+        """Return the engine's identity; what it cannot know without asking its server, from the cache."""
+        identity = engine_identity(self.engine)
+        unknown = sorted(name for name, value in identity.items() if value is None)
+        if not unknown:
+            return identity
+        if not self.cache_only:
+            raise ValueError(f"the engine {self.name} does not know its {', '.join(unknown)} yet: check it first")
+        known = {name: value for name, value in identity.items() if value is not None}
+        fitting = [found for found in self.cache.engines() if known.items() <= found.items()]
+        if len(fitting) != 1:
+            choice = "; ".join(json.dumps({name: found[name] for name in unknown}) for found in fitting) or "none"
+            path = self.cache.path
+            raise UserError(f"name the {', '.join(unknown)} of {self.name} whose answers {path} holds: {choice}")
+        return fitting[0]
+
+
+def _key(request: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
