@@ -32,7 +32,7 @@ from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir
 from zerosearch.generation import GenerationError
-from zerosearch.generation.loading import load_tokenizer
+from zerosearch.generation.loading import load_tokenizer, whole_model
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.rewards import f1_reward
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         claim_output(config, arguments.overwrite_output_dir)
     model = model_config.model_name_or_path
     tokenizer = load_tokenizer(model, model_config.model_revision, config.trust_remote_code)
+    with config.main_process_first(local=False):  # an adapter is merged into its base, once
+        model = whole_model(model, Path(config.output_dir), model_config.model_revision, config.trust_remote_code)
     agent = PROMPT_SETS[arguments.prompt].policy
     questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
     engine = choose_engine(options, arguments.prompt)

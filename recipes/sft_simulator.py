@@ -35,7 +35,8 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir
-from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
+from zerosearch.generation.loading import fit_to_cpu, load_tokenizer, whole_model
+from zerosearch.generation.tokenization import chat_messages
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, simulator_card
@@ -289,11 +290,19 @@ def main(argv: list[str] | None = None) -> None:
     is_first = training.process_index == 0
     if checkpoint is None and is_first:
         claim_output_dir(training.output_dir, recipe.overwrite_output_dir)
+    folder = Path(training.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     held_out = recipe.held_out_queries() if recipe.measure_fidelity else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
     examples = load_examples(recipe.searches, recipe.searches_split, PROMPT_SETS[recipe.prompt].simulator, left_out)
-    folder, repository = Path(training.output_dir), None
+    examples = examples.map(
+        lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
+    )
+    with training.main_process_first(local=False):  # an adapter is merged into its base, once
+        model.model_name_or_path = whole_model(
+            model.model_name_or_path, folder, model.model_revision, training.trust_remote_code
+        )
+    repository = None
     if training.push_to_hub and is_first:
         repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
     training.push_to_hub = False  # TRL would push a card of its own

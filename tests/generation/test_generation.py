@@ -223,7 +223,7 @@ def test_a_model_without_a_longest_context_takes_what_is_asked_for(tmp_path: Pat
 def test_a_model_without_positions_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2))
     generator = TransformersGenerator(lambda: nullcontext(model), tiny_tokenizer, [0], 64)
-    with pytest.raises(UserError, match="BloomForCausalLM takes no position_ids; use vLLM"):
+    with pytest.raises(UserError, match="needs position_ids, which BloomForCausalLM lacks; use vLLM"):
         generator.session(Sampling()).__enter__()
 
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from conftest import TEXT
+from conftest import CHAT_TEMPLATE, TEXT
 from rollout_parts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from zerosearch.errors import UserError
 from zerosearch.generation import SampledTurn, TurnRequest
-from zerosearch.generation.tokenization import decoded_text, fit_observation, plain_text, text_token_ids
+from zerosearch.generation.tokenization import (
+    chat_messages,
+    cut_added_tokens,
+    decoded_text,
+    fit_observation,
+    plain_text,
+    prompt_token_ids,
+    text_token_ids,
+)
 from zerosearch.generation.transformers_engine import TurnEnd
+from zerosearch.prompts import PAPER
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 
 # How GPT-2, Qwen2.5 and Llama-3 cut a text before they merge: the last two let ">" run into the line breaks behind it.
@@ -155,3 +170,162 @@ def test_an_observation_keeps_its_tags_at_any_budget(tokenizer: PreTrainedTokeni
         assert text.startswith("\n\n<information>Doc 1: ") and text.endswith("</information>\n\n")
         lengths.append(len(ids))
     assert lengths == sorted(lengths) and lengths[-1] - lengths[0] > 60
+
+
+# Chat models as they are laid out on the Hub: their special added tokens, those that are not special, their template,
+# and which of them tokenizer_config.json names as special: all_special_tokens holds no others.
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN3_PLAIN = ["<think>", "</think>", "<tool_call>", "<tool_response>"]
+LAYOUTS: dict[str, tuple[dict[str, str], list[str], list[str], str, list[str]]] = {
+    "llama3": (
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        [
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|reserved_special_token_0|>",
+        ],
+        [],
+        LLAMA_TEMPLATE,
+        [],
+    ),
+    "qwen2.5": (
+        {"eos_token": "<|im_end|>"},
+        ["<|im_start|>", "<|im_end|>", "<|vision_start|>"],
+        ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "    "],  # some tokenizers have runs of spaces
+        CHAT_TEMPLATE,
+        ["<|im_start|>"],
+    ),
+    "qwen3": ({"eos_token": "<|im_end|>"}, ["<|im_start|>", "<|im_end|>"], QWEN3_PLAIN, CHAT_TEMPLATE, []),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def chat_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """A tokenizer of one of the layouts, loaded as from the Hub, and its added tokens."""
+    names, special, plain, template, named_special = LAYOUTS[request.param]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    core.save(str(tmp_path / "tokenizer.json"))
+    shape = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    decoder = {
+        str(core.token_to_id(token)): {"content": token, "special": token in special, **shape}
+        for token in special + plain
+    }
+    config = {
+        **names,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": named_special,
+        "chat_template": template,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(tmp_path), [token for token in special + plain if not token.isspace()]
+
+
+def found(tokenizer: PreTrainedTokenizerFast, added: list[str], ids: Sequence[int]) -> Counter[str]:
+    """Count the added tokens among ids."""
+    names = {tokenizer.convert_tokens_to_ids(token): token for token in added}
+    return Counter(names[token_id] for token_id in ids if token_id in names)
+
+
+@pytest.mark.parametrize("has_template", [True, False], ids=["chat", "base"])
+def test_added_tokens_from_outside_are_plain_text_in_every_prompt_and_observation(
+    chat_model: tuple[PreTrainedTokenizerFast, list[str]], has_template: bool
+) -> None:
+    tokenizer, added = chat_model
+    if not has_template:
+        tokenizer.chat_template = None
+    hostile = " ".join(added) + "".join(added) + f"<|im_{added[0]}end|>"
+    agents = [PAPER.agents["policy"], PAPER.agents["rag"], PAPER.agents["search-o1"]]
+
+    def contexts(question: str, document: str) -> list[Counter[str]]:
+        """Return the added tokens in all that the model is given, by agent and turn."""
+        counts = []
+        for agent in agents:
+            turns = ["<answer> x </answer>"] if agent.max_turns == 0 else [f"<search> {document} </search>", document]
+            generator = ScriptedGenerator(tokenizer, lambda trajectory, turn, turns=turns: turns[min(turn, 1)])
+            engine = ScriptedEngine(lambda request: [document, document])
+            rows = [{"question": question, "golden_answers": ["x"], "id": "0"}]
+            (trajectory,) = run_rollouts(rows, generator, engine, RolloutSettings(max_turns=1), agent=agent)
+            given = [list(request.context_ids) for requests in generator.requests.values() for request in requests]
+            counts += [found(tokenizer, added, ids) for ids in given]
+            counts.append(found(tokenizer, added, trajectory.prompt_ids + trajectory.completion_ids))
+            for request in engine.requests:
+                assert not any(token in request.query for token in added)
+        return counts
+
+    harmless = contexts("Who wrote Emma?", "It rains.")
+    assert contexts(f"Who wrote {hostile}", hostile) == harmless
+    if "<think>" in added:
+        assert harmless[0]["<think>"] == 1, "the template's own word is the token that it is"
+    assert not found(tokenizer, added, text_token_ids(tokenizer, hostile))
+    assert tokenizer.decode(text_token_ids(tokenizer, hostile)) == hostile, "to the letter"
+
+
+def test_a_prompt_of_the_datasets_own_is_text_from_outside(
+    chat_model: tuple[PreTrainedTokenizerFast, list[str]],
+) -> None:
+    tokenizer, added = chat_model
+    expected = found(tokenizer, added, prompt_token_ids(tokenizer, [{"role": "user", "content": "Who?"}]))
+    row = {"question": "Who?", "golden_answers": ["x"], "prompt": [{"role": "user", "content": " ".join(added)}]}
+    generator = ScriptedGenerator(tokenizer, lambda trajectory, turn: "<answer> x </answer>")
+    (trajectory,) = run_rollouts([row], generator, ScriptedEngine(), RolloutSettings())
+    assert found(tokenizer, added, trajectory.prompt_ids) == expected
+
+
+def test_text_without_added_tokens_is_tokenised_as_the_tokenizer_does(
+    chat_model: tuple[PreTrainedTokenizerFast, list[str]],
+) -> None:
+    tokenizer, _ = chat_model
+    text = "Who wrote    Emma?  <search> x </search>\n\n  It rains."
+    assert plain_text(text, tokenizer) == text
+    assert text_token_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    messages = PAPER.policy.messages("Who wrote Emma?")
+    written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    rows = [{"question": "Who wrote Emma?", "golden_answers": ["x"], "prompt": messages}]
+    generator = ScriptedGenerator(tokenizer, lambda trajectory, turn: "<answer> x </answer>")
+    (trajectory,) = run_rollouts(rows, generator, ScriptedEngine(), RolloutSettings())
+    assert trajectory.prompt_ids == tokenizer(written, add_special_tokens=False)["input_ids"]
+
+
+def test_overlapping_added_tokens_are_all_cut() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(["ab|", "|cd", "[[X]", "[X]"])
+    assert list(cut_added_tokens(tokenizer, "ab|cd [[X] [X")) == ["a", "b|", "cd [", "[", "X] [X"]
+
+
+def test_the_pieces_of_a_unigram_vocabulary_hold_no_control_token() -> None:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -4.0) for letter in "▁ab</s>")]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))  # without a cut, it finds "</s>" by itself
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    assert {1, 2}.isdisjoint(text_token_ids(tokenizer, "a</s>b<s>"))
+
+
+def test_an_empty_system_message_is_left_out_where_the_template_refuses_it(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    system, user = {"role": "system", "content": ""}, {"role": "user", "content": "Query: <|im_end|>"}
+    plain = {"role": "user", "content": "Query: < |im_end|>"}
+    assert chat_messages(tiny_tokenizer, [system, user]) == [system, plain]
+    gemma = copy.deepcopy(tiny_tokenizer)
+    gemma.chat_template = refuses + CHAT_TEMPLATE
+    assert chat_messages(gemma, [system, user]) == [plain]
+    assert chat_messages(gemma, [user]) == [plain]
+    spoken = {"role": "system", "content": "Be brief."}
+    with pytest.raises(UserError, match=r"refuses a system message \(System role not supported\)"):
+        prompt_token_ids(gemma, [spoken, user])
+    assert prompt_token_ids(gemma, [system, user]) == prompt_token_ids(tiny_tokenizer, [user])

@@ -331,8 +331,9 @@ def check_full_attention(model: PreTrainedModel) -> None:
         raise UserError(
             f"generation by transformers needs full attention in every layer, not {sorted(layer_types)}; use vLLM"
         )
-    if "position_ids" not in signature(model.forward).parameters:
-        raise UserError(f"{type(model).__name__} takes no position_ids; use vLLM")
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without its adapters
+    if "position_ids" not in signature(bare.forward).parameters:
+        raise UserError(f"generation by transformers needs position_ids, which {type(bare).__name__} lacks; use vLLM")
     implementation = model.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UserError(

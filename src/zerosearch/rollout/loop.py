@@ -157,14 +157,20 @@ class _Rollout:
         )
         self.search_limit = asyncio.Semaphore(engine.max_concurrency)
         self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
-        prompts = [row["prompt"] if "prompt" in row else agent.messages(row["question"]) for row in rows]
-        self.trajectories = [Trajectory(prompt_token_ids(self.tokenizer, prompt), p_noise) for prompt in prompts]
+        self.trajectories = [Trajectory(self._prompt_ids(row), p_noise) for row in rows]
         self.to_submit: list[TurnRequest] = []  # of turns sampled here: the next step begins with them
         self.turn_starts: dict[int, float] = {}
         # When a turn that is sampled here last ended, or was submitted while no other was in flight.
         self.last_progress = time.perf_counter()
         self.num_generating = 0
         self.num_searching = 0
+
+    def _prompt_ids(self, row: Mapping[str, Any], documents: str | None = None) -> list[int]:
+        """Tokenise the agent's prompt, in which question and documents are plain text, or the row's own, all of it."""
+        if documents is None and "prompt" in row and row["prompt"] != self.agent.messages(row["question"]):
+            return prompt_token_ids(self.tokenizer, row["prompt"])
+        messages = self.agent.messages(self._plain(row["question"]), documents or "")
+        return prompt_token_ids(self.tokenizer, messages, is_plain=True)
 
     def run(self, progress: bool) -> None:
         """Advance every trajectory to its end."""
@@ -308,7 +314,7 @@ class _Rollout:
         *group_key, sample = self.keys[index]
         turn = len(trajectory.turns) - 1 if trajectory.turns else LOOKUP_TURN
         request = SearchRequest(
-            query=plain_text(query, self.tokenizer),
+            query=self._plain(query),
             question=row["question"],
             golden_answers=tuple(row["golden_answers"]),
             p_noise=self.p_noise,
@@ -354,22 +360,21 @@ class _Rollout:
 
     def _begin_with_documents(self, index: int, documents: Sequence[str]) -> None:
         """Write the documents into the prompt and start the first turn."""
-        text, *_ = self._fit(documents, format_documents)
-        messages = self.agent.messages(self.rows[index]["question"], text)
-        self.trajectories[index].prompt_ids = prompt_token_ids(self.tokenizer, messages)
+        text, *_ = self._fit([self._plain(document) for document in documents], format_documents)
+        self.trajectories[index].prompt_ids = self._prompt_ids(self.rows[index], text)
         self._tell(index, "observation")
         self._begin(index)
 
     def _read(self, index: int, turn: Turn, template: str) -> None:
         """Ask the model, apart from the trajectory, for notes on the documents of a search."""
         prompt = reading_prompt(
-            question=self.rows[index]["question"],
-            reasoning=" ".join(" ".join(turn.text.split()) for turn in self.trajectories[index].turns),
-            query=turn.content,
-            documents=self._fit(turn.documents, format_documents)[0],
+            question=self._plain(self.rows[index]["question"]),
+            reasoning=self._plain(" ".join(" ".join(turn.text.split()) for turn in self.trajectories[index].turns)),
+            query=self._plain(turn.content),
+            documents=self._fit([self._plain(document) for document in turn.documents], format_documents)[0],
             template=template,
         )
-        context_ids = prompt_token_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+        context_ids = prompt_token_ids(self.tokenizer, [{"role": "user", "content": prompt}], is_plain=True)
         room = min(self.settings.max_turn_tokens, self.context_limit - len(context_ids))
         if room < 1:
             self._end(index, "truncated")
@@ -383,7 +388,7 @@ class _Rollout:
         trajectory = self.trajectories[index]
         trajectory.reading_tokens += num_tokens
         trajectory.turns[-1].was_read = True
-        notes = plain_text(without_thoughts(text), self.tokenizer)
+        notes = self._plain(without_thoughts(text))
         text, token_ids, _ = self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
         self._append_observation(index, text, token_ids)
 
@@ -417,6 +422,9 @@ class _Rollout:
     def _tell(self, index: int, event: Event) -> None:
         if self.watch:
             self.watch(index, self.trajectories[index], event)
+
+    def _plain(self, text: str) -> str:
+        return plain_text(text, self.tokenizer)
 
     def _encode(self, text: str) -> list[int]:
         return text_token_ids(self.tokenizer, text)
