@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from zerosearch import data
@@ -72,11 +75,101 @@ def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
     assert len(load_questions(jsonl(tmp_path, ROW, "not json"), limit=1)) == 1
 
 
-def test_a_parquet_file_reads_like_a_jsonl_file(tmp_path: Path) -> None:
-    path = tmp_path / "train.parquet"
-    stored = {**ROW, "prompt": [{"role": "user", "content": "another prompt"}], "extra_info": {"index": 3}}
-    datasets.Dataset.from_list([stored]).to_parquet(str(path))
-    assert load_questions(str(path)).to_list() == load_questions(jsonl(tmp_path, ROW)).to_list()
+def write_parquet(path: Path, **columns: Any) -> str:
+    rows = {"question": ["Who wrote Emma"], "golden_answers": [["Jane Austen", "Austen"]]}
+    pq.write_table(pa.table(rows | columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": [[{"role": "user", "content": "another prompt"}]], "extra_info": [{"index": 3}]},
+        {"extra": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))},
+        {"took": pa.array([1], pa.duration("ms")), "time": pa.array([1], pa.time64("us"))},
+        {"data_source": pa.array(["a"]).dictionary_encode()},
+        {"question": pa.array(["Who wrote Emma"], pa.string_view())},
+        {"golden_answers": pa.array([["Jane Austen", "Austen"]], pa.list_(pa.dictionary(pa.int32(), pa.string())))},
+        {"golden_answers": pa.array([["Jane Austen", "Austen"]], pa.large_list(pa.large_string()))},
+    ],
+)
+def test_a_parquet_file_reads_like_a_jsonl_file(tmp_path: Path, columns: dict[str, Any]) -> None:
+    (row,) = load_questions(write_parquet(tmp_path / "a.parquet", **columns)).to_list()
+    assert row == {**ROW, "id": "a_0", "dataset": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": [b"Who wrote Emma"]}, r"row 1: 'question' is b'Who wrote Emma', not a text"),
+        ({"golden_answers": [["A", None]]}, r"row 1: 'golden_answers' is \['A', None\], not a list of texts"),
+        ({"golden_answers": [{"target": ["A"]}]}, "row 1: 'golden_answers' is {'target'.*}, not a list of texts"),
+        ({"question": pa.array([b"\xff"]).view(pa.string())}, "cannot be read as a parquet file: 'utf-8' codec"),
+        ({"question": [None]}, "row 1 lacks 'question'"),
+        ({"question": pa.array([], pa.string()), "golden_answers": []}, "holds no questions"),
+    ],
+)
+def test_a_parquet_file_of_something_else_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_questions(write_parquet(tmp_path / "a.parquet", **columns))
+
+
+def test_a_column_that_is_missing_is_named_with_those_there(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["Why?"], "answer": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet lacks 'golden_answers'; it has answer, question"):
+        load_questions(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+@pytest.mark.parametrize("column", ["picture", "question"])
+@pytest.mark.parametrize("source", ["file", "Hub"])
+def test_no_column_opens_an_address(
+    tmp_path: Path, kind: str, column: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        media = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
+        features: dict[str, Any] = {
+            "question": {"dtype": "string", "_type": "Value"},
+            "golden_answers": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+        }
+        columns = {"question": ["Who?"], "golden_answers": [["x"]]}
+        table = pa.table(columns | {column: pa.array([{"bytes": None, "path": address}], media)})
+        about = json.dumps({"info": {"features": features | {column: {"_type": kind}}}})
+        table = table.replace_schema_metadata({"huggingface": about})
+        pq.write_table(table, tmp_path / "a.parquet")
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset(table))
+        try:
+            assert len(load_questions(str(tmp_path / "a.parquet") if source == "file" else "org/name")) == 1
+            assert column == "picture"
+        except UserError as error:
+            assert column == "question" and "not a text" in str(error)
+        listener.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_half_characters_and_nul_are_replaced(tmp_path: Path, suffix: str) -> None:
+    texts = {"question": "Who \ud83d wrote\0it?", "golden_answers": ["caf\udce9"], "id": "a\ud83d"}
+    path = jsonl(tmp_path, texts)
+    if suffix == "parquet":  # a file there may hold NUL, and no half characters
+        path = write_parquet(
+            tmp_path / "a.parquet", question=["Who \0 wrote\0it?"], golden_answers=[["caf\0"]], id=["a\0"]
+        )
+    (row,) = load_questions(path)
+    assert (row["id"], row["question"], row["golden_answers"]) == (
+        "a\ufffd",
+        "Who \ufffd wrote\ufffdit?",
+        ["caf\ufffd"],
+    )
+
+
+def test_line_separators_of_unicode_are_text(tmp_path: Path) -> None:
+    question = "Who\u2028wrote\u2029this\x85one?"
+    path = tmp_path / "qa.jsonl"
+    path.write_text(json.dumps(ROW | {"question": question}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row["question"] for row in load_questions(str(path))] == [question]
 
 
 def test_a_hub_dataset_is_read_with_its_own_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +219,7 @@ def bad_bytes(path: Path) -> str:
         (lambda path: str(path / "none.parquet"), "there is no file"),
         (lambda path: str(path), "neither a .jsonl nor a .parquet file"),
         (lambda path: bad_bytes(path / "a.jsonl"), "line 1 is not JSON"),
-        (lambda path: bad_bytes(path / "a.parquet"), "is not a parquet file"),
+        (lambda path: bad_bytes(path / "a.parquet"), "cannot be read as a parquet file"),
         (lambda path: jsonl(path, ""), "holds no questions"),
         (lambda path: "no such dataset!", "cannot be loaded from the Hub"),
     ],

@@ -6,7 +6,12 @@ import time
 
 import pytest
 
-from zerosearch.text import clean_json, clean_text, without_thoughts
+from zerosearch.errors import UserError
+from zerosearch.evaluation.tables import aligned, markdown
+from zerosearch.text import clean_json, clean_text, printable, without_thoughts
+
+ATTACK = "\x1b]0;OWNED\x07\x1b[2J \u202egnp.exe \x9b31m \x00\r\x7f\ud83d end"
+SHOWN = r"\x1b]0;OWNED\x07\x1b[2J \u202egnp.exe \x9b31m \x00\r\x7f\ud83d end"
 
 
 def test_what_no_tokenizer_takes_is_replaced() -> None:
@@ -37,3 +42,15 @@ def test_a_reply_of_nothing_but_tags_takes_linear_time() -> None:
     start = time.perf_counter()
     assert without_thoughts("<think>" * 200_000) == ""
     assert time.perf_counter() - start < 1.0
+
+
+def test_what_a_terminal_obeys_is_shown() -> None:
+    assert printable(ATTACK) == SHOWN
+    plain = "a\tb\nc é 日本 \U0001f468\u200d\U0001f33e می\u200cخواهم"  # joiners are part of words and emoji
+    assert printable(plain) == plain
+
+
+def test_messages_and_tables_show_it() -> None:
+    assert str(UserError(ATTACK)) == SHOWN.replace(r"\r", " ")
+    assert aligned([["dataset", "n"], ["\x1b[2J\nnq", "3"]]) == "dataset     n\n\\x1b[2J nq  3"
+    assert markdown([["method", "n"], ["a|\x1b[2J\nb", "3"]]) == "| method | n |\n|---|---:|\n| a\\|\\x1b[2J b | 3 |"

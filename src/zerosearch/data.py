@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from zerosearch.errors import UserError
 from zerosearch.files import read_jsonl
+from zerosearch.text import clean_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +53,8 @@ BENCHMARKS = {
 ALL_BENCHMARKS = "benchmarks"  # names the seven at once
 # The paper scores 500 questions of each set and all 125 of Bamboogle; which 500, nobody has said.
 PAPER_QUESTIONS = 500
+
+COLUMNS = ("id", "question", "golden_answers", "dataset", "data_source")  # what is read of a question's row
 
 
 @dataclass(frozen=True)
@@ -179,16 +182,58 @@ def _rows(source: str, split: str, benchmark_source: str) -> Iterable[tuple[str,
     if suffix == ".jsonl":
         return read_jsonl(source)
     if suffix == ".parquet":
-        return _numbered(_parquet(Path(source)), source)
+        return _parquet_rows(source)
     if os.path.exists(source):
         raise UserError(f"{source} is neither a .jsonl nor a .parquet file")
-    return _numbered(_hub(source, split), f"{source} ({split})")
+    return _hub_rows(source, split)
 
 
-def _numbered(dataset: Dataset, source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    wanted = [name for name in dataset.column_names if name != "prompt"]
-    for number, row in enumerate(dataset.select_columns(wanted), start=1):
-        yield f"{source} row {number}", row
+def _parquet_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not Path(source).is_file():
+        raise UserError(f"there is no file {source}")
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            yield from _numbered(file.iter_batches(columns=_wanted(file.schema_arrow.names, source)), source)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read as a parquet file: {error}") from error
+
+
+def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        dataset = datasets.load_dataset(source, split=split)
+    # What the Hub client raises for a wrong name, split or permission, for a network that is not there, and for files
+    # that cannot be read.
+    except (
+        *(FileNotFoundError, ConnectionError, ValueError),
+        *(HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetGenerationError),
+    ) as error:
+        message = f"the dataset {source!r} (split {split!r}) is not a file here and cannot be loaded from the Hub"
+        raise UserError(f"{message}: {error}") from error
+    place = f"{source} ({split})"
+    # As Arrow tables: nothing is decoded, so that no column opens the address of an image.
+    tables = dataset.select_columns(_wanted(dataset.column_names, place)).with_format("arrow").iter(1000)
+    return _numbered(tables, place)
+
+
+def _wanted(columns: Sequence[str], source: str) -> list[str]:
+    """Return the columns to read. Raises `UserError` if one that is needed is missing."""
+    for name in ("question", "golden_answers"):
+        if name not in columns:
+            raise UserError(f"{source} lacks {name!r}; it has {', '.join(sorted(columns))}")
+    return [name for name in COLUMNS if name in columns]
+
+
+def _numbered(tables: Iterable[Any], source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of Arrow tables or batches, each with its place."""
+    rows = (row for table in tables for row in table.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} row {number}", clean_json(row)
 
 
 def _benchmark_file(path: str, source: str) -> Path:
@@ -206,33 +251,6 @@ def _benchmark_file(path: str, source: str) -> Path:
     # A wrong name or permission, no such file, no network, nothing in the cache while offline.
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         message = f"{path} of the dataset {source!r} cannot be loaded from the Hub: {error}"
-        raise UserError(message) from error
-
-
-def _parquet(path: Path) -> Dataset:
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file: {error}") from error
-
-
-def _hub(source: str, split: str) -> Dataset:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return datasets.load_dataset(source, split=split)
-    # What the Hub client raises for a wrong name, split or permission, and for a network that is not there.
-    except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        message = (
-            f"the dataset {source!r} (split {split!r}) is no file here and cannot be loaded from the Hub: {error}"
-        )
         raise UserError(message) from error
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from zerosearch.text import printable
+
 
 class UserError(Exception):
     """A mistake of the user's; recipes print its message, one line, and exit with 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 @contextmanager

@@ -6,11 +6,18 @@ import re
 from typing import Any
 
 UNENCODABLE = re.compile("[\x00\ud800-\udfff]")
+# Control characters but for tab and line feed, what sets the direction of writing or ends a line, half characters.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
     """Replace NUL and lone surrogates, halves of a character that no tokenizer or file takes, by U+FFFD."""
     return UNENCODABLE.sub("\ufffd", text)
+
+
+def printable(text: str) -> str:
+    """Write as escapes, such as "\\x1b", the characters that a terminal or a page would obey instead of showing."""
+    return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def clean_json(content: Any) -> Any:

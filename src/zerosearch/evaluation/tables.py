@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from zerosearch.data import BENCHMARKS
+from zerosearch.text import printable
 
 Results = Mapping[str, Any]  # what results.json holds
 
@@ -110,7 +111,7 @@ def percent(score: Mapping[str, float] | None) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return rows, the head first, in columns for a terminal: names and intervals flush left, numbers flush right."""
     columns = []
-    for place, column in enumerate(zip(*rows, strict=True)):
+    for place, column in enumerate(zip(*(map(_in_one_line, row) for row in rows), strict=True)):
         side = "<" if place == 0 or "[" in column[0] else ">"
         columns.append([f"{cell:{side}{max(map(len, column))}}" for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
@@ -118,8 +119,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Return rows, the head first, as a Markdown table."""
-    head, *lines = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    head, *lines = (
+        f"| {' | '.join(_in_one_line(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows
+    )
     return "\n".join([head, f"|---{'|---:' * (head.count(' | '))}|", *lines])
+
+
+def _in_one_line(cell: str) -> str:
+    """Return a cell, which may name a dataset or a model of others, so that it can be printed."""
+    return printable(" ".join(cell.split()))
 
 
 def _scores_table(what: str, lines: Mapping[str, Results]) -> str:
