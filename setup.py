@@ -58,7 +58,11 @@ setup(
     python_requires=">=3.11,<3.14",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"zerosearch": ["py.typed"], "zerosearch.report": ["*.css", "*.html"]},
+    package_data={
+        "zerosearch": ["py.typed"],
+        "zerosearch.report": ["*.css", "*.html"],
+        "zerosearch.simulator": ["*.md"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

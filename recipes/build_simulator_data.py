@@ -3,52 +3,41 @@
     python recipes/build_simulator_data.py --traces search_traces.jsonl --output_dir outputs/sft      # the free rule
     python recipes/build_simulator_data.py --traces judged.jsonl --judge qwen-max --output_dir outputs/sft
 
-The output folder is a dataset as `datasets.load_dataset` and the Hub take it: train.jsonl, test.jsonl and a card;
-statistics.json holds the counts of the card. Rows are judged
-searches; the tuning recipe writes the prompt. `--push_to_hub you/name` uploads it. Searches that nobody has judged yet
-are judged here by the rule (the answer occurs in the document). Next: recipes/sft_simulator.py --searches FOLDER.
+The output folder is a dataset for `datasets.load_dataset` and the Hub: train.jsonl, test.jsonl and a card;
+statistics.json holds the counts of the card. Rows are judged searches; the tuning recipe adds the prompt.
+`--push_to_hub you/name` uploads it. Searches that nobody has judged yet are judged here by the rule (the answer occurs
+in the document). Next: recipes/sft_simulator.py --searches FOLDER.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import claim_output_dir, write_jsonl
-from zerosearch.prompts import PAPER
+from zerosearch.files import claim_output_dir, write_json, write_jsonl, write_text
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.simulator.cards import create_repository, dataset_card, push_folder
 from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.simulator.examples import simulator_example
 from zerosearch.simulator.judge import RULE, rule_verdicts
 from zerosearch.simulator.traces import read_traces
 
+MADE = (*(f"{split}.jsonl" for split in SPLITS), "statistics.json", "README.md")
+
 
 @dataclass
 class BuildArguments:
-    """What to build from, and how."""
+    """What to build from, and where it goes."""
 
     traces: str = field(metadata={"help": "JSONL rows {question, golden_answers, query, documents}, judged or not."})
     output_dir: str = field(metadata={"help": "Folder for the dataset; must be new or empty."})
-    judge: str = field(default=RULE, metadata={"help": "Whose verdicts count: rule, or the name of the model."})
-    num_documents: int = field(default=5, metadata={"help": "Most documents in a set (Table 2)."})
-    num_words: int = field(default=30, metadata={"help": "Words of a document, about (Table 2)."})
-    min_documents: int = field(default=1, metadata={"help": "Leave out sets of fewer documents."})
-    fill_from_question: bool = field(
-        default=False, metadata={"help": "Fill sets up with what other queries of the question found (rule only)."}
-    )
-    p_test: float = field(default=0.1, metadata={"help": "Share of the questions that goes into test.jsonl."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "Prompts of the example that the card shows."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Upload the folder as this dataset, you/name."})
     private: bool = field(default=False, metadata={"help": "Make the dataset on the Hub private."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into a folder that is not empty."})
-
-    def set_options(self) -> SetOptions:
-        return SetOptions(
-            self.judge, self.num_documents, self.num_words, self.min_documents, self.fill_from_question, self.p_test
-        )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the dataset that is there."})
 
 
 def judged(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,25 +52,25 @@ def judged(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = parse(BuildArguments, argv=argv)
-    options = arguments.set_options()
+    arguments, options = parse(BuildArguments, SetOptions, argv=argv)
     traces = judged(read_traces(arguments.traces))
     sets = build_sets(traces, options)
     if not sets:
         raise UserError(f"no document of {arguments.traces} makes a set: see --judge and --min_documents")
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir)
     repository = arguments.push_to_hub and create_repository(arguments.push_to_hub, "dataset", arguments.private)
-    found = statistics(traces, sets, options.judge)
+    for name in MADE:
+        (directory / name).unlink(missing_ok=True)
     for split in SPLITS:
-        rows = [row for row in sets if row["split"] == split]
-        if rows:
+        if rows := [row for row in sets if row["split"] == split]:
             write_jsonl(directory / f"{split}.jsonl", rows)
-    (directory / "statistics.json").write_text(json.dumps(found, indent=2) + "\n")
-    about = {"traces": Path(arguments.traces).name, **asdict(options)}
-    example = simulator_example(sets[0], PAPER.simulator)
+    found = statistics(traces, sets, options.judge)
+    write_json(directory / "statistics.json", found)
+    about = {"traces": Path(arguments.traces).name, "prompt": arguments.prompt, **asdict(options)}
+    example = simulator_example(sets[0], PROMPT_SETS[arguments.prompt].simulator)
     shown = "\n".join(message["content"] for message in [*example["prompt"][1:], *example["completion"]])
     title = (repository or directory.resolve().name).split("/")[-1]
-    (directory / "README.md").write_text(dataset_card(title, found, about, shown), encoding="utf-8")
+    write_text(directory / "README.md", dataset_card(title, found, about, shown))
     print(statistics_table(found))
     print(f"dataset: {directory}; tune with: python recipes/sft_simulator.py --searches {directory}")
     if repository:

@@ -1,8 +1,8 @@
 """Label every document of the searches as useful or noisy (paper, Section 3.3), by a rule, a language model or both.
 
     python recipes/judge_traces.py --traces traces.jsonl --output_dir outputs/judged                  # the free rule
-    OPENAI_API_KEY=... python recipes/judge_traces.py --traces traces.jsonl --output_dir outputs/judged \
-        --judges rule llm --judge_url https://HOST/v1 --judge_model qwen-max                          # both
+    HOST_KEY=... python recipes/judge_traces.py --traces traces.jsonl --output_dir outputs/judged \
+        --judges rule llm --judge_url https://HOST/v1 --judge_model qwen-max --judge_api_key_variable HOST_KEY
 
 The rule: a golden answer occurs in the document. The model: it alone suffices to answer the query. The output folder
 gets judged.jsonl (the searches with `verdicts`, a list for each judge under its name), judging.json (counts, and how
@@ -12,7 +12,6 @@ is paid for twice. Next: recipes/build_simulator_data.py.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -23,9 +22,9 @@ from typing import Any
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
-from zerosearch.files import sole_writer, write_jsonl
+from zerosearch.files import sole_writer, write_json, write_jsonl
 from zerosearch.http import redacted_url
-from zerosearch.prompts import PAPER
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.simulator.judge import (
     RULE,
     Judge,
@@ -51,8 +50,12 @@ class JudgeArguments:
         default="https://api.openai.com/v1", metadata={"help": "For llm: an OpenAI-style endpoint."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "For llm: the model to ask (paper: Qwen-Max)."})
-    judge_api_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "For llm: the environment variable that holds the key."}
+    judge_api_key_variable: str | None = field(
+        default=None,
+        metadata={
+            "help": "For llm: the environment variable that holds the key. Default: OPENAI_API_KEY for OpenAI's own "
+            "address; no key is sent to another one."
+        },
     )
     judge_max_tokens: int = field(
         default=256, metadata={"min": 1, "help": "For llm: longest reply; a model that thinks needs more."}
@@ -62,14 +65,23 @@ class JudgeArguments:
     judge_concurrency: int = field(default=32, metadata={"min": 1, "help": "For llm: calls in flight."})
     verdict_cache: str | None = field(default=None, metadata={"help": "For llm: another place for the cache."})
     traces_limit: int | None = field(default=None, metadata={"min": 1, "help": "Judge the first searches only."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "For llm: the prompts; the judge's is used."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier judged.jsonl."})
 
     def __post_init__(self) -> None:
-        unknown = [judge for judge in self.judges if judge not in (RULE, "llm")]
-        if unknown or not self.judges:
-            raise UserError(f"judges is {' '.join(self.judges)!r}: it must be rule, llm, or both")
         if "llm" in self.judges and self.judge_model is None:
             raise UserError("--judges llm needs --judge_model, the name of the model to ask")
+
+
+def api_key(url: str, variable: str | None) -> str | None:
+    """Return the key in the variable, by default OpenAI's for OpenAI. Raises `UserError` if it is not set."""
+    if variable is None:
+        if not url.startswith("https://api.openai.com/"):
+            return None
+        variable = "OPENAI_API_KEY"
+    if not os.environ.get(variable):
+        raise UserError(f"the judge's key is to be in the environment variable {variable}, which is not set")
+    return os.environ[variable]
 
 
 def llm_verdicts(arguments: JudgeArguments, traces: list[dict[str, Any]]) -> tuple[Judge, list[list[Verdict]]]:
@@ -78,8 +90,8 @@ def llm_verdicts(arguments: JudgeArguments, traces: list[dict[str, Any]]) -> tup
     judge = Judge(
         arguments.judge_url,
         arguments.judge_model,
-        os.environ.get(arguments.judge_api_key_variable),
-        PAPER.judge,
+        api_key(arguments.judge_url, arguments.judge_api_key_variable),
+        PROMPT_SETS[arguments.prompt].judge,
         max_tokens=arguments.judge_max_tokens,
         timeout_s=arguments.judge_timeout_s,
         max_retries=arguments.judge_max_retries,
@@ -130,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             for place, trace in enumerate(traces)
         )
         write_jsonl(judged, rows)
-        (directory / "judging.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_json(directory / "judging.json", results)
     for name, counts in results["verdicts"].items():
         print(f"{name}: {counts['useful']:,} useful, {counts['noisy']:,} noisy, {counts['none']:,} without a verdict")
     for names, found in results["agreement"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +16,10 @@ import datasets
 import pytest
 from hub_stub import HubStub
 
+from zerosearch.data import Passage
 from zerosearch.errors import UserError
-from zerosearch.metrics import normalize_answer
-from zerosearch.simulator.dataset import SetOptions, build_sets, split_of, statistics
+from zerosearch.metrics import holds_answer, normalize_answer
+from zerosearch.simulator.dataset import SetOptions, build_sets, excerpt, split_of, statistics
 from zerosearch.simulator.examples import load_examples, simulator_example
 from zerosearch.simulator.judge import rule_verdict, rule_verdicts
 from zerosearch.simulator.traces import read_traces
@@ -84,6 +86,7 @@ def test_a_set_holds_no_more_than_it_may_and_no_document_twice() -> None:
         ({"num_words": 0}, "num_words is 0"),
         ({"min_documents": 6}, "num_documents is 5, less than min_documents 6"),
         ({"p_test": 1.0}, "p_test is 1.0"),
+        ({"p_test": -0.1}, "p_test is -0.1"),
         ({"fill_from_question": True, "judge": "judge-1"}, "needs the verdicts of the rule: those of 'judge-1'"),
     ],
 )
@@ -97,6 +100,30 @@ def test_verdicts_that_are_missing_are_named() -> None:
         build_sets(EMMA, SetOptions(judge="judge-2"))
     with pytest.raises(UserError, match="search 1 has 1 verdicts of 'rule' on 2 documents"):
         build_sets([trace("q", "a", "b", verdicts=[True])], SetOptions())
+
+
+def test_all_queries_of_a_question_are_in_one_split() -> None:
+    traces = [
+        trace(f"query {n} of {m}", "It rains.", verdicts=[False], question=f"Question {m}?")
+        for m in range(20)
+        for n in range(10)
+    ]
+    splits: dict[str, set[str]] = {}
+    for row in build_sets(traces, SetOptions(p_test=0.5)):
+        splits.setdefault(row["question"], set()).add(row["split"])
+    assert len(splits) == 20 and set(map(len, splits.values())) == {1}
+    assert set.union(*splits.values()) == {"train", "test"}
+
+
+def test_only_useful_documents_are_cut_around_the_answer() -> None:
+    weather = "The weather is much discussed in it. "
+    text = weather * 6 + "It is by Jane Austen, who lived in Hampshire. " * 6
+    traces = [trace("weather", text, text, verdicts=[True, False])]
+    sets = contents(build_sets(traces, SetOptions()))
+    assert "Jane Austen" in sets["weather", True][0]
+    assert sets["weather", False] == [
+        "The weather is much discussed in it. " * 4 + "The weather is much discussed in it."
+    ]
 
 
 def test_the_split_is_the_questions_own() -> None:
@@ -119,6 +146,72 @@ def test_statistics_count_what_went_in_and_came_out() -> None:
     assert (train["useful"]["sets"], train["useful"]["documents"]) == (2, {"1": 1, "2": 1})
     assert train["useful"]["answer_rate"] == 1.0 and train["noisy"]["answer_rate"] == 0.0
     assert train["noisy"]["words"] == {"mean": 2.0, "p5": 2.0, "p50": 2.0, "p95": 2.0}
+
+
+NOVEL = Passage(
+    "Emma (novel)",
+    "Emma is set in the village of Highbury. It was written by Jane Austen from January 1814. It is about a "
+    "matchmaker who is wrong. The rain in it is much discussed. It came out in December 1815, in three volumes, with "
+    "a title page that names 1816. John Murray of Albemarle St. in London published it.",
+)
+
+
+def test_a_short_passage_is_kept_whole() -> None:
+    assert excerpt(Passage("Emma", "It is a novel."), 30, "Emma") == "Emma: It is a novel."
+
+
+def test_the_sentence_with_the_answer_is_kept_and_what_follows_it() -> None:
+    assert excerpt(NOVEL, 16, "Emma author", ["Jane Austen"]) == (
+        "Emma (novel): It was written by Jane Austen from January 1814. It is about a matchmaker who is wrong."
+    )
+
+
+def test_without_an_answer_the_sentence_nearest_to_the_query_is_kept() -> None:
+    assert excerpt(NOVEL, 10, "who published it in London") == (
+        "Emma (novel): John Murray of Albemarle St. in London published it."
+    )
+
+
+def test_a_long_sentence_is_cut_around_the_answer_and_says_so() -> None:
+    sentence = " ".join(f"w{n}" for n in range(100))
+    text = excerpt(Passage("", sentence), 10, "q", ["w49 W50"])
+    words = text.split()
+    assert words[0] == words[-1] == "..." and len(words) == 14
+    assert {"w49", "w50"} <= set(words) and text == excerpt(Passage("", sentence), 10, "q", ["w49 W50"])
+    assert excerpt(Passage("", sentence), 10, "q") == " ".join(f"w{n}" for n in range(12)) + " ..."
+
+
+@pytest.mark.parametrize(
+    ("passage", "answer"),
+    [
+        (Passage("", "one two three four five. " + "Six words are in here now. " * 9), "five six"),  # over a full stop
+        (Passage("Pride and Prejudice", "A novel of manners. " * 20), "Pride and Prejudice"),  # in the title
+        (
+            Passage("The great Jane", "Austen wrote it. " + "There is more to say of her. " * 20),
+            "Jane Austen",
+        ),  # in both
+    ],
+)
+def test_an_answer_in_an_odd_place_is_kept(passage: Passage, answer: str) -> None:
+    assert holds_answer(passage.document, [answer])
+    assert holds_answer(excerpt(passage, 8, "something else", [answer]), [answer])
+
+
+def test_an_excerpt_of_anything_is_short_and_keeps_the_answer() -> None:
+    rng, held = random.Random(0), 0.0
+    words = [*"a b. c! The Dr. J. St. U.S. d? e, 1999 Über".split(), "  ", "\n"]
+    for _ in range(2000):
+        text = " ".join(rng.choices(words, k=rng.randint(1, 120)))
+        if not text.strip():
+            continue
+        passage = Passage(rng.choice(["", "A title", "The very long title of a work in many words"]), text.strip())
+        start = rng.randrange(len(passage.document.split()))
+        answer = " ".join(passage.document.split()[start : start + rng.randint(1, 4)])
+        result = excerpt(passage, 15, "c d", [answer])
+        assert 1 <= len(result.split()) <= 18 + 2
+        held += holds_answer(passage.document, [answer])  # "The" alone counts as no word, so it occurs nowhere
+        assert holds_answer(result, [answer]) == holds_answer(passage.document, [answer])
+    assert held > 1500
 
 
 @real_data
@@ -192,6 +285,34 @@ def test_the_recipe_makes_a_dataset_that_loads(
     card = (folder / "README.md").read_text()
     assert "by a rule: a golden answer" in card and "Useful Output:\n\nDoc 1: Book" in card
     assert len(load_examples(str(folder), "test")) == len(loaded["test"])
+
+
+def test_overwriting_clears_the_earlier_dataset_and_nothing_else(
+    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
+) -> None:
+    folder = tmp_path / "sft"
+    command = ["--traces", str(traces), "--output_dir", str(folder)]
+    load_recipe("build_simulator_data").main([*command, "--p_test", "0.5"])
+    (folder / "notes.txt").write_text("mine")
+    assert "is not empty" in refusal("build_simulator_data", command)
+    load_recipe("build_simulator_data").main([*command, "--p_test", "0", "--overwrite_output_dir", "true"])
+    assert {path.name for path in folder.iterdir()} == {"train.jsonl", "statistics.json", "README.md", "notes.txt"}
+    assert len((folder / "train.jsonl").read_bytes().split(b"\n")) == 60 + 1
+    assert "split: test" not in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_models_verdicts_names_the_model(
+    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) | {"verdicts": {"qwen-max": [True, False, None]}} for line in traces.open()]
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--traces", str(traces), "--output_dir", str(tmp_path / "sft"), "--judge", "qwen-max"]
+    load_recipe("build_simulator_data").main([*command, "--prompt", "tinyworld", "--p_test", "0"])
+    card = (tmp_path / "sft/README.md").read_text()
+    assert card.startswith("---\ntask_categories:\n- text-generation\n") and "split: train" in card
+    assert "labelled by `qwen-max`, asked whether it alone suffices to answer the query" in card
+    assert "30 are useful, 30 noisy;\n30 have no verdict and are left out" in card
+    assert "Write five useful documents." in card and "called `tinyworld`" in card and '"judge": "qwen-max"' in card
 
 
 def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_path: Path) -> None:

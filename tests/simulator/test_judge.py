@@ -342,11 +342,35 @@ def test_both_judges_in_one_run_and_their_agreement(
     assert "agree on 1.000 of 38 documents; Cohen's kappa 1.000" in capsys.readouterr().out
 
 
+def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(
+    server: JudgeServer, load_recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("HOST_KEY", "sk-host")
+    recipe = load_recipe("judge_traces")
+    command = ["--traces", str(write_traces(tmp_path / "traces.jsonl", 1)), "--judges", "llm"]
+    command += ["--judge_url", server.url, "--judge_model", "judge-1", "--output_dir"]
+    recipe.main([*command, str(tmp_path / "a")])
+    recipe.main([*command, str(tmp_path / "b"), "--judge_api_key_variable", "HOST_KEY"])
+    assert server.keys == [None, None, "Bearer sk-host", "Bearer sk-host"]
+    assert recipe.api_key("https://api.openai.com/v1", None) == "sk-openai"
+    for url in ("http://api.openai.com/v1", "https://api.openai.com.example.org/v1", "https://api.openai.com@b.org/"):
+        assert recipe.api_key(url, None) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--judges", "llm"], "--judges llm needs --judge_model"),
-        (["--judges", "llm", "--judge_model", "rule"], "a judge cannot be called 'rule'"),
+        (
+            ["--judges", "llm", "--judge_model", "rule", "--judge_url", "http://127.0.0.1:9/v1"],
+            "a judge cannot be called 'rule'",
+        ),
+        (
+            ["--judges", "llm", "--judge_model", "m", "--judge_api_key_variable", "NO_SUCH_KEY"],
+            "the judge's key is to be in the environment variable NO_SUCH_KEY, which is not set",
+        ),
+        (["--judges", "all"], "argument --judges: invalid choice: 'all'"),
         (["--judge_concurrency", "0"], "judge_concurrency is 0"),
         (["--traces", "none.jsonl"], "there is no file none.jsonl"),
         (["--output_dir", __file__], f"the output folder {__file__} is a file"),
