@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -231,7 +229,8 @@ def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions
     assert asked["train"] and asked["test"] and not asked["train"] & asked["test"]
     keys = [(normalize_answer(row["question"]), normalize_answer(row["query"]), row["useful"]) for row in sets]
     assert len(set(keys)) == len(keys)
-    assert build_sets(traces, SetOptions()) == sets
+    some = build_sets(traces[:200], SetOptions())
+    assert some == build_sets(traces[:200], SetOptions()) == sets[: len(some)]
 
 
 @pytest.fixture
@@ -315,31 +314,31 @@ def test_the_card_of_a_models_verdicts_names_the_model(
     assert "Write five useful documents." in card and "called `tinyworld`" in card and '"judge": "qwen-max"' in card
 
 
-def test_the_recipe_pushes_the_folder_with_its_card(hub: str, traces: Path, tmp_path: Path) -> None:
+def test_the_recipe_pushes_the_folder_with_its_card(
+    hub: str,
+    load_recipe: Callable[[str], ModuleType],
+    refusal: Callable[[str, list[str]], str],
+    traces: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_stub")
     folder = tmp_path / "sft"
-    command = [sys.executable, str(ROOT / "recipes/build_simulator_data.py"), "--traces", str(traces)]
-    command += ["--output_dir", str(folder), "--push_to_hub", "someone/sft"]
-    environment = {"PATH": "/usr/bin", "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["--traces", str(traces), "--output_dir", str(folder), "--push_to_hub", "someone/sft"]
+    load_recipe("build_simulator_data").main(command)
     assert HubStub.paths[0] == "/api/repos/create"
     assert set(HubStub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
     assert HubStub.committed["train.jsonl"] == (folder / "train.jsonl").read_bytes()
     assert HubStub.committed["README.md"].startswith(b"---\ntask_categories:")
-    assert "pushed to" in done.stdout and "/someone/sft" in done.stdout
+    output = capsys.readouterr().out
+    assert "pushed to" in output and "/someone/sft" in output
     HubStub.refuse = True
-    done = subprocess.run(
-        [*command, "--overwrite_output_dir", "true"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 2
-    assert (
-        "error: the dataset 'someone/sft' cannot be made on the Hub" in done.stderr and "Traceback" not in done.stderr
-    )
+    error = refusal("build_simulator_data", [*command, "--overwrite_output_dir", "true"])
+    assert "the dataset 'someone/sft' cannot be made on the Hub" in error
+    assert (folder / "test.jsonl").exists()  # nothing is cleared before the Hub agrees
 
 
 @pytest.mark.parametrize(

@@ -96,14 +96,9 @@ def simulator_card(
         tags=["zerosearch", "search-simulator", "trl", "sft"],
         base_model=base_model,
     )
-    parts: dict[str, Any] = {
-        "title": title,
-        "prompt": prompt,
-        "fidelity": fidelity,
-        "serve": serve,
-        "made_with": _json(about),
-    }
-    return str(ModelCard.from_template(header, template_path=_template("simulator"), made_with=_json(about), **parts)) + "\n"
+    parts: dict[str, Any] = {"title": title, "prompt": prompt, "fidelity": fidelity, "serve": serve}
+    parts["made_with"] = _json(about)
+    return str(ModelCard.from_template(header, template_path=_template("simulator"), **parts)) + "\n"
 
 
 def _template(kind: str) -> str:
