@@ -229,8 +229,7 @@ def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions
     assert asked["train"] and asked["test"] and not asked["train"] & asked["test"]
     keys = [(normalize_answer(row["question"]), normalize_answer(row["query"]), row["useful"]) for row in sets]
     assert len(set(keys)) == len(keys)
-    some = build_sets(traces[:200], SetOptions())
-    assert some == build_sets(traces[:200], SetOptions()) == sets[: len(some)]
+    assert build_sets(traces[:200], SetOptions()) == build_sets(traces[:200], SetOptions())
 
 
 @pytest.fixture

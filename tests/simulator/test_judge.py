@@ -61,14 +61,12 @@ def test_the_rule_looks_for_a_golden_answer(document: str, golden_answers: list[
         ("Verdict: insufficient", False),
         ("  **Verdict:** Insufficient.\n", False),
         ("The document names her.\n\nVERDICT: SUFFICIENT", True),
-        ("<think>Verdict: sufficient? No.</think>Verdict: insufficient", False),
         ("Insufficient.", False),
         ("Verdict: sufficient\nVerdict: sufficient", True),
         ("Verdict: sufficient\nVerdict: insufficient", None),
         ("Verdict: sufficient or insufficient", None),
         ("The document is sufficient", None),
         ("Verdict: useful", None),
-        ("<think>Verdict: sufficient", None),
         ("", None),
     ],
 )
@@ -103,7 +101,7 @@ class JudgeServer:
     keys: list[str | None] = field(default_factory=list)
 
 
-def reply_of(text: str) -> tuple[int, str]:
+def reply_of(text: Any) -> tuple[int, str]:
     usage = {"prompt_tokens": 100, "completion_tokens": 4}
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
@@ -205,6 +203,27 @@ def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, c
     assert (judge.counts.asked_again, judge.counts.without_verdict, len(server.requests)) == (1, 1, 2)
     assert judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache) == {PAIRS[0]: None}
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient",
+        "Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient",  # the chat template opened the thought
+        [{"type": "thinking", "thinking": "Verdict: sufficient"}, {"type": "text", "text": "Verdict: insufficient"}],
+    ],
+)
+def test_what_a_judge_thinks_is_not_its_verdict(server: JudgeServer, cache: Cache, reply: Any) -> None:
+    server.answer = lambda n, messages: reply_of(reply)
+    judge = Judge(server.url, "judge-1")
+    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: False}
+    assert judge.counts.asked_again == 0
+
+
+def test_a_thought_that_is_cut_off_holds_no_verdict_and_is_not_sent_back(server: JudgeServer, cache: Cache) -> None:
+    server.answer = lambda n, messages: reply_of("<think>\nVerdict: sufficient\n")
+    assert judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache) == {PAIRS[0]: None}
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "(nothing)"}
 
 
 @pytest.mark.parametrize(

@@ -56,14 +56,13 @@ BARE_VERDICT = re.compile(r"\W*(?P<word>sufficient|insufficient)\W*", re.IGNOREC
 
 
 def parse_verdict(reply: str) -> Verdict:
-    """Read the judge's verdict: a line "Verdict: sufficient" or "Verdict: insufficient", or that word alone.
+    """Read the verdict in a reply without thoughts: a line "Verdict: sufficient" or "insufficient", or the word alone.
 
     `None` for anything else, two lines that differ included: a verdict is never guessed.
     """
-    text = without_thoughts(reply)
-    if bare := BARE_VERDICT.fullmatch(text):
+    if bare := BARE_VERDICT.fullmatch(reply):
         return bare["word"].lower() == "sufficient"
-    words = {line["word"].lower() for line in map(VERDICT_LINE.fullmatch, text.splitlines()) if line}
+    words = {line["word"].lower() for line in map(VERDICT_LINE.fullmatch, reply.splitlines()) if line}
     return words == {"sufficient"} if len(words) == 1 else None
 
 
