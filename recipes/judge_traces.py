@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         if "llm" in arguments.judges:
             judge, verdicts[judge.model] = llm_verdicts(arguments, traces)
             about["judge"] = {"model": judge.model, "url": redacted_url(judge.base_url), "prompt": judge.template}
-            about["judge"] |= asdict(judge.counts) | asdict(judge.client.counts)
+            about["judge"] |= asdict(judge.counts) | judge.client.counts
         results = about | report(verdicts)
         rows = (
             {**trace, "verdicts": trace.get("verdicts", {}) | {name: lists[place] for name, lists in verdicts.items()}}

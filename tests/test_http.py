@@ -117,12 +117,12 @@ def well() -> web.Response:
 def test_a_body_goes_out_as_json_and_the_reply_comes_back_read(server: Server) -> None:
     client = client_of(api_key="sk-secret")
     assert run(
-        client, client.request("POST", server.url, body={"q": "Zürich"}, read=lambda reply: reply["place"] + 7)
+        client, client.request("POST", server.url, json={"q": "Zürich"}, read=lambda reply: reply["place"] + 7)
     ) == [(7, 0)]
     (request,) = server.requests
     assert (request["method"], request["body"]) == ("POST", {"q": "Zürich"})
     assert request["headers"]["Authorization"] == "Bearer sk-secret"
-    assert (client.counts.calls, client.counts.retries, client.counts.failures) == (1, 0, 0)
+    assert (client.counts["calls"], client.counts["retries"], client.counts["failures"]) == (1, 0, 0)
 
 
 def test_parameters_go_into_the_address(server: Server) -> None:
@@ -137,8 +137,8 @@ def test_parameters_go_into_the_address(server: Server) -> None:
 def test_what_may_pass_is_repeated_and_counted(server: Server, code: int) -> None:
     server.answer = in_turn(status(code, "busy"), status(code, "busy"), well)
     client = client_of()
-    assert run(client, client.request("POST", server.url, body={}, read=whole)) == [({"well": True}, 2)]
-    assert (client.counts.calls, client.counts.retries, client.counts.failures) == (3, 2, 0)
+    assert run(client, client.request("POST", server.url, json={}, read=whole)) == [({"well": True}, 2)]
+    assert (client.counts["calls"], client.counts["retries"], client.counts["failures"]) == (3, 2, 0)
 
 
 @pytest.mark.parametrize("reply", ["<html>gateway</html>", "", '{"cut', "[1, 2"])
@@ -160,7 +160,7 @@ def test_a_refusal_is_final(server: Server, code: int) -> None:
     server.answer = in_turn(status(code, "no"), well)
     client = client_of()
     with pytest.raises(ServiceError, match=f"attempt 1 of 6: HTTP status {code}: no; ask a neighbour") as caught:
-        run(client, client.request("POST", server.url, body={}, read=whole))
+        run(client, client.request("POST", server.url, json={}, read=whole))
     assert (caught.value.status, caught.value.retries) == (code, 0)
     assert len(server.requests) == 1
 
@@ -169,7 +169,7 @@ def test_an_empty_balance_reported_as_too_many_requests_is_final(server: Server)
     server.answer = in_turn(status(429, '{"error": {"code": "insufficient_quota"}}'))
     client = client_of(final_signs=["insufficient_quota"])
     with pytest.raises(ServiceError, match="insufficient_quota"):
-        run(client, client.request("POST", server.url, body={}, read=whole))
+        run(client, client.request("POST", server.url, json={}, read=whole))
     assert len(server.requests) == 1
 
 
@@ -177,12 +177,12 @@ def test_retries_are_bounded_and_the_error_names_service_address_and_remedy(serv
     server.answer = in_turn(status(503, "down"))
     client = client_of(max_retries=2)
     with pytest.raises(ServiceError) as caught:
-        run(client, client.request("POST", server.url, body={}, read=whole))
+        run(client, client.request("POST", server.url, json={}, read=whole))
     assert str(caught.value) == (
         f"the oracle at {server.url} failed, attempt 3 of 3: HTTP status 503: down; ask a neighbour"
     )
     assert (caught.value.status, caught.value.retries) == (503, 2)
-    assert (client.counts.calls, client.counts.retries, client.counts.failures) == (3, 2, 1)
+    assert (client.counts["calls"], client.counts["retries"], client.counts["failures"]) == (3, 2, 1)
 
 
 def test_a_late_reply_is_given_up_and_asked_for_again(server: Server) -> None:
@@ -198,7 +198,7 @@ def test_a_late_reply_is_given_up_and_asked_for_again(server: Server) -> None:
 
     server.answer = answer
     ((reply, retries),) = run(client, client.request("GET", server.url, read=whole))
-    assert reply == {"well": True} and retries == client.counts.retries == client.counts.calls - 1 >= 1
+    assert reply == {"well": True} and retries == client.counts["retries"] == client.counts["calls"] - 1 >= 1
     server.answer = lambda place: never()
     client = client_of(timeout_s=0.1, max_retries=0)
     with pytest.raises(ServiceError, match=r"attempt 1 of 1: no answer within 0\.1 s"):
@@ -213,7 +213,7 @@ def test_waiting_for_a_slot_does_not_use_up_the_time_limit(server: Server) -> No
     server.answer = lambda place: slow()
     client = client_of(timeout_s=2.0, max_concurrency=2, max_retries=0)
     replies = run(
-        client, *(client.request("POST", server.url, body={"row": row}, read=whole) for row in range(12))
+        client, *(client.request("POST", server.url, json={"row": row}, read=whole) for row in range(12))
     )  # 2.4 s in all
     assert replies == [({"well": True}, 0)] * 12
     assert server.most_in_flight == 2
@@ -260,7 +260,7 @@ def test_pauses_double_up_to_a_bound_and_jitter_is_keyed_by_the_request(
     for row in (1, 1, 2):
         client = client_of(max_retries=4)
         with pytest.raises(ServiceError):
-            run(client, client.request("POST", server.url, body={"row": row}, read=whole))
+            run(client, client.request("POST", server.url, json={"row": row}, read=whole))
         taken.append(slept[:])
         slept.clear()
     assert taken[0] == taken[1] != taken[2]
@@ -328,7 +328,7 @@ def test_a_redirect_is_refused_so_that_no_other_host_is_sent_the_key(server: Ser
     server.answer = lambda place: web.Response(status=code, headers={"Location": f"{server.url}?again=1"})
     client = client_of(api_key="sk-secret")
     with pytest.raises(ServiceError, match=rf"HTTP status {code}: it redirects to .*again=1, which is not followed"):
-        run(client, client.request("POST", server.url, body={}, read=whole))
+        run(client, client.request("POST", server.url, json={}, read=whole))
     assert len(server.requests) == 1
 
 
@@ -457,7 +457,7 @@ def test_the_users_hub_token_and_offline_mode_stay_out_of_it(server: Server, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     client = client_of()
-    run(client, client.request("POST", server.url, body={}, read=whole))
+    run(client, client.request("POST", server.url, json={}, read=whole))
     assert "hf_secret" not in json.dumps(server.requests)
 
 
@@ -494,7 +494,7 @@ def test_a_chat_completion_of_another_form_is_a_failed_call(server: Server, repl
     server.answer = in_turn(lambda: web.json_response(reply))
     client = client_of(max_retries=0)
     with pytest.raises(ServiceError, match="its reply is not of the form expected"):
-        run(client, client.request("POST", server.url, body={}, read=read_chat))
+        run(client, client.request("POST", server.url, json={}, read=read_chat))
 
 
 def test_models_are_read_adapters_first() -> None:

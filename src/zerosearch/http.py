@@ -4,7 +4,7 @@ A call that fails in passing (no connection, no reply in time, a reply of anothe
 `RETRIED_STATUSES`) is retried, at most `max_retries` times; any other failure, such as a wrong key, is final at once.
 
     client = HTTPClient("the judge", remedy="check --judge_url and the key in OPENAI_API_KEY", api_key=key)
-    reply, retries = await client.request("POST", url, body=body, read=read_chat)
+    reply, retries = await client.request("POST", url, json=body, read=read_chat)
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import logging
 import random
 import re
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
@@ -101,46 +101,35 @@ class ServiceError(RuntimeError):
         self.reason, self.status, self.retries = reason, status, retries
 
 
-@dataclass
-class CallCounts:
-    """What a client did: calls made, those of them that were retries, and requests that failed for good."""
-
-    calls: int = 0
-    retries: int = 0
-    failures: int = 0
-
-
+@dataclass(eq=False, repr=False)
 class HTTPClient:
     """Call one service, with at most `max_concurrency` calls in flight; a call may take `timeout_s`.
 
     `service` ("the simulator") and `remedy` are for messages. `api_key` is sent as a bearer token. It and `secrets`
     are redacted in every message. A reply with one of `final_signs` in its text is a final failure whatever its
     status: some services report an empty balance as 429. `trust_env` goes through the proxies that the environment
-    names. A client belongs to one event loop until `aclose`.
+    names. `counts` says what was done. A client belongs to one event loop until `aclose`.
     """
 
-    def __init__(
-        self,
-        service: str,
-        *,
-        remedy: str,
-        api_key: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        secrets: Sequence[str] = (),
-        final_signs: Sequence[str] = (),
-        timeout_s: float = 120.0,
-        max_retries: int = 5,
-        max_concurrency: int = 64,
-        trust_env: bool = False,
-    ) -> None:
-        api_key = checked_key(api_key, service)
-        self.service, self.remedy = service, remedy
-        self.headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-        self.secrets = _forms(secret for secret in (api_key, *secrets) if secret)
-        self.final_signs = final_signs
-        self.timeout_s, self.max_retries, self.max_concurrency = timeout_s, max_retries, max_concurrency
-        self.trust_env = trust_env
-        self.counts = CallCounts()
+    service: str
+    remedy: str
+    api_key: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    secrets: Sequence[str] = ()
+    final_signs: Sequence[str] = ()
+    timeout_s: float = 120.0
+    max_retries: int = 5
+    max_concurrency: int = 64
+    trust_env: bool = False
+
+    def __post_init__(self) -> None:
+        secrets = [secret for secret in (checked_key(self.api_key, self.service), *self.secrets) if secret]
+        if self.api_key and secrets:
+            self.headers = {**self.headers, "Authorization": f"Bearer {secrets[0]}"}
+        # As it is, and as it may stand in a URL; longest first.
+        forms = (str, quote, quote_plus, partial(quote, safe=""), partial(quote_plus, safe="/"))
+        self._secrets = sorted({form(secret) for secret in secrets for form in forms}, key=len, reverse=True)
+        self.counts = {"calls": 0, "retries": 0, "failures": 0}
         self._turns = count()
         self._session: aiohttp.ClientSession | None = None
 
@@ -150,41 +139,39 @@ class HTTPClient:
         url: str | Sequence[str],
         *,
         read: Callable[[Any], Content],
-        body: Any = None,
-        params: Mapping[str, str | int] | None = None,
         timeout_s: float | None = None,
         max_retries: int | None = None,
         around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        **content: Any,
     ) -> tuple[Content, int]:
         """Return what `read` makes of the JSON reply, and how often the call was retried.
 
         Several addresses do the same work: requests go round them, and a retry goes to the next one. `read` fails a
         reply of another form by `CallFailed`, or by the error that indexing or converting it raises. `around` is
-        entered around each call, retries included. Waiting for one of the `max_concurrency` slots uses up no time
-        limit. Raises `ServiceError`.
+        entered around each call, retries included. `content` is aiohttp's: `json`, a body, or `params`. Waiting for
+        one of the `max_concurrency` slots uses up no time limit. Raises `ServiceError`.
         """
         urls = [url] if isinstance(url, str) else url
         max_retries = self.max_retries if max_retries is None else max_retries
         turn = next(self._turns)
         for retries in range(max_retries + 1):
             url = urls[(turn + retries) % len(urls)]
-            session, slots = self._opened()
             try:
-                async with slots, around():  # not held during a pause
-                    return await self._call(session, method, url, body, params, timeout_s, read), retries
+                async with self._slots(), around():  # not held during a pause
+                    return await self._call(method, url, read, timeout_s or self.timeout_s, content), retries
             except CallFailed as error:
                 failure = error
             reason = self.redacted(str(failure))[:SHOWN_CHARACTERS]  # in this order: half a secret is one too
-            jitter = random.Random(f"{url} {params} {body} {retries}").uniform(0.5, 1.5)  # many fail at once
+            jitter = random.Random(f"{url} {content} {retries}").uniform(0.5, 1.5)  # many fail at once
             pause_s = max(min(FIRST_BACK_OFF_S * 2**retries, LONGEST_BACK_OFF_S) * jitter, failure.retry_after_s)
             if retries + 1 < len(urls):
                 pause_s = 0.0  # another server is asked
             if failure.is_final or retries == max_retries or pause_s > LONGEST_RETRY_AFTER_S:
                 break
             logger.warning("%s at %s: %s; retried in %.1f s", self.service, self.redacted(url), reason, pause_s)
-            self.counts.retries += 1
+            self.counts["retries"] += 1
             await asyncio.sleep(pause_s)
-        self.counts.failures += 1
+        self.counts["failures"] += 1
         address = self.redacted(", ".join(urls))
         attempts = f"attempt {retries + 1} of {max_retries + 1}"
         raise ServiceError(
@@ -194,7 +181,7 @@ class HTTPClient:
     def redacted(self, text: str) -> str:
         """Return `text` with secrets redacted, as they are and as they stand in a URL."""
         text = redacted_url(text)
-        for form in self.secrets:
+        for form in self._secrets:
             text = text.replace(form, "***")
         return text
 
@@ -204,36 +191,23 @@ class HTTPClient:
         if session:
             await session.close()
 
-    def _opened(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
+    def _slots(self) -> asyncio.Semaphore:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # the slots are the limit
             self._session = aiohttp.ClientSession(connector=connector, trust_env=self.trust_env)
-            self._slots = asyncio.Semaphore(self.max_concurrency)
-        return self._session, self._slots
+            self._semaphore = asyncio.Semaphore(self.max_concurrency)
+        return self._semaphore
 
     async def _call(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        url: str,
-        body: Any,
-        params: Mapping[str, str | int] | None,
-        timeout_s: float | None,
-        read: Callable[[Any], Content],
+        self, method: str, url: str, read: Callable[[Any], Content], timeout_s: float, content: dict[str, Any]
     ) -> Content:
-        self.counts.calls += 1
-        timeout_s = timeout_s or self.timeout_s
+        self.counts["calls"] += 1
+        limit = aiohttp.ClientTimeout(timeout_s)
+        reply = bytearray()
         try:
-            async with session.request(
-                method,
-                url,
-                json=body,
-                params=params,
-                headers=self.headers,
-                timeout=aiohttp.ClientTimeout(timeout_s),
-                allow_redirects=False,  # another host would be sent the key
+            async with self._session.request(  # type: ignore[union-attr]
+                method, url, headers=self.headers, timeout=limit, allow_redirects=False, **content
             ) as response:
-                reply = bytearray()
                 async for chunk in response.content.iter_any():
                     reply += chunk
                     if len(reply) > MAX_REPLY_BYTES:
@@ -246,7 +220,7 @@ class HTTPClient:
             raise CallFailed(f"{type(error).__name__} {error}", None) from None
         text = reply.decode("utf-8-sig", errors="replace")  # JSON is UTF-8, whatever a header says
         if response.status != 200:
-            if where := response.headers.get("Location"):
+            if where := response.headers.get("Location"):  # another host would be sent the key
                 text = f"it redirects to {where}, which is not followed"
             raise CallFailed(
                 f"HTTP status {response.status}: {text}",
@@ -302,13 +276,3 @@ def retry_after_s(header: str | None) -> float:
         moment = parsedate_to_datetime(header or "")
         return max((moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
     return 0.0
-
-
-def _forms(secrets: Iterable[str]) -> list[str]:
-    """Return every form in which a secret may stand in a text or a URL, longest first."""
-    forms = {
-        form
-        for secret in secrets
-        for form in (secret, quote(secret), quote(secret, safe=""), quote_plus(secret), quote_plus(secret, safe="/"))
-    }
-    return sorted(forms, key=len, reverse=True)

@@ -53,8 +53,8 @@ def test_google_by_its_flags(tmp_path: Path) -> None:
     options = parsed("--engine", "google", "--google_key_file", str(tmp_path / "key"), *flags)
     engine = make_engine(options, "")
     assert isinstance(engine, GoogleEngine)
-    assert (engine.provider_name, engine.account.max_usd, engine.num_documents) == ("serper", 2.5, 5)
-    assert engine.url == "https://google.serper.dev/search"
+    assert (engine.provider, engine.account.max_usd, engine.num_documents) == ("serper", 2.5, 5)
+    assert engine.service.url == "https://google.serper.dev/search"
     assert "secret" not in repr(options)
 
 

@@ -228,7 +228,7 @@ def test_a_server_that_is_late_is_asked_again(server: Server) -> None:
     server.answer = answer
     (result,) = search(engine, REQUEST)
     given_up.set()
-    assert result == SearchResult(FIVE, noisy=False, retries=engine.client.counts.retries) and result.retries >= 1
+    assert result == SearchResult(FIVE, noisy=False, retries=engine.client.counts["retries"]) and result.retries >= 1
 
 
 def test_retries_are_bounded_and_the_error_names_the_remedy(server: Server) -> None:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ PROVIDERS: dict[ProviderName, Provider] = {
 NO_RESULTS = "hasn't returned any results"  # SerpAPI reports an empty page as an error
 
 
+@dataclass(eq=False)
 class GoogleEngine:
     """Search Google, at most `queries_per_s` times a second.
 
@@ -61,40 +62,34 @@ class GoogleEngine:
     name = "google"
     reads_query_only = True
 
-    def __init__(
-        self,
-        key: str,
-        provider: ProviderName = "serpapi",
-        num_documents: int = 5,
-        *,
-        queries_per_s: float = 5.0,  # our choice: far below what either provider admits
-        max_queries: int | None = None,
-        max_usd: float | None = None,
-        usd_per_query: float | None = None,
-        url: str | None = None,
-        timeout_s: float = 60.0,
-        max_retries: int = 5,
-        max_concurrency: int = 16,
-    ) -> None:
-        self.provider_name, self.provider = provider, PROVIDERS[provider]
-        self.num_documents = num_documents
-        self.url = url or self.provider.url
-        self.max_concurrency = max_concurrency
-        price = self.provider.usd_per_query if usd_per_query is None else usd_per_query
-        self.account = Account(self.name, price, max_queries, max_usd)
-        self._key = checked_key(key, provider)
+    key: str = field(repr=False)
+    provider: ProviderName = "serpapi"
+    num_documents: int = 5
+    queries_per_s: float = 5.0  # our choice: far below what either provider admits
+    max_queries: int | None = None
+    max_usd: float | None = None
+    usd_per_query: float | None = None
+    url: str | None = None
+    timeout_s: float = 60.0
+    max_retries: int = 5
+    max_concurrency: int = 16
+
+    def __post_init__(self) -> None:
+        self.service = PROVIDERS[self.provider]
+        self.key = checked_key(self.key, self.provider)
+        price = self.service.usd_per_query if self.usd_per_query is None else self.usd_per_query
+        self.account = Account(self.name, price, self.max_queries, self.max_usd)
         self.client = HTTPClient(
-            f"Google through {provider}",
-            remedy=f"check the key in {self.provider.key_variables[0]} and what the account has left",
-            headers={"X-API-KEY": self._key} if provider == "serper" else None,
-            secrets=(self._key,),
-            final_signs=self.provider.final_signs,
-            timeout_s=timeout_s,
-            max_retries=max_retries,
-            max_concurrency=max_concurrency,
+            f"Google through {self.provider}",
+            remedy=f"check the key in {self.service.key_variables[0]} and what the account has left",
+            headers={"X-API-KEY": self.key} if self.provider == "serper" else {},
+            secrets=(self.key,),
+            final_signs=self.service.final_signs,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            max_concurrency=self.max_concurrency,
             trust_env=True,
         )
-        self._pause_s = 1.0 / queries_per_s
         self._next_call = 0.0  # on the monotonic clock
 
     async def search(self, request: SearchRequest) -> SearchResult:
@@ -102,15 +97,16 @@ class GoogleEngine:
         with self.account.search():
             if not request.query.strip():
                 return SearchResult(())  # both services refuse it
-            asked: dict[str, str | int] = {"q": request.query, "num": self.num_documents}
-            is_serper = self.provider_name == "serper"
+            asked = {"q": request.query, "num": self.num_documents}
+            method, content = "POST", {"json": asked}
+            if self.provider == "serpapi":
+                method, content = "GET", {"params": {"engine": "google", **asked, "api_key": self.key}}
             result, retries = await self.client.request(
-                "POST" if is_serper else "GET",
-                self.url,
-                body=asked if is_serper else None,
-                params=None if is_serper else {"engine": "google", **asked, "api_key": self._key},
+                method,
+                self.url or self.service.url,
                 read=self._result,
                 around=self._paced_call,
+                **content,  # type: ignore[arg-type]
             )
             self.account.retries += retries
             return replace(result, retries=retries)
@@ -121,13 +117,13 @@ class GoogleEngine:
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on."""
-        return {"engine": self.name, "provider": self.provider_name, "num_documents": self.num_documents}
+        return {"engine": self.name, "provider": self.provider, "num_documents": self.num_documents}
 
     @asynccontextmanager
     async def _paced_call(self) -> AsyncIterator[None]:
         async with self.account.call():
             now = time.monotonic()
-            self._next_call = max(self._next_call + self._pause_s, now)
+            self._next_call = max(self._next_call + 1.0 / self.queries_per_s, now)
             await asyncio.sleep(self._next_call - now)
             yield
 
@@ -137,12 +133,12 @@ class GoogleEngine:
         error = reply.get("error") or ""
         if error and NO_RESULTS not in error:
             raise CallFailed(f"it reports: {error}")
-        results = reply.get(self.provider.results, [])
+        results = reply.get(self.service.results, [])
         if not isinstance(results, list):
             raise CallFailed(f"its reply holds no list of results: {reply}")
         passages = [_passage(result) for result in results if isinstance(result, dict)]
         found = result_of([passage for passage in passages if passage.text][: self.num_documents])
-        if self.provider_name == "serper":
+        if self.provider == "serper":
             is_page = reply.get("searchParameters", {}).get("q") is not None
         else:
             is_page = reply.get("search_metadata", {}).get("status") == "Success"

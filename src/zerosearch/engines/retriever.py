@@ -9,7 +9,7 @@ recipes/serve_retriever.py serves both.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urljoin
 
@@ -22,6 +22,7 @@ from zerosearch.http import HTTPClient, ServiceError, redacted_url, run_in_backg
 Protocol = Literal["search-r1", "zerosearch"]
 
 
+@dataclass(eq=False, repr=False)
 class RetrieverEngine:
     """Ask a retriever for the `num_documents` best passages.
 
@@ -31,26 +32,22 @@ class RetrieverEngine:
     name = "retriever"
     reads_query_only = True
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000/retrieve",
-        protocol: Protocol = "search-r1",
-        num_documents: int = 5,
-        *,
-        timeout_s: float = 60.0,
-        max_retries: int = 5,
-        max_concurrency: int = 64,
-    ) -> None:
-        self.url, self.protocol, self.num_documents = url, protocol, num_documents
-        self.max_concurrency = max_concurrency
+    url: str = "http://127.0.0.1:8000/retrieve"
+    protocol: Protocol = "search-r1"
+    num_documents: int = 5
+    timeout_s: float = 60.0
+    max_retries: int = 5
+    max_concurrency: int = 64
+
+    def __post_init__(self) -> None:
         self.index: Any = None  # what is behind the address, once `check` has asked
         self.account = Account(self.name)
         self.client = HTTPClient(
             "the retriever",
             remedy="put it right (recipes/serve_retriever.py serves one) and resume the run",
-            timeout_s=timeout_s,
-            max_retries=max_retries,
-            max_concurrency=max_concurrency,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            max_concurrency=self.max_concurrency,
         )
 
     def check(self) -> None:
@@ -65,7 +62,7 @@ class RetrieverEngine:
         with self.account.search():
             body = self._body(request.query)
             result, retries = await self.client.request(
-                "POST", self.url, body=body, read=self._result, around=self.account.call
+                "POST", self.url, json=body, read=self._result, around=self.account.call
             )
             self.account.retries += retries
             return replace(result, retries=retries)
@@ -76,17 +73,13 @@ class RetrieverEngine:
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on; `index` is `None` before `check`."""
-        return {
-            "engine": self.name,
-            "protocol": self.protocol,
-            "index": self.index,
-            "num_documents": self.num_documents,
-        }
+        named = {name: getattr(self, name) for name in ("protocol", "index", "num_documents")}
+        return {"engine": self.name, **named}
 
     async def _check(self) -> None:
         client, url = self.client, self.url
         try:
-            await client.request("POST", url, body=self._body("test"), read=self._result, max_retries=0)
+            await client.request("POST", url, json=self._body("test"), read=self._result, max_retries=0)
             try:
                 self.index, _ = await client.request("GET", urljoin(url, "health"), read=_read_index, max_retries=0)
             except ServiceError:

@@ -39,6 +39,7 @@ class SimulatorCounts:
     failed_searches: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class SimulatedEngine:
     """Ask a simulator for documents, useful or noisy as drawn from a keyed RNG.
 
@@ -61,42 +62,33 @@ class SimulatedEngine:
 
     name = "simulated"
 
-    def __init__(
-        self,
-        base_url: str | Sequence[str] = "http://127.0.0.1:6001/v1",
-        model: str | None = None,
-        template: SimulatorTemplate = SIMULATOR_PROMPT,
-        *,
-        coin: Coin = "query",
-        temperature: float = 0.8,  # this and max_tokens as in the paper's code; its text does not say
-        max_tokens: int = 600,
-        num_documents: int = 5,
-        min_documents: int = 1,
-        ask_leaks_again: bool = False,
-        timeout_s: float = 120.0,
-        max_retries: int = 5,
-        max_concurrency: int | None = None,
-        api_key: str | None = None,
-    ) -> None:
-        """`max_concurrency` None: 64 for each server. `api_key` is for an endpoint that wants one."""
-        urls = base_url.split(",") if isinstance(base_url, str) else base_url
+    base_url: str | Sequence[str] = "http://127.0.0.1:6001/v1"
+    model: str | None = None
+    template: SimulatorTemplate = SIMULATOR_PROMPT
+    coin: Coin = "query"
+    temperature: float = 0.8  # this and max_tokens as in the paper's code; its text does not say
+    max_tokens: int = 600
+    num_documents: int = 5
+    min_documents: int = 1
+    ask_leaks_again: bool = False
+    timeout_s: float = 120.0
+    max_retries: int = 5
+    max_concurrency: int = 0  # 0: 64 for each server
+    api_key: str | None = None  # for an endpoint that wants one
+
+    def __post_init__(self) -> None:
+        urls = self.base_url.split(",") if isinstance(self.base_url, str) else self.base_url
         self.base_urls = tuple(dict.fromkeys(url.strip().rstrip("/") for url in urls if url.strip())) or ("",)
         self.address = redacted_url(", ".join(self.base_urls))  # for messages
-        self.model = model
-        self.template = template
-        self.coin = coin
-        self.temperature, self.max_tokens = temperature, max_tokens
-        self.num_documents, self.min_documents = num_documents, min_documents
-        self.ask_leaks_again = ask_leaks_again
-        self.max_concurrency = max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
+        self.max_concurrency = self.max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
         self.account = Account(self.name)
         self.client = HTTPClient(
             "the simulator",
             remedy=f"put it right (it is started with: {self.start_command()}) and resume the run",
-            api_key=api_key,
-            timeout_s=timeout_s,
-            max_retries=max_retries,
+            api_key=self.api_key,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
             max_concurrency=self.max_concurrency,
         )
 
@@ -212,7 +204,7 @@ class SimulatedEngine:
         if key:
             body["seed"] = int(keyed_uniform(*key, attempt) * 2**31)
         urls = [f"{url}/chat/completions" for url in self.base_urls]
-        reply, retries = await self.client.request("POST", urls, body=body, read=read_chat, around=self.account.call)
+        reply, retries = await self.client.request("POST", urls, json=body, read=read_chat, around=self.account.call)
         self.account.retries += retries
         text = without_thoughts(reply.text)
         self.counts.replies += 1

@@ -183,7 +183,7 @@ class EndpointGenerator:
                 body |= {"top_p": self.sampling.top_p, "seed": request.seed % 2**31}
             body = {name: value for name, value in (body | self.body).items() if value is not None}
             url = f"{self.base_url}/chat/completions"
-            reply, _ = await self.client.request("POST", url, body=body, read=read_chat)
+            reply, _ = await self.client.request("POST", url, json=body, read=read_chat)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
         return reply

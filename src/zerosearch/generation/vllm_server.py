@@ -117,7 +117,7 @@ class VLLMServerGenerator:
             return read_turn(reply, request.trajectory)
 
         try:
-            turn, _ = await self.client.request("POST", f"{self.base_url}/v1/completions", body=body, read=read)
+            turn, _ = await self.client.request("POST", f"{self.base_url}/v1/completions", json=body, read=read)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
         return turn

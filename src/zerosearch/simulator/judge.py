@@ -133,7 +133,7 @@ class Judge:
     async def _reply(self, messages: list[dict[str, str]]) -> str:
         body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self.max_tokens}
         url = f"{self.base_url}/chat/completions"
-        reply, _ = await self.client.request("POST", url, body=body, read=read_chat)
+        reply, _ = await self.client.request("POST", url, json=body, read=read_chat)
         self.counts.prompt_tokens += reply.prompt_tokens or 0
         self.counts.completion_tokens += reply.completion_tokens or 0
         return without_thoughts(reply.text)
