@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from retriever_parts import serving
-from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
+from zerosearch.command_line import parse
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine, BM25Index
 from zerosearch.engines.cache import CachedEngine
@@ -24,7 +25,7 @@ pytest_plugins = ("recipe_modules",)  # fixtures
 
 
 def parsed(*flags: str) -> EngineOptions:
-    return TrlParser(EngineOptions).parse_args_and_config([*flags])[0]
+    return parse(EngineOptions, argv=flags)[0]
 
 
 def test_no_flag_is_one_of_anothers() -> None:
@@ -112,22 +113,22 @@ def test_the_price_of_the_machine_reaches_the_account(corpus: Path, tmp_path: Pa
 
 
 MISTAKES = {
-    "no such engine": ({"engine": "altavista"}, "engine is 'altavista': it must be one of simulated, bm25, retriever"),
-    "no such protocol": ({"retriever_protocol": "soap"}, "retriever_protocol is 'soap': it must be one of search-r1"),
-    "no such provider": ({"google_provider": "bing"}, "google_provider is 'bing': it must be one of serpapi, serper"),
-    "no corpus": ({"engine": "bm25"}, "--engine bm25 needs --corpus"),
-    "no documents": ({"num_documents": 0}, "num_documents is 0: it must be at least 1"),
-    "no simulator": ({"simulator_url": "http://127.0.0.1:9/v1"}, "no simulator answers at http://127.0.0.1:9/v1"),
+    "no such engine": (["--engine", "altavista"], "argument --engine.*: invalid choice: 'altavista'"),
+    "no such protocol": (["--retriever_protocol", "soap"], "argument --retriever_protocol.*: invalid choice: 'soap'"),
+    "no such provider": (["--google_provider", "bing"], "argument --google_provider.*: invalid choice: 'bing'"),
+    "no corpus": (["--engine", "bm25"], "--engine bm25 needs --corpus"),
+    "no documents": (["--num_documents", "0"], "num_documents is 0: it must be at least 1"),
+    "no simulator": (["--simulator_url", "http://127.0.0.1:9/v1"], "no simulator answers at http://127.0.0.1:9/v1"),
     "no retriever": (
-        {"engine": "retriever", "retriever_url": "http://127.0.0.1:9/retrieve"},
+        ["--engine", "retriever", "--retriever_url", "http://127.0.0.1:9/retrieve"],
         "no retriever answers at http://127.0.0.1:9/retrieve",
     ),
-    "no key": ({"engine": "google"}, "serpapi needs a key: set SERPAPI_API_KEY, or pass --google_key_file"),
-    "no rate": ({"google_queries_per_s": 0.0}, "google_queries_per_s is 0.0: it must be above 0"),
-    "negative money": ({"google_max_usd": -1.0}, "google_max_usd is -1.0: it must be at least 0"),
-    "nothing to answer from": ({"search_cache_only": True}, "--search_cache_only needs --search_cache"),
+    "no key": (["--engine", "google"], "serpapi needs a key: set SERPAPI_API_KEY, or pass --google_key_file"),
+    "no rate": (["--google_queries_per_s", "0"], "google_queries_per_s is 0.0: it must be above 0"),
+    "negative money": (["--google_max_usd", "-1"], "google_max_usd is -1.0: it must be at least 0"),
+    "nothing to answer from": (["--search_cache_only"], "--search_cache_only needs --search_cache"),
     "no cache": (
-        {"engine": "google", "search_cache": "/no/such.sqlite", "search_cache_only": True},
+        ["--engine", "google", "--search_cache", "/no/such.sqlite", "--search_cache_only"],
         "there is no cache /no/such.sqlite",
     ),
 }
@@ -137,6 +138,6 @@ MISTAKES = {
 def test_a_mistake_gets_one_sentence(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("SERPAPI_API_KEY", "SER_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    values, message = MISTAKES[mistake]
+    flags, message = MISTAKES[mistake]
     with pytest.raises(UserError, match=message):
-        make_engine(EngineOptions(**values), "")
+        make_engine(parsed(*flags), "")

@@ -16,7 +16,6 @@ from zerosearch.generation.chat_endpoint import (
     EndpointGenerator,
     EndpointOptions,
     PieceTokenizer,
-    Prices,
     as_turn,
     make_endpoint,
 )
@@ -123,8 +122,7 @@ def test_a_turn_cut_by_its_limit_is_a_turn(chat_server: ChatServer, generator: M
 
 
 def test_usage_and_cost_are_the_servers_own_or_an_estimate(chat_server: ChatServer, generator: MakeGenerator) -> None:
-    prices = Prices(per_million_read=1e6, per_million_written=2e6)  # a dollar a token, and two
-    policy = generator(prices=prices)
+    policy = generator(usd_read=1e6, usd_written=2e6)  # a dollar a token, and two
     run_rollouts(rows(), policy, Library(), SETTINGS)  # reads "Question 0?", writes "<answer> yes"
     assert (policy.usage.replies, policy.usage.tokens_read, policy.usage.tokens_written) == (1, 2, 2)
     assert policy.cost_usd == 2 * 1 + 2 * 2
@@ -174,13 +172,8 @@ def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "k")
     options = EndpointOptions("http://x/v1/", "SOME_KEY", 1.5, 6.0, '{"stop": null}', 3)
     policy = make_endpoint(options, "m")
-    assert (policy.base_url, policy.model, policy.prices, policy.body) == (
-        "http://x/v1",
-        "m",
-        Prices(1.5, 6.0),
-        {"stop": None},
-    )
-    assert policy.max_concurrency == 3
+    assert (policy.base_url, policy.model, policy.usd_read, policy.usd_written) == ("http://x/v1", "m", 1.5, 6.0)
+    assert (policy.body, policy.max_concurrency) == ({"stop": None}, 3)
     assert policy.client.headers == {"Authorization": "Bearer k"}
 
 
@@ -191,7 +184,7 @@ def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         (EndpointOptions("http://x/v1", endpoint_key_env="NO_SUCH_KEY"), "variable NO_SUCH_KEY is not set"),
         (EndpointOptions("http://x/v1", endpoint_body="{"), "endpoint_body is not JSON"),
         (EndpointOptions("http://x/v1", endpoint_body="[1]"), "must be a JSON object"),
-        (EndpointOptions("http://x/v1", endpoint_usd_read=-1), "a price is -1"),
+        (EndpointOptions("http://x/v1", endpoint_usd_read=-1), "endpoint_usd_read is -1: it must be at least 0"),
         (EndpointOptions("http://x/v1", endpoint_concurrency=0), "endpoint_concurrency is 0"),
     ],
 )
@@ -233,8 +226,3 @@ def test_a_key_is_stripped_and_a_password_in_the_address_not_shown(monkeypatch: 
     monkeypatch.setenv("SOME_KEY", "one\ntwo")
     with pytest.raises(UserError, match="the key of SOME_KEY holds a space, a line break or another"):
         make_endpoint(EndpointOptions("http://x/v1", "SOME_KEY"), "m")
-
-
-def test_prices_are_numbers_of_dollars() -> None:
-    with pytest.raises(UserError, match=r"a price is -1.0"):
-        Prices(per_million_read=-1.0)

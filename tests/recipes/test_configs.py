@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+from zerosearch.command_line import parse
 from zerosearch.engines.options import EngineOptions
 from zerosearch.training.trainer import SearchConfig
 
@@ -41,9 +42,12 @@ LAUNCHES = {
 @pytest.mark.parametrize("name", PAPER_RUNS)
 def test_a_run_of_the_paper(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
     recipe = load_recipe("grpo")
-    parser = TrlParser((recipe.RecipeArguments, EngineOptions, SearchConfig, ModelConfig))
-    arguments, options, config, model = parser.parse_args_and_config(
-        ["--config", str(RECIPES / f"configs/{name}.yaml")]
+    arguments, options, config, model = parse(
+        recipe.RecipeArguments,
+        EngineOptions,
+        SearchConfig,
+        ModelConfig,
+        argv=["--config", str(RECIPES / f"configs/{name}.yaml")],
     )
     assert (model.model_name_or_path, config.noise_start, config.noise_end) == PAPER_RUNS[name]
     assert (arguments.prompt, options.engine, options.num_documents) == ("paper", "simulated", 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchEngine
 from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
@@ -23,7 +24,7 @@ class EngineOptions:
     """
 
     engine: EngineKind = field(default="simulated", metadata={"help": "The search engine."})
-    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4)."})
+    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4).", "min": 1})
 
     simulator_url: str = field(
         default="http://127.0.0.1:6001/v1",
@@ -32,13 +33,14 @@ class EngineOptions:
     simulator_model: str | None = field(
         default=None, metadata={"help": "For simulated: the model to ask for. Default: the one that is served."}
     )
-    simulator_max_tokens: int = field(default=600, metadata={"help": "For simulated: longest reply, in tokens."})
+    simulator_max_tokens: int = field(
+        default=600, metadata={"help": "For simulated: longest reply, in tokens.", "min": 1}
+    )
     simulator_coin: Coin = field(
         default="query", metadata={"help": "For simulated: one coin for noise a query (the paper), or a document."}
     )
     simulator_ask_leaks_again: bool = field(
-        default=False,
-        metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."},
+        default=False, metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."}
     )
 
     corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
@@ -61,11 +63,17 @@ class EngineOptions:
         metadata={"help": "For google: file with the key. Default: the variable SERPAPI_API_KEY or SERPER_API_KEY."},
     )
     google_url: str | None = field(default=None, metadata={"help": "For google: another address, such as a gateway."})
-    google_queries_per_s: float = field(default=5.0, metadata={"help": "For google: queries a second at most."})
-    google_max_queries: int | None = field(default=None, metadata={"help": "For google: stop after so many queries."})
-    google_max_usd: float | None = field(default=None, metadata={"help": "For google: stop before it costs more."})
+    google_queries_per_s: float = field(
+        default=5.0, metadata={"help": "For google: queries a second at most.", "above": 0}
+    )
+    google_max_queries: int | None = field(
+        default=None, metadata={"help": "For google: stop after so many queries.", "min": 0}
+    )
+    google_max_usd: float | None = field(
+        default=None, metadata={"help": "For google: stop before it costs more.", "min": 0}
+    )
     google_usd_per_query: float | None = field(
-        default=None, metadata={"help": "For google: the price in your plan. Default: the provider's list."}
+        default=None, metadata={"help": "For google: the price in your plan. Default: the provider's list.", "min": 0}
     )
 
     search_cache: str | None = field(
@@ -75,28 +83,13 @@ class EngineOptions:
         default=False, metadata={"help": "Answer from the cache alone; what it does not hold is an error."}
     )
     engine_usd_per_hour: float = field(
-        default=0.0, metadata={"help": "What the machine behind the engine costs an hour, for the account."}
+        default=0.0, metadata={"help": "What the machine behind the engine costs an hour.", "min": 0}
     )
 
     def __post_init__(self) -> None:
-        choices = {
-            "engine": EngineKind,
-            "simulator_coin": Coin,
-            "retriever_protocol": RetrieverProtocol,
-            "google_provider": GoogleProvider,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):  # a config file is not checked by the parser
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(get_args(kind))}")
-        for name in ("num_documents", "simulator_max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.google_queries_per_s > 0:
-            raise UserError(f"google_queries_per_s is {self.google_queries_per_s}: it must be above 0")
-        for name in ("google_max_queries", "google_max_usd", "google_usd_per_query", "engine_usd_per_hour"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"{name} is {value}: it must be at least 0")
+        if self.engine not in get_args(EngineKind):
+            raise UserError(f"engine is {self.engine!r}: it must be one of {', '.join(get_args(EngineKind))}")
+        check_bounds(self)
         if self.search_cache_only and self.search_cache is None:
             raise UserError("--search_cache_only needs --search_cache, the file to answer from")
 

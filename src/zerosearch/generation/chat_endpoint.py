@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from os import environ
 from typing import Any
 
+from zerosearch.command_line import check_bounds
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.http import ChatReply, HTTPClient, ServiceError, checked_key, read_chat, read_models, redacted_url
@@ -53,19 +54,6 @@ class PieceTokenizer:
         return self.ids[piece]
 
 
-@dataclass(frozen=True)
-class Prices:
-    """What a million tokens cost, in dollars."""
-
-    per_million_read: float = 0.0
-    per_million_written: float = 0.0
-
-    def __post_init__(self) -> None:
-        for price in (self.per_million_read, self.per_million_written):
-            if not 0.0 <= price < float("inf"):
-                raise UserError(f"a price is {price}: it must be a number of dollars, 0 or more")
-
-
 @dataclass
 class Usage:
     """What was asked of an endpoint: replies, and the tokens it read and wrote, by its own account.
@@ -78,10 +66,6 @@ class Usage:
     tokens_written: int = 0
     estimated: int = 0
 
-    def cost_usd(self, prices: Prices) -> float:
-        read, written = self.tokens_read * prices.per_million_read, self.tokens_written * prices.per_million_written
-        return (read + written) / 1e6
-
 
 @dataclass
 class Conversation:
@@ -92,42 +76,38 @@ class Conversation:
     usage: Usage = field(default_factory=Usage)
 
 
+@dataclass(eq=False, repr=False)
 class EndpointGenerator:
     """Have turns written by a model behind `base_url` (".../v1"), any server that speaks OpenAI's chat completions.
 
     `model` None: the first that the server lists. `body` is put over each request; a field set to `None` is left out,
-    for servers that refuse it. Log-probabilities are NaN, as the endpoint gives none, so this is no generator to train
-    with. A call that fails on its way is repeated at most `max_retries` times, each try within `timeout_s`.
+    for servers that refuse it. Prices are dollars for a million tokens. Log-probabilities are NaN, as the endpoint
+    gives none, so this generator cannot be trained with.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str | None = None,
-        *,
-        api_key: str | None = None,
-        prices: Prices | None = None,
-        body: Mapping[str, Any] | None = None,
-        max_context_tokens: int = 1_000_000,
-        timeout_s: float = 600.0,
-        max_retries: int = 5,
-        max_concurrency: int = 16,
-    ) -> None:
-        self.base_url = base_url.rstrip("/")
-        self.model = model
-        self.prices = prices or Prices()
-        self.body = dict(body or {})
+    base_url: str
+    model: str | None = None
+    api_key: str | None = None
+    usd_read: float = 0.0
+    usd_written: float = 0.0
+    body: Mapping[str, Any] = field(default_factory=dict)
+    max_context_tokens: int = 1_000_000
+    timeout_s: float = 600.0
+    max_retries: int = 5
+    max_concurrency: int = 16
+
+    def __post_init__(self) -> None:
+        self.base_url = self.base_url.rstrip("/")
+        self.address = redacted_url(self.base_url)
+        self.name = f"the endpoint {self.address}"
         self.tokenizer: Any = PieceTokenizer()
-        self.max_context_tokens = max_context_tokens
-        self.max_concurrency = max_concurrency
-        self.name = f"the endpoint {redacted_url(self.base_url)}"
         self.client = HTTPClient(
             "the endpoint",
             remedy="check its address, model and key, and resume the run",
-            api_key=api_key,
-            timeout_s=timeout_s,
-            max_retries=max_retries,
-            max_concurrency=max_concurrency,
+            api_key=self.api_key,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            max_concurrency=self.max_concurrency,
             trust_env=True,
         )
         self.usage = Usage()
@@ -136,7 +116,7 @@ class EndpointGenerator:
     @property
     def cost_usd(self) -> float:
         """Return what this generator's replies have cost."""
-        return self.usage.cost_usd(self.prices)
+        return (self.usage.tokens_read * self.usd_read + self.usage.tokens_written * self.usd_written) / 1e6
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
@@ -181,7 +161,7 @@ class EndpointGenerator:
             }
             if self.sampling.temperature > 0.0:
                 body |= {"top_p": self.sampling.top_p, "seed": request.seed % 2**31}
-            body = {name: value for name, value in (body | self.body).items() if value is not None}
+            body = {name: value for name, value in {**body, **self.body}.items() if value is not None}
             url = f"{self.base_url}/chat/completions"
             reply, _ = await self.client.request("POST", url, json=body, read=read_chat)
         except ServiceError as error:
@@ -201,28 +181,30 @@ class EndpointOptions:
     endpoint_key_env: str | None = field(
         default=None, metadata={"help": "The environment variable that holds its key. Default: no key is sent."}
     )
-    endpoint_usd_read: float = field(default=0.0, metadata={"help": "Price of a million tokens read, in dollars."})
-    endpoint_usd_written: float = field(default=0.0, metadata={"help": "Price of a million tokens written."})
+    endpoint_usd_read: float = field(
+        default=0.0, metadata={"help": "Price of a million tokens read, in dollars.", "min": 0, "max": 1e9}
+    )
+    endpoint_usd_written: float = field(
+        default=0.0, metadata={"help": "Price of a million tokens written.", "min": 0, "max": 1e9}
+    )
     endpoint_body: str | None = field(
         default=None, metadata={"help": 'JSON to put over each request; a null leaves a field out: {"stop": null}.'}
     )
-    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once."})
+    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once.", "min": 1})
 
 
 def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenerator:
     """Return a generator for the endpoint of the options. Raises `UserError` for an option that cannot work."""
     if options.endpoint_url is None:
         raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
-    if options.endpoint_concurrency < 1:
-        raise UserError(f"endpoint_concurrency is {options.endpoint_concurrency}: it must be at least 1")
-    api_key = None
-    if variable := options.endpoint_key_env:
-        api_key = checked_key(environ.get(variable), variable)
-        if not api_key:
-            raise UserError(f"there is no key: the environment variable {variable} is not set")
+    check_bounds(options)
+    variable = options.endpoint_key_env
+    api_key = checked_key(environ.get(variable), variable) if variable else None
+    if api_key == "":
+        raise UserError(f"there is no key: the environment variable {variable} is not set")
     try:
         body = json.loads(options.endpoint_body or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"endpoint_body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise UserError(f"endpoint_body is {options.endpoint_body}: it must be a JSON object")
@@ -230,7 +212,8 @@ def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenera
         options.endpoint_url,
         model,
         api_key=api_key,
-        prices=Prices(options.endpoint_usd_read, options.endpoint_usd_written),
+        usd_read=options.endpoint_usd_read,
+        usd_written=options.endpoint_usd_written,
         body=body,
         max_concurrency=options.endpoint_concurrency,
     )

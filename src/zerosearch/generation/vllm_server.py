@@ -255,8 +255,9 @@ class PolicyServerClient(VLLMClient):
 
     def _remember(self, error: Exception) -> None:
         self.failure = GenerationError(
-            f"the vLLM server at {self.base_url} did not take the policy's weights: {type(error).__name__} {error}; "
-            "see what it printed last, start it again, and resume the run"
+            f"the vLLM server at {redacted_url(self.base_url)} did not take the policy's weights: "
+            f"{type(error).__name__} {redacted_url(str(error))}; see what it printed last, start it again, and resume "
+            "the run"
         )
 
     def _get(self, url: str, **kwargs: Any) -> dict[str, Any]:
