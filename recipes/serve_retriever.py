@@ -10,13 +10,13 @@ in `index_dir`. A compressed dense index says how much it finds of what an exact
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, serve
+from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, listen, web_server
 from zerosearch.errors import UserError
 
 
@@ -82,13 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     (arguments,) = parse(RetrieverArguments, argv=argv)
     index = open_index(arguments)
-    server = RetrieverServer(index, arguments.topk)
-
-    def ready(address: str) -> None:
-        passages = index.manifest["num_passages"]
-        print(f"retriever ready at {address}: {passages:,} passages (Ctrl-C ends it)", flush=True)
-
-    asyncio.run(serve(server, arguments.host, arguments.port, ready))
+    server, listener = RetrieverServer(index, arguments.topk), listen(arguments.host, arguments.port)
+    address = f"http://{arguments.host}:{listener.getsockname()[1]}/retrieve"
+    print(f"retriever ready at {address}: {index.manifest['num_passages']:,} passages (Ctrl-C ends it)", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn, which handles them, raises them again once it has ended
+    web_server(server).run([listener])
 
 
 if __name__ == "__main__":

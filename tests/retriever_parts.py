@@ -9,18 +9,18 @@ from typing import Any
 
 import aiohttp
 
-from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, serve
+from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, listen, web_server
 
 
 @asynccontextmanager
 async def serving(server: RetrieverServer) -> AsyncIterator[str]:
     """Serve on a free port of this machine; yield the address of /retrieve."""
-    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(server, "127.0.0.1", 0, ready.set_result, stop))
+    listener, web = listen("127.0.0.1", 0), web_server(server)
+    task = asyncio.create_task(web.serve([listener]))
     try:
-        yield await ready
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/retrieve"
     finally:
-        stop.set()
+        web.should_exit = True
         await task
 
 

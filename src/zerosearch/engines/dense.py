@@ -179,23 +179,17 @@ def recall_against_flat(index: Any, vectors: np.ndarray, depth: int = RECALL_DEP
 
     Asked with vectors of passages of the corpus, each moved a little, as there are no queries yet.
     """
+    import faiss
+
     rng = np.random.default_rng(SEED)
     chosen = np.sort(rng.choice(len(vectors), min(RECALL_QUERIES, len(vectors)), replace=False))
     queries = vectors[chosen] + rng.normal(0, 0.3 / np.sqrt(vectors.shape[1]), (len(chosen), vectors.shape[1]))
     queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
     depth = min(depth, len(vectors))
-    best_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
-    best_numbers = np.full((len(queries), depth), -1)
-    for start in range(0, len(vectors), BLOCK_PASSAGES):
-        block = queries @ vectors[start : start + BLOCK_PASSAGES].T  # (queries, passages of the block)
-        numbers = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
-        scores = np.concatenate([best_scores, block], axis=1)
-        numbers = np.concatenate([best_numbers, numbers], axis=1)
-        places = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
-        best_scores, best_numbers = (np.take_along_axis(table, places, axis=1) for table in (scores, numbers))
+    _, exact = faiss.knn(queries, vectors, depth, metric=faiss.METRIC_INNER_PRODUCT)
     _, found = index.search(queries, depth)
-    hits = sum(len(set(exact) & set(approximate)) for exact, approximate in zip(best_numbers, found, strict=True))
-    return hits / best_numbers.size
+    hits = sum(len(set(best) & set(approximate)) for best, approximate in zip(exact, found, strict=True))
+    return hits / exact.size
 
 
 def _empty_index(settings: DenseSettings, dimensions: int) -> Any:

@@ -15,9 +15,8 @@ import logging
 import os
 import re
 import resource
-import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import islice
 from queue import SimpleQueue
@@ -44,8 +43,9 @@ LARGEST_COUNT = 1000  # documents for a query
 MOST_ROWS = 50_000  # documents for a request: queries times documents for each
 BATCH_QUERIES = 256
 HEAD_S, BODY_S = 30.0, 60.0  # for a client to send the head of a request, its body
-MOST_CONNECTIONS, FILES_FOR_OTHERS = 800, 64
-BACKLOG = 1024  # connections that may wait to be accepted
+MOST_CONNECTIONS = 800
+BACKLOG = 64  # connections that may wait to be accepted, and that asyncio accepts before it looks at one of them
+SPARE_FILES = 3 * BACKLOG  # for what is accepted beyond the limit, and for the index
 SHUTDOWN_S = 10
 
 
@@ -147,14 +147,13 @@ class RetrieverServer:
     def _answer_alone(self, one: tuple[Retrieval, Future[bytes]]) -> None:
         try:
             self._answer([one])
-        except UserError as error:
-            logger.error("%s", error)
-            one[1].set_exception(HTTPException(500, str(error)))
         except HTTPException as error:
             one[1].set_exception(error)
         except Exception as error:
-            logger.exception("the index failed on %d queries", len(one[0].texts()))
-            one[1].set_exception(HTTPException(500, f"the index failed: {type(error).__name__}"))
+            expected = isinstance(error, UserError)  # the corpus has changed
+            detail = str(error) if expected else f"the index failed: {type(error).__name__}"
+            logger.error(detail, exc_info=not expected)
+            one[1].set_exception(HTTPException(500, detail))
 
     def _answer(self, batch: Sequence[tuple[Retrieval, Future[bytes]]]) -> None:
         """Search together and reply to each its own."""
@@ -223,9 +222,9 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # without a free one, asyncio would log without end
         self._head_timer = self.loop.call_later(HEAD_S, transport.abort)
-        if len(self.connections) > min(MOST_CONNECTIONS, files - FILES_FOR_OTHERS):
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # without a spare one, asyncio would flood the log
+        if len(self.connections) > min(MOST_CONNECTIONS, files - SPARE_FILES):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -244,18 +243,17 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
-async def serve(
-    server: RetrieverServer, host: str, port: int, ready: Callable[[str], None], stop: asyncio.Event | None = None
-) -> None:
-    """Serve until SIGINT or SIGTERM, or until `stop` is set; requests under way are answered first.
-
-    `ready` is called with the address (port 0 is any that is free). Raises `UserError` if it cannot be had.
-    """
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens (port 0: any that is free). Raises `UserError` if the address cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on {host}:{port} ({error}); choose another with --port") from error
+
+
+def web_server(server: RetrieverServer) -> uvicorn.Server:
+    """Return uvicorn with the limits above. SIGINT or SIGTERM ends it; requests under way are answered first."""
     config = uvicorn.Config(
         server.application,
         http=_Protocol,
@@ -268,17 +266,4 @@ async def serve(
         timeout_keep_alive=int(HEAD_S),
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    web = uvicorn.Server(config)
-    stop = stop or asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again at its end, for this handler
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-
-    async def end() -> None:
-        await stop.wait()
-        web.should_exit = True
-
-    ending = asyncio.create_task(end())
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
-    ready(f"http://{shown}:{listener.getsockname()[1]}/retrieve")
-    await web.serve([listener])
-    ending.cancel()
+    return uvicorn.Server(config)
