@@ -255,6 +255,7 @@ def test_a_document_names_its_title_once() -> None:
     assert Passage("Emma", "Emma is a novel.").document == "Emma is a novel."
     assert Passage("Emma", "EMMA is a novel.").document == "EMMA is a novel."
     assert Passage("", "A novel.").document == "A novel."
+    assert Passage("Emma", "").document == "Emma"  # no colon with nothing after it
 
 
 @pytest.mark.parametrize("row", [{"id": "0", "text": "x"}, {"contents": None}, {"contents": " "}, {"contents": ["x"]}])

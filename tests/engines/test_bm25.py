@@ -290,7 +290,7 @@ def test_words_of_any_script_and_odd_lines(tmp_path: Path) -> None:
 def test_a_line_that_is_nested_too_deeply_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"contents": "fine"}\n{"contents": ' + b"[" * 100_000 + b"\n")
-    with pytest.raises(UserError, match=r"corpus.jsonl line 2 is not JSON: maximum recursion depth exceeded"):
+    with pytest.raises(UserError, match=r"corpus.jsonl line 2 is not JSON in UTF-8: maximum recursion depth exceeded"):
         BM25Engine(path)
 
 

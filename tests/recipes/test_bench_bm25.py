@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ("recipe_modules",)  # fixtures
 
 RECIPE = Path(__file__).parents[2] / "recipes/bench/bm25.py"
 
@@ -30,7 +33,6 @@ def test_it_measures_tinyworld_and_a_larger_corpus(tmp_path: Path) -> None:
     assert "<svg" in output.with_suffix(".svg").read_text()
 
 
-def test_files_come_in_pairs(tmp_path: Path) -> None:
-    flags = ("--corpus", "x.jsonl", "--output", str(tmp_path / "bm25.json"))
-    done = subprocess.run([sys.executable, str(RECIPE), *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --corpus and --questions")
+def test_files_come_in_pairs(refusal: Callable[[str, list[str]], str], tmp_path: Path) -> None:
+    flags = ["--corpus", "x.jsonl", "--output", str(tmp_path / "bm25.json")]
+    assert refusal("bench/bm25", flags).startswith("error: --corpus and --questions go together")

@@ -17,7 +17,7 @@ from tantivy import Document, Filter, Occur, Query, TextAnalyzerBuilder, Tokeniz
 from zerosearch.data import Passage
 from zerosearch.engines import SearchError, SearchRequest, SearchResult, result_of
 from zerosearch.engines.account import Account
-from zerosearch.engines.corpus import DATA, CorpusReader, Found, PassageFile, built_index, index_identity
+from zerosearch.engines.corpus import DATA, Found, PassageFile, built_index, index_identity, read_corpus
 from zerosearch.errors import UserError
 from zerosearch.text import clean_text
 
@@ -131,23 +131,22 @@ def _build(corpus: Path, folder: Path) -> dict[str, Any]:
     """Write the index of a corpus and return what its manifest says."""
     index = tantivy.Index(SCHEMA, path=str(folder))
     index.register_tokenizer("words", ANALYZER)
-    reader = CorpusReader(corpus)
     try:
         writer = index.writer(BUILD_MEMORY_BYTES, num_threads=1)  # several would mix the order of the corpus
         try:
-            count = _add_passages(reader, writer)
+            count = _add_passages(corpus, writer)
             writer.commit()
         finally:
             writer.wait_merging_threads()  # after an error too: until then its threads write files
     except ValueError as error:  # what tantivy raises whatever the cause; here, that it cannot write
         raise OSError(str(error)) from error
-    return {"corpus_sha256": reader.sha256, "num_passages": count}
+    return {"num_passages": count}
 
 
-def _add_passages(reader: CorpusReader, writer: tantivy.IndexWriter) -> int:
+def _add_passages(corpus: Path, writer: tantivy.IndexWriter) -> int:
     """Add the passages that have a text and return their number."""
     count, has_words = 0, False
-    for start, passage in reader.passages():
+    for start, passage in read_corpus(corpus):
         if not passage.text:
             continue
         text = f"{passage.title} {passage.text}"
@@ -157,5 +156,5 @@ def _add_passages(reader: CorpusReader, writer: tantivy.IndexWriter) -> int:
         writer.add_document(document)
         count, has_words = count + 1, has_words or bool(ANALYZER.analyze(text))
     if not has_words:
-        raise UserError(f"the corpus {reader.path} holds no words")
+        raise UserError(f"the corpus {corpus} holds no words")
     return count

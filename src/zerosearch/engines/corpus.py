@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from zerosearch.data import Passage, passage_of
 from zerosearch.errors import UserError
-from zerosearch.files import json_object
+from zerosearch.files import json_object, write_json
 
 MANIFEST, LOCK, DATA = "zerosearch.json", "zerosearch.lock", "data"
 FORMAT = 2  # of an index folder; an index of another format is built again
@@ -58,33 +58,22 @@ class PassageFile:
         return passage_of(self.row(start), f"{self.path} byte {start}")
 
 
-class CorpusReader:
-    """Read a corpus once, from front to end; `sha256` is its hash (hex) at the end."""
+def read_corpus(path: Path) -> Iterator[tuple[int, Passage]]:
+    """Yield each passage of a JSONL corpus with the byte at which its row starts; blank lines are passed over.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.sha256 = path, ""
-
-    def passages(self) -> Iterator[tuple[int, Passage]]:
-        """Yield each passage with the byte at which its row starts; blank lines are passed over.
-
-        Raises `UserError` for an empty file, and, with its line number, for a line that holds no passage.
-        """
-        size = self.path.stat().st_size
-        digest, start, found = hashlib.sha256(), 0, False
-        bar = tqdm(
-            total=size, desc=f"reading {self.path.name}", unit="B", unit_scale=True, disable=size < PROGRESS_BAR_BYTES
-        )
-        with self.path.open("rb") as file, bar:
-            for number, line in enumerate(file, start=1):
-                digest.update(line)
-                bar.update(len(line))
-                if line.strip():
-                    place, found = f"{self.path} line {number}", True
-                    yield start, passage_of(json_object(line, place), place)
-                start += len(line)
-        if not found:
-            raise UserError(f"the corpus {self.path} holds no passages")
-        self.sha256 = digest.hexdigest()
+    Raises `UserError` for an empty file, and, with its line number, for a line that holds no passage.
+    """
+    size, start, found = path.stat().st_size, 0, False
+    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, disable=size < PROGRESS_BAR_BYTES)
+    with path.open("rb") as file, bar:
+        for number, line in enumerate(file, start=1):
+            bar.update(len(line))
+            if line.strip():
+                place, found = f"{path} line {number}", True
+                yield start, passage_of(json_object(line, place), place)
+            start += len(line)
+    if not found:
+        raise UserError(f"the corpus {path} holds no passages")
 
 
 def built_index(
@@ -93,8 +82,8 @@ def built_index(
     """Return the manifest of the index of `corpus` in `folder`, built first unless it is there already.
 
     `settings` are what else the index depends on. `build(data)` writes the index into an empty folder and returns what
-    the manifest should say besides, `corpus_sha256` and `num_passages` among it. Of processes that ask together, one
-    builds. Raises `UserError` for a folder that holds something else or cannot be written, such as on a full disk.
+    the manifest should say besides, `num_passages` among it. Of processes that ask together, one builds.
+    Raises `UserError` for a folder that holds something else or cannot be written, such as on a full disk.
     """
     from filelock import FileLock
 
@@ -104,15 +93,21 @@ def built_index(
     if found is not None:
         return found
     try:
-        if folder.exists() and not (folder / MANIFEST).is_file():
-            foreign = not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
-            if foreign:
-                raise UserError(f"{folder} holds something else than an index; name another folder for the index")
+        if not _is_ours(folder):
+            raise UserError(f"{folder} holds something else than an index; name another folder for the index")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):
             return current_manifest(corpus, folder, settings) or _build(corpus, folder, settings, build)
     except OSError as error:
         raise UserError(f"the index cannot be written to {folder}: {error}; name another folder for it") from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a folder is to be made, empty or claimed; a claim is a manifest, with its lock and its draft."""
+    if not folder.is_dir():
+        return not folder.exists()
+    names = [path.name for path in folder.iterdir()]
+    return MANIFEST in names or all(name.startswith("zerosearch.") for name in names)
 
 
 def index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -136,46 +131,43 @@ def current_manifest(corpus: Path, folder: Path, settings: dict[str, Any]) -> di
 def _is_same(path: Path, size: int, mtime_ns: int | None, sha256: str) -> bool:
     """Compare a file with its record: by size and time or, where the time differs, by hash."""
     status = path.stat()
-    return status.st_size == size and (status.st_mtime_ns == mtime_ns or _sha256(path) == sha256)
+    return status.st_size == size and (status.st_mtime_ns == mtime_ns or _record(path)[2] == sha256)
 
 
 def _record(path: Path) -> list[Any]:
     """Return a file's size, time and hash."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, _sha256(path)]
-
-
-def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        status = os.fstat(file.fileno())
+        return [status.st_size, status.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _build(
     corpus: Path, folder: Path, settings: dict[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """Build into `data/` and write the whole manifest last; until then a manifest without files claims the folder."""
-    status, started = corpus.stat(), time.time()
-    data, temporary = folder / DATA, folder / f"{MANIFEST}.tmp"
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+    data, started = folder / DATA, time.time()
+    write_json(folder / MANIFEST, {"format": FORMAT})
     if data.exists():
         shutil.rmtree(data)
     data.mkdir()
     try:
+        size, mtime_ns, sha256 = _record(corpus)
         facts = build(data)
-        files = {path.name: _record(path) for path in sorted(data.iterdir()) if not path.name.startswith(".")}
+        if not _is_same(corpus, size, mtime_ns, sha256):
+            raise UserError(f"the corpus {corpus} changed while it was indexed; start again when it is whole")
         manifest = {
             "format": FORMAT,
             "settings": settings,
             "corpus": str(corpus.resolve()),
-            "corpus_bytes": status.st_size,
-            "corpus_mtime_ns": status.st_mtime_ns if started - status.st_mtime > SETTLED_S else None,
+            "corpus_bytes": size,
+            "corpus_mtime_ns": mtime_ns if started - mtime_ns / 1e9 > SETTLED_S else None,
+            "corpus_sha256": sha256,
             **facts,
             "build_s": round(time.time() - started, 2),
-            "files": files,
+            "files": {path.name: _record(path) for path in sorted(data.iterdir()) if not path.name.startswith(".")},
         }
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, manifest)
     except BaseException:  # an interrupt too: nothing half-built stays
         shutil.rmtree(data, ignore_errors=True)
         raise
-    os.replace(temporary, folder / MANIFEST)
     return manifest

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.engines.corpus import DATA, CorpusReader, Found, PassageFile, built_index, index_identity
+from zerosearch.engines.corpus import DATA, Found, PassageFile, built_index, index_identity, read_corpus
 from zerosearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class DenseIndex:
             _empty_index(self.settings, dimensions)  # a wrong factory is refused before hours of encoding
         else:
             described["faiss_index"] = str(Path(faiss_index).resolve())
-        build = self._build if faiss_index is None else _offsets
-        self.manifest = built_index(corpus, folder, described, lambda data: build(CorpusReader(corpus), data))
+        build = self._build if faiss_index is None else _starts
+        self.manifest = built_index(corpus, folder, described, lambda data: build(corpus, data))
         path = folder / DATA / "index.faiss" if faiss_index is None else Path(faiss_index)
         self.index = _read(path)
         _set_probes(self.index, self.settings.num_probes)
@@ -118,23 +118,23 @@ class DenseIndex:
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def _build(self, reader: CorpusReader, folder: Path) -> dict[str, Any]:
+    def _build(self, corpus: Path, folder: Path) -> dict[str, Any]:
         """Write the index into `folder` and return what its manifest says."""
         starts: list[int] = []
         with (folder / "vectors.tmp").open("wb") as file:
-            for block_starts, block in self._encoded(reader):
+            for block_starts, block in self._encoded(corpus):
                 starts += block_starts
                 block.tofile(file)
         if not starts:
-            raise UserError(f"the corpus {reader.path} holds no texts")
+            raise UserError(f"the corpus {corpus} holds no texts")
         vectors = np.memmap(folder / "vectors.tmp", np.float32, "r").reshape(len(starts), -1)
         facts = self._write_index(vectors, folder)
         (folder / "vectors.tmp").unlink()
-        return facts | _save_starts(starts, reader, folder)
+        return facts | _save_starts(starts, folder)
 
-    def _encoded(self, reader: CorpusReader) -> Iterator[tuple[list[int], np.ndarray]]:
+    def _encoded(self, corpus: Path) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield where passages start and their vectors, block by block. A row without a text is left out."""
-        passages = ((start, passage) for start, passage in reader.passages() if passage.text)
+        passages = ((start, passage) for start, passage in read_corpus(corpus) if passage.text)
         with tqdm(desc="encoding", unit=" passages") as bar:
             while block := list(islice(passages, BLOCK_PASSAGES)):
                 # As Search-R1's index has them: the row's contents, title in quotes.
@@ -202,14 +202,14 @@ def _empty_index(settings: DenseSettings, dimensions: int) -> Any:
         raise UserError(f"{refusal}: {_last_line(error)}") from None
 
 
-def _offsets(reader: CorpusReader, folder: Path) -> dict[str, Any]:
+def _starts(corpus: Path, folder: Path) -> dict[str, Any]:
     """Write where each passage starts, for an existing FAISS index, which has a vector for every row."""
-    return _save_starts([start for start, _ in reader.passages()], reader, folder)
+    return _save_starts([start for start, _ in read_corpus(corpus)], folder)
 
 
-def _save_starts(starts: list[int], reader: CorpusReader, folder: Path) -> dict[str, Any]:
+def _save_starts(starts: list[int], folder: Path) -> dict[str, Any]:
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
-    return {"corpus_sha256": reader.sha256, "num_passages": len(starts)}
+    return {"num_passages": len(starts)}
 
 
 def _cells(index: Any) -> Any:
