@@ -1,4 +1,4 @@
-"""Serve a simulator: one command, one line when it is ready, and nothing left behind when it ends.
+"""Serve a simulator: one line when it is ready, and no process left when it ends, killed or not.
 
     python recipes/serve_simulator.py --model Alibaba-NLP/Simulation_LLM_google_3B_V2 --port 6001
     python recipes/serve_simulator.py --model outputs/simulator-lora                       # an adapter, over its base
@@ -26,14 +26,15 @@ class ServeArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of the simulator; or the folder of a LoRA adapter."})
     port: int = field(default=6001, metadata={"help": "Port to listen on."})  # the port of the paper's code
-    replicas: int = field(default=1, metadata={"help": "Servers, on this port and those after it."})
+    replicas: int = field(default=1, metadata={"min": 1, "help": "Servers, on this port and those after it."})
     adapter: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters to serve as well: name=folder."})
     prefix_caching: bool = field(default=True, metadata={"help": "Keep what prompts begin with."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
     max_model_len: int = field(default=4096, metadata={"min": 1, "help": "Longest prompt plus reply, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Number format; auto turns float32 weights into bfloat16."})
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU only: threads to use where others work too. Default: all cores but one."}
+        default=None,
+        metadata={"min": 1, "help": "CPU only: threads to use. Default: all cores but one."},
     )
 
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import get_token
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
-from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps
+from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps, hide_hub_token, training_run
 from zerosearch.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +45,49 @@ def test_no_checkpoint_is_a_mistake(asked: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint-12", None)
     with pytest.raises(UserError, match="there is no checkpoint to resume from: "):
         checkpoint_to_resume(asked, str(tmp_path))
+
+
+def settings(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **changes)
+
+
+def test_a_fresh_start_clears_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes").touch()
+    out = tmp_path / "out"
+    write_checkpoint(out / "checkpoint-2", "{}")
+    (out / "checkpoint-7").symlink_to(mine)
+    names = ["model.safetensors", "adapter_config.json", "card.json", "model.safetensors.bak", "checkpoint-notes"]
+    for name in names:
+        (out / name).touch()
+    with pytest.raises(UserError, match="is not empty"), training_run(settings(out), overwrite=False):
+        pass
+    with training_run(settings(out), overwrite=True, written=["card.json"]) as checkpoint:
+        assert checkpoint is None
+        assert {path.name for path in out.iterdir()} == {".lock", "model.safetensors.bak", "checkpoint-notes"}
+    assert (mine / "notes").exists()
+
+
+def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-2", "{}")
+    resuming = settings(tmp_path, resume_from_checkpoint="true")
+    with training_run(resuming, overwrite=False) as checkpoint:
+        assert checkpoint == str(tmp_path / "checkpoint-2")
+        with pytest.raises(UserError, match="another run is writing to"), training_run(resuming, overwrite=False):
+            pass
+        other_rank = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true", process_index=1)
+        with training_run(other_rank, overwrite=False) as seen:  # type: ignore[arg-type]
+            assert seen == checkpoint
+
+
+def test_the_hubs_token_is_in_no_saved_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    config = settings(tmp_path, hub_token="hf_MARKER")
+    hide_hub_token(config)
+    torch.save(config, tmp_path / "training_args.bin")
+    assert b"hf_MARKER" not in (tmp_path / "training_args.bin").read_bytes()
+    assert get_token() == "hf_MARKER"
 
 
 def test_trajectories_of_later_steps_are_forgotten(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what a killed run wrote behind it.
+"""The output folder of a training run: one writer, a fresh start or a checkpoint to resume, and no secrets in it.
 
 A checkpoint is written file by file, `trainer_state.json` last, and older ones are removed after that. So a run killed
 at any moment leaves a whole one behind it: the last whose `trainer_state.json` can be read.
@@ -7,11 +7,67 @@ at any moment leaves a whole one behind it: the last whose `trainer_state.json` 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zerosearch.errors import UserError
-from zerosearch.files import read_jsonl, write_jsonl
+from zerosearch.files import claim_output_dir, read_jsonl, sole_writer, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+# What TRL's trainers write into their output folder.
+WRITTEN = (
+    *("checkpoint-*", "merged-*", "runs", "README.md", "trainer_state.json", "training_args.bin"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
+
+
+@contextmanager
+def training_run(config: TrainingArguments, overwrite: bool, written: Sequence[str] = ()) -> Iterator[str | None]:
+    """Hold the output folder for this run, and yield the checkpoint to resume from, or None for a fresh start.
+
+    A fresh start with `overwrite` clears what an earlier run has written: WRITTEN, and the recipe's own names or
+    patterns, `written`. Only the main process does any of this.
+    Raises `UserError` if another run holds the folder, it is in use, or there is no checkpoint to resume from.
+    """
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, str(config.output_dir))
+    if config.process_index != 0:
+        yield checkpoint
+        return
+    folder = Path(str(config.output_dir))
+    if checkpoint is None:
+        claim_output_dir(folder, overwrite)
+    with sole_writer(folder):
+        if checkpoint is None:
+            clear(folder, [*WRITTEN, *written])
+        yield checkpoint
+
+
+def clear(folder: Path, written: Sequence[str]) -> None:
+    """Remove what a run has written into its folder, by name or pattern; of links, only the link."""
+    for path in [path for pattern in written for path in folder.glob(pattern)]:
+        if path.name.startswith("checkpoint-") and not path.name.removeprefix("checkpoint-").isdigit():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def hide_hub_token(config: TrainingArguments) -> None:
+    """Move `--hub_token` to HF_TOKEN, where the Hub's client looks; a Trainer saves all its arguments."""
+    if config.hub_token:
+        os.environ["HF_TOKEN"], config.hub_token = config.hub_token, None
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:

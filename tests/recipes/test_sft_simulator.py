@@ -19,12 +19,17 @@ import pytest
 import torch
 import yaml
 from hub_stub import HubStub
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zerosearch.command_line import parse
 from zerosearch.engines import SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
+from zerosearch.files import sole_writer
+from zerosearch.generation.loading import adapter_config_file
 from zerosearch.prompts import TINYWORLD_SIMULATOR_PROMPT, simulator_messages
 from zerosearch.protocol import split_documents
+from zerosearch.simulator import tuning
 from zerosearch.simulator.server import SimulatorServer, simulator_server
 
 pytest_plugins = ("recipe_modules", "hub_stub")  # fixtures
@@ -71,11 +76,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def tuned(
     load_recipe: LoadRecipe, searches: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Path]]:
-    """Return the folder of a run of each kind."""
+    """Return the folder of a run of each kind; that of LoRA held a whole model before."""
     root = tmp_path_factory.mktemp("tuned")
     recipe = load_recipe("sft_simulator")
-    for name in ("full", "lora", "qlora"):
-        recipe.main(arguments(searches, root / name, tuning=name))
+    # The second of its epochs ends after step 6.
+    recipe.main(arguments(searches, root / "full", max_steps=5, save_strategy="steps", save_steps=1))
+    shutil.copytree(root / "full", root / "lora")
+    (root / "lora/fidelity.json").write_text("{}")
+    (root / "lora/checkpoint-notes.txt").write_text("mine")
+    recipe.main(arguments(searches, root / "lora", tuning="lora", overwrite_output_dir=True))
+    recipe.main(arguments(searches, root / "qlora", tuning="qlora"))
     recipe.main(arguments(searches, root / "merged", tuning="qlora", merge=True))
     yield {name: root / name for name in ("full", "lora", "qlora", "merged")}
     shutil.rmtree(root)
@@ -87,8 +97,46 @@ def test_full_tuning_saves_a_model_that_has_learned(tuned: dict[str, Path]) -> N
     assert before.keys() == after.keys()
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     made = json.loads((tuned["full"] / "simulator.json").read_text())
-    assert (made["tuning"], made["steps"], made["examples"], made["prompt"]) == ("full", 3, 6, "tinyworld")
+    assert (made["tuning"], made["steps"], made["examples"], made["prompt"]) == ("full", 5, 6, "tinyworld")
     assert made["last_loss"] > 0 and made["batch_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_resumes_as_if_it_had_not_been(
+    load_recipe: LoadRecipe, searches: Path, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": True}
+    expected = weights(tuned["full"])
+    made = json.loads((tuned["full"] / "simulator.json").read_text())
+    # Not killed at all; before the model was saved; while the last checkpoint was written; in the second epoch.
+    for name, last, cut in (("finished", 5, 6), ("unsaved", 5, 6), ("half", 5, 5), ("epoch", 4, 5)):
+        folder = tmp_path / name
+        shutil.copytree(tuned["full"], folder)
+        for step in range(last + 1, 6):
+            shutil.rmtree(folder / f"checkpoint-{step}")
+        if cut == last:
+            os.truncate(folder / f"checkpoint-{cut}/trainer_state.json", 300)
+        if name != "finished":
+            (folder / "model.safetensors").unlink()
+            (folder / "simulator.json").unlink()
+        load_recipe("sft_simulator").main(arguments(searches, folder, **flags))
+        assert json.loads((folder / "simulator.json").read_text()) == made, name
+        resumed = weights(folder)
+        assert all(torch.equal(resumed[part], expected[part]) for part in expected), name
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_of_an_adapter_draws_the_same_dropout(
+    load_recipe: LoadRecipe, searches: Path, tmp_path: Path
+) -> None:
+    recipe, folder = load_recipe("sft_simulator"), tmp_path / "out"
+    flags = {"tuning": "lora", "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    recipe.main(arguments(searches, folder, **flags))
+    expected = load_file(folder / "adapter_model.safetensors")
+    shutil.rmtree(folder / "checkpoint-5")
+    recipe.main(arguments(searches, folder, **flags, resume_from_checkpoint=True))
+    resumed = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[part], expected[part]) for part in expected)
 
 
 @pytest.mark.slow
@@ -101,8 +149,16 @@ def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path]
     assert {"q_proj", "down_proj"} <= set(settings["target_modules"])
     card = (folder / "README.md").read_text()
     assert f"python recipes/serve_simulator.py --model {folder}\n" in card and "has not been measured" in card
+    assert adapter_config_file(str(folder)) is not None
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "peft" and "search-simulator" in header["tags"]
+
+
+@pytest.mark.slow
+def test_overwriting_clears_what_the_recipe_makes_and_nothing_else(tuned: dict[str, Path]) -> None:
+    names = {path.name for path in tuned["lora"].iterdir()}
+    assert "checkpoint-notes.txt" in names
+    assert not names & {"checkpoint-1", "checkpoint-5", "fidelity.json", "config.json", "generation_config.json"}
 
 
 @pytest.mark.slow
@@ -121,17 +177,18 @@ def test_merging_puts_the_adapter_into_the_bases_own_weights(tuned: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_only_the_documents_are_learned(load_recipe: LoadRecipe, searches: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("sft_simulator")
+def test_only_the_documents_are_learned(
+    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
-    class Watched(recipe.SFTTrainer):  # type: ignore[name-defined,misc]
+    class Watched(tuning.Tuner):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             seen.append({name: value.clone() for name, value in inputs.items()})
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    recipe.SFTTrainer = Watched
-    recipe.main(arguments(searches, tmp_path / "out"))
+    monkeypatch.setattr(tuning, "Tuner", Watched)
+    load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out"))
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     texts = {
         tokenizer.decode(labels[labels != -100], skip_special_tokens=True).strip()
@@ -207,12 +264,11 @@ def test_the_card_tells_the_fidelity_that_was_measured(
 
     @contextmanager
     def already_there(model: str, port: int, **options: Any) -> Iterator[SimulatorServer]:
-        assert "TORCHELASTIC_RUN_ID" not in os.environ
         served.append(model)
         yield server  # one vLLM for this file
 
-    monkeypatch.setattr(recipe, "simulator_server", already_there)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as a launcher does
+    monkeypatch.setattr(tuning, "simulator_server", already_there)
+    monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
     folder = tmp_path / "out"
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(searches.read_text().splitlines(keepends=True)[:4]))  # two of the three queries
@@ -232,12 +288,17 @@ def test_the_folder_is_pushed_with_its_card(hub: str, searches: Path, tmp_path: 
     folder = tmp_path / "out"
     command = [sys.executable, str(ROOT / "recipes/sft_simulator.py")]
     command += arguments(searches, folder, max_steps=1, tuning="lora", push_to_hub=True, hub_model_id="someone/sim")
-    environment = {"PATH": "/usr/bin", "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}
+    command += ["--hub_token", "hf_MARKER", "--save_strategy", "steps", "--save_steps", "1"]
+    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert HubStub.paths[0] == "/api/repos/create"
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "simulator.json"}
     assert names <= HubStub.committed.keys() and "training_args.bin" not in HubStub.committed
+    assert not any(b"hf_MARKER" in content for content in HubStub.committed.values())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert folder / "checkpoint-1/training_args.bin" in files
+    assert not any(b"hf_MARKER" in path.read_bytes() for path in files)
     assert HubStub.committed["README.md"] == (folder / "README.md").read_bytes()
     assert b"hf download someone/sim --local-dir out\npython recipes/serve" in HubStub.committed["README.md"]
 
@@ -262,6 +323,15 @@ def test_without_held_out_searches_it_says_so_before_it_starts(
         ({"model_name_or_path": "/none"}, "there is no model '/none'"),
         ({"max_length": 20}, "examples do not fit into 20 tokens and would be cut"),
         ({"resume_from_checkpoint": True}, "there is no checkpoint to resume from"),
+        (
+            {"lora_target_modules": "q_poj", "tuning": "lora"},
+            "Target modules q_poj not found",
+        ),
+        ({"attn_implementation": "flash_attention_2"}, "these settings do not work: "),
+        ({"model_init_kwargs": '{"attn_implementation": "nothing_of_the_kind"}'}, "nothing_of_the_kind"),
+        ({"eval_strategy": "steps"}, "these settings do not work: "),
+        ({"report_to": "wandb"}, "these settings do not work: WandbCallback requires wandb"),
+        ({"hub_revision": "v2"}, "--hub_revision has no effect"),
     ],
 )
 def test_a_mistake_gets_one_sentence(
@@ -279,12 +349,23 @@ def test_a_mistake_gets_one_sentence(
     assert len(errors) == 1 and message in errors[0]
 
 
+def test_a_second_run_in_a_folder_is_refused(
+    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sole_writer(tmp_path / "out"), pytest.raises(SystemExit) as caught:
+        load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out", overwrite_output_dir=True))
+    assert caught.value.code == 2
+    assert "another run is writing to" in capsys.readouterr().err
+
+
+def settings_of(recipe: ModuleType, config: str) -> Any:
+    path = str(ROOT / "recipes/configs" / config)
+    return parse(recipe.RecipeArguments, recipe.SimulatorConfig, recipe.ModelConfig, argv=["--config", path])
+
+
 @pytest.mark.parametrize("size", ["3b", "7b", "14b"])
 def test_the_configs_hold_the_authors_values(load_recipe: LoadRecipe, size: str) -> None:
-    recipe = load_recipe("sft_simulator")
-    config = ROOT / f"recipes/configs/sft-qwen2.5-{size}.yaml"
-    parser = recipe.TrlParser((recipe.RecipeArguments, recipe.SimulatorConfig, recipe.ModelConfig))
-    arguments, training, model = parser.parse_args_and_config(["--config", str(config)])
+    arguments, training, model = settings_of(load_recipe("sft_simulator"), f"sft-qwen2.5-{size}.yaml")
     assert (training.learning_rate, training.per_device_train_batch_size, training.max_steps) == (1e-6, 2, 1000)
     assert model.model_name_or_path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     assert (arguments.prompt, arguments.tuning, training.completion_only_loss) == ("paper", "full", True)
@@ -292,14 +373,9 @@ def test_the_configs_hold_the_authors_values(load_recipe: LoadRecipe, size: str)
 
 def test_the_faithful_config_is_measured_on_queries_it_was_not_tuned_on(load_recipe: LoadRecipe) -> None:
     pytest.importorskip("vllm")
-    recipe, fidelity = load_recipe("sft_simulator"), load_recipe("measure_fidelity")
-    parser = recipe.TrlParser((recipe.RecipeArguments, recipe.SimulatorConfig, recipe.ModelConfig))
-    arguments, _, _ = parser.parse_args_and_config(
-        ["--config", str(ROOT / "recipes/configs/sft-tinyworld-faithful.yaml")]
-    )
-    parser = fidelity.TrlParser((fidelity.RecipeArguments, fidelity.FidelityOptions))
-    measured, options = parser.parse_args_and_config(
-        ["--config", str(ROOT / "recipes/configs/fidelity-tinyworld.yaml")]
-    )
+    fidelity = load_recipe("measure_fidelity")
+    arguments, _, _ = settings_of(load_recipe("sft_simulator"), "sft-tinyworld-faithful.yaml")
+    config = str(ROOT / "recipes/configs/fidelity-tinyworld.yaml")
+    measured, options = parse(fidelity.RecipeArguments, fidelity.FidelityOptions, argv=["--config", config])
     assert arguments.leave_out_held_out and arguments.held_out == measured.queries != arguments.searches
     assert arguments.fidelity_queries == options.num_queries == 600

@@ -17,6 +17,7 @@ from zerosearch.generation.vllm_workarounds import engine_options, loopback_proc
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from trl import ModelConfig
 
 FINGERPRINT_BYTES = 1 << 20  # of the start and the end of each file of weights
 
@@ -213,6 +214,19 @@ def model_identity(model: str, revision: str = "main") -> dict[str, str]:
             file.seek(max(size - FINGERPRINT_BYTES, 0))
             digest.update(file.read())
     return {"model": model, "weights_fingerprint": digest.hexdigest()[:32]}
+
+
+def model_options(model: ModelConfig, training: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained` for TRL's trainers, which by themselves use none of `model`'s.
+
+    `training.model_init_kwargs` wins.
+    """
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    return {name: value for name, value in options.items() if value is not None} | (training.model_init_kwargs or {})
 
 
 def fit_to_cpu(config: TrainingArguments) -> None:
