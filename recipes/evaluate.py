@@ -33,7 +33,7 @@ from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import check_samples, evaluate
 from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
-from zerosearch.files import claim_output_dir, sole_writer, write_json
+from zerosearch.files import claim_output_dir, sole_writer, write_json, write_text
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator, model_identity
@@ -255,8 +255,8 @@ def release(generator: Any) -> None:
 
 def report(found: dict[str, Any], output_dir: Path) -> None:
     """Write the table and the plot, and print the scores."""
-    (output_dir / "table.md").write_text(markdown_tables(found), encoding="utf-8")
-    (output_dir / "scores.svg").write_text(scores_plot(found), encoding="utf-8")
+    write_text(output_dir / "table.md", markdown_tables(found))
+    write_text(output_dir / "scores.svg", scores_plot(found))
     if len(found) == 1:
         print(f"\n{results_table(*found.values())}")
     else:

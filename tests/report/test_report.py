@@ -199,7 +199,7 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
     ("name", "contents", "message"),
     [
         ("results.json", "{", r"results\.json is not JSON"),
-        ("results.json", "[]", r"results\.json does not hold a JSON object"),
+        ("results.json", "[]", r"results\.json is not a JSON object"),
         ("policy/trainer_state.json", "{}", "'log_history' is not a list of logged steps"),
         (
             "evaluation/after-bm25/results.json",

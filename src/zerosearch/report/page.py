@@ -9,6 +9,7 @@ from typing import Any
 
 from zerosearch import __version__
 from zerosearch.evaluation.tables import NOT_A_NUMBER, interval, is_finite, matrix_table, number
+from zerosearch.files import write_text
 from zerosearch.report.plots import SMOOTH_FROM, SMOOTH_STEPS, draw_training
 from zerosearch.report.run import POLICIES, SIMULATED, Run, Scores, read_run
 from zerosearch.report.transcripts import pieces, read_examples
@@ -50,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
         version=__version__,
     )
     path = run.folder / REPORT_NAME
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

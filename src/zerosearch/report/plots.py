@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from zerosearch.evaluation.tables import is_finite, percent
+from zerosearch.files import write_text
 from zerosearch.simulator.fidelity_card import RATES
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
         noise.set_xlabel("requested noise")
         noise.legend(frameon=False)
     path = prefix.with_name(f"{prefix.name}.svg")
-    path.write_text(_svg(figure, "fidelity"), encoding="utf-8")
+    write_text(path, _svg(figure, "fidelity"))
     return path
 
 

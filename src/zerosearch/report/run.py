@@ -9,7 +9,6 @@ evaluation/{before,after}-ENGINE/trajectories.jsonl  what the policy did
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from zerosearch.errors import UserError
 from zerosearch.evaluation.tables import is_finite
+from zerosearch.files import read_json
 
 SIMULATED = "simulated"  # the one engine that is not real
 POLICIES = ("before", "after")  # training
@@ -98,20 +98,11 @@ def read_run(run_dir: Path) -> Run:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object, None if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
+    return read_json(path) if path.exists() else None
 
 
 def _read_scores(path: Path) -> Scores:
-    scores = _read_json(path) or {}
+    scores = read_json(path)
     for name in ("em", "f1"):
         if not isinstance(scores.get(name), dict) or "mean" not in scores[name]:
             raise UserError(f"{path}: {name!r} is {scores.get(name)!r}, not an object with mean, low and high")

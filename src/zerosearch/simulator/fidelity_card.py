@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zerosearch.files import write_json, write_text
 from zerosearch.simulator.held_out import WHY_LEFT_OUT
 
 Card = Mapping[str, Any]
@@ -37,8 +37,8 @@ def write_card(card: Card, prefix: Path) -> list[Path]:
     """Write `prefix`.json and `prefix`.md; return the paths."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     paths = [prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".json", ".md")]
-    paths[0].write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[1].write_text(f"# Fidelity\n\n{card_markdown(card)}\n", encoding="utf-8")
+    write_json(paths[0], card)
+    write_text(paths[1], f"# Fidelity\n\n{card_markdown(card)}\n")
     return paths
 
 
