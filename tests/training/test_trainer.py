@@ -374,11 +374,11 @@ def test_with_lora_the_reference_is_the_base_model(
 
     # What the trained model says with its adapters off is what it said before.
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trainer._scored = before["completion_mask"] * before["tool_mask"]
+    trainer._handed.scored = before["completion_mask"] * before["tool_mask"]
     ids = torch.cat([before["prompt_ids"], before["completion_ids"]], 1)
     mask = torch.cat([before["prompt_mask"], before["completion_mask"]], 1)
     with torch.no_grad(), model.disable_adapter():
-        base, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, trainer._scored.shape[1])
+        base, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, trainer._handed.scored.shape[1])
     torch.testing.assert_close(base, before["ref_per_token_logps"], rtol=1e-4, atol=1e-4)
 
 
@@ -391,7 +391,7 @@ def test_ppo_charges_the_kl_in_its_reward_not_in_its_loss(make_trainer: Callable
     own = (batch["completion_mask"] * batch["tool_mask"]).bool()
     # The critic starts at 0, so the last token's return is its reward: the trajectory's less beta (log p - log p_ref).
     assert (batch["values"] == 0).all()
-    trainer._scored = own
+    trainer._handed.scored = own
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     with torch.no_grad():

@@ -3,13 +3,23 @@
 REINFORCE, RLOO and GRPO have one number per trajectory, which holds for each of its policy tokens; PPO has one for
 each policy token. A reward of NaN marks a trajectory that nothing can be learned from (its search failed): its
 advantage is 0, and it takes part in no statistic.
+
+An `AdvantageFunction` of one's own gets the rewards (N,), the N trajectories and the size of a group, consecutive
+trajectories of one question. It returns one number a trajectory, (N,), or a list for each trajectory with one number
+a turn or one a completion token.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
+
+from zerosearch.errors import UserError
+from zerosearch.rollout.trajectory import Trajectory
+
+AdvantageFunction = Callable[[torch.Tensor, Sequence[Trajectory], int], Any]
 
 Baseline = Literal["none", "group", "batch"]
 Scale = Literal["group", "batch", "none"]
@@ -108,6 +118,33 @@ def whiten(
         return torch.zeros_like(advantages)
     whitened = (advantages - everyone.mean()) * (everyone.var() + epsilon).rsqrt()
     return whitened.where(mask.bool(), 0.0)
+
+
+def per_token(values: Sequence[Any], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    """Spread what an `AdvantageFunction` returned for these trajectories over their completion tokens, (n, T).
+
+    A turn's number holds for the tokens of that turn; observations get 0, padding too. Raises `UserError` for a list
+    that has neither one number a turn nor one a token.
+    """
+    rows = []
+    for numbers, trajectory in zip(values, trajectories, strict=True):
+        numbers = [float(numbers)] * len(trajectory.turns) if _is_number(numbers) else list(map(float, numbers))
+        if len(numbers) == len(trajectory.turns):
+            spread: list[float] = []
+            for number, turn in zip(numbers, trajectory.turns, strict=True):
+                spread += [number] * turn.num_tokens + [0.0] * turn.num_observation_tokens
+            numbers = spread + [0.0] * (len(trajectory.completion_ids) - len(spread))
+        if len(numbers) != len(trajectory.completion_ids):
+            raise UserError(
+                f"the advantage function returned {len(numbers)} numbers for a trajectory of {len(trajectory.turns)} "
+                f"turns and {len(trajectory.completion_ids)} tokens: it must be one, one a turn, or one a token"
+            )
+        rows.append(torch.tensor(numbers))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.ndim == 0)
 
 
 def _centered(groups: torch.Tensor) -> torch.Tensor:

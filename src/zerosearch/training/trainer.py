@@ -1,7 +1,7 @@
 """`SearchTrainer`: TRL's GRPOTrainer with search rollouts, keyed noise and the paper's algorithms.
 
 Built on TRL 1.16's `rollout_func` and `env_mask`. What it overrides or reads beyond TRL's public interface is all in
-this file, `colocation.py` and `adapter_weights.py`, and tests of their names hold it:
+this file and `zerosearch.generation`, and tests of their names hold it:
 
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from zerosearch.checkpoints import forget_later_steps
 from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.adapter_weights import push_merged_copies
 from zerosearch.generation.loading import longest_context
@@ -46,9 +49,11 @@ from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import RolloutClock, Trajectory, run_rollouts
 from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
 from zerosearch.training.advantages import (
+    AdvantageFunction,
     group_normalized,
     leave_one_out,
     masked_gae,
+    per_token,
     raw_return,
     token_rewards,
     whiten,
@@ -57,16 +62,33 @@ from zerosearch.training.config import SearchConfig, check_arguments
 from zerosearch.training.critic import Critic, policy_mask
 from zerosearch.training.micro_batches import compact_lm_head, sort_micro_batches, trimmed_parts
 
-__all__ = ["SearchConfig", "SearchTrainer"]
+__all__ = ["NoiseFunction", "SearchConfig", "SearchTrainer"]
+
+# From the step, counted from 1, the number of steps, and what was logged so far (TRL's `log_history`) to p_noise.
+NoiseFunction = Callable[[int, int, Sequence[Mapping[str, Any]]], float]
+
+
+@dataclass
+class Handed:
+    """What one of TRL's calls hands to a later one of the same batch, as TRL has no argument for it."""
+
+    rows: Sequence[dict[str, Any]] = ()  # from `_generate_and_score_completions` to `rollout_func`
+    rewards: torch.Tensor | None = None  # (N, reward functions), from `_calculate_rewards` back to it
+    scored: torch.Tensor | None = None  # (B, C), the tokens to score: to `_get_per_token_logps_and_entropies`
 
 
 class SearchTrainer(GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
-    Takes GRPOTrainer's arguments, the engine and the `agent`, which says how the policy is asked. Rows of the dataset
-    are `{id, question, golden_answers, dataset}`; one with a `prompt` of its own is asked that. Raises `SearchError`
-    when too many searches of a step fail, `GenerationError` when the inference engine of the policy does; the last
-    state is saved first.
+    Takes GRPOTrainer's arguments and
+    - `engine`, which answers the searches;
+    - `agent`, how the policy is asked and documents are shown to it;
+    - `advantages`, in place of those of `args.algorithm` (not for ppo): see `training.advantages`;
+    - `noise`, in place of Eq. 1 from `args.noise_start` to `args.noise_end`.
+    Rows of the dataset are `{id, question, golden_answers, dataset}`; one with a `prompt` of its own is asked that.
+    Reward functions get `answer`, `outcome` and `trajectories` beside TRL's arguments.
+    Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine of the
+    policy does. After either, and after any other exception of a rollout, the last state is saved first.
     """
 
     _tag_names = ["trl", "zerosearch"]  # noqa: RUF012 (as in TRL)
@@ -74,12 +96,21 @@ class SearchTrainer(GRPOTrainer):
     beta: float
     entropy_coef: Any
     _buffered_inputs: list[dict[str, Any]] | None
-    _scored: torch.Tensor  # (B, C): the completion tokens to score in the next forward pass
 
     def __init__(
-        self, *, engine: SearchEngine, args: SearchConfig, agent: Agent = PAPER.policy, **kwargs: Any
+        self,
+        *,
+        engine: SearchEngine,
+        args: SearchConfig,
+        agent: Agent = PAPER.policy,
+        advantages: AdvantageFunction | None = None,
+        noise: NoiseFunction | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.engine, self.agent = engine, agent
+        self.engine, self.agent, self.advantages, self.noise = engine, agent, advantages, noise
+        self._handed = Handed()
+        if advantages is not None and args.algorithm == "ppo":
+            raise UserError("ppo has the advantages of its critic; an advantage function needs another algorithm")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = with_prompts(kwargs.get(name), agent)
         check_arguments(args, **kwargs)
@@ -117,32 +148,57 @@ class SearchTrainer(GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Roll out and score this rank's rows; TRL's advantages give way to those of `args.algorithm`."""
-        self._rows = inputs
+        """Roll out and score this rank's rows; TRL's advantages give way to ours."""
+        self._handed.rows = inputs
         batch = super()._generate_and_score_completions(inputs)
-        weighted = self._rewards_per_function * self.reward_weights.to(self._rewards_per_function.device)
+        assert self._handed.rewards is not None
+        weighted = self._handed.rewards * self.reward_weights.to(self._handed.rewards.device)
         rewards = weighted.nansum(1).masked_fill(weighted.isnan().all(1), torch.nan)  # (N,)
         start = self.accelerator.process_index * len(inputs)
         own = slice(start, start + len(inputs))
         if self.critic is not None:
             batch |= self._ppo_advantages(batch, rewards[own], self.critic)
-            mask = policy_mask(batch)
-            mean = (batch["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
-            advantages = self.accelerator.gather(mean)
+        elif self.advantages is not None:
+            trajectories = [row["trajectories"] for row in inputs]
+            custom = self._custom_advantages(self.advantages, rewards, trajectories, own).to(rewards)
+            width = batch["completion_ids"].shape[1]
+            batch["advantages"] = custom if custom.ndim == 1 else pad(custom, (0, width - custom.shape[1]))
         else:
-            advantages = self._advantages(rewards)
-            batch["advantages"] = advantages[own]
+            batch["advantages"] = self._algorithm_advantages(rewards)[own]
+        mean = batch["advantages"]
+        if mean.ndim == 2:
+            mask = policy_mask(batch)
+            mean = (mean * mask).sum(1) / mask.sum(1).clamp(min=1)
         # As many as the log holds: they replace TRL's, which the call above has just written there.
-        self._logs["advantages"].extend(advantages.tolist())
+        self._logs["advantages"].extend(self.accelerator.gather(mean).tolist())
         return batch
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)  # (N, reward functions), of all ranks
-        return self._rewards_per_function
+        self._handed.rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._handed.rewards
 
-    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+    @property
+    def _group(self) -> int:
+        """Return how many consecutive trajectories answer one question."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _custom_advantages(
+        self, function: AdvantageFunction, rewards: torch.Tensor, trajectories: list[Trajectory], own: slice
+    ) -> torch.Tensor:
+        """Return what the user's function makes of all ranks' rewards (N,) for this rank, (n,) or (n, C)."""
+        everyone = gather_object(trajectories)
+        returned = function(rewards, everyone, self._group)
+        if isinstance(returned, torch.Tensor) and returned.shape == rewards.shape:
+            return returned[own].nan_to_num(nan=0.0)
+        if len(returned) != len(everyone):
+            raise UserError(
+                f"the advantage function returned {len(returned)} rows, and there are {len(everyone)} trajectories"
+            )
+        return per_token(returned[own], trajectories).nan_to_num(nan=0.0)
+
+    def _algorithm_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Return the advantages (N,) of the trajectories of all ranks from their rewards (N,)."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        group = self._group
         if self.args.algorithm == "rloo":
             return leave_one_out(rewards, group)
         if self.args.algorithm == "grpo":
@@ -167,8 +223,8 @@ class SearchTrainer(GRPOTrainer):
         if ref_logps is not None:
             logged["kl"] = logps - ref_logps  # k1, as in the reward
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, per_token in logged.items():
-            metrics[name].append(self._from_all_ranks(per_token[mask.bool()]).mean().item())
+        for name, of_tokens in logged.items():
+            metrics[name].append(self._from_all_ranks(of_tokens[mask.bool()]).mean().item())
         return {"advantages": whiten(advantages, mask, everyone), "values": values, "returns": returns}
 
     def _from_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -224,8 +280,10 @@ class SearchTrainer(GRPOTrainer):
         """
         assert all(value is None for value in images.values()), "text only"
         prompt_length = input_ids.shape[1] - logits_to_keep
-        # (B, C): the marks that `_rollout` or `_compute_loss` left for these very rows, less what TRL took out since.
-        scored = pad(self._scored, (0, logits_to_keep - self._scored.shape[1])).to(input_ids.device).bool()
+        # (B, C): the marks that `_rollout` or `_compute_loss` handed on for these rows, less what TRL took out since.
+        assert self._handed.scored is not None
+        scored = self._handed.scored
+        scored = pad(scored, (0, logits_to_keep - scored.shape[1])).to(input_ids.device).bool()
         scored = scored & attention_mask[:, prompt_length:].bool()
         logps = torch.zeros(scored.shape, device=input_ids.device)
         entropies = torch.zeros_like(logps)
@@ -253,7 +311,7 @@ class SearchTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute TRL's loss on the policy's tokens, with the entropy bonus averaged over those of the whole step."""
-        self._scored = mask = policy_mask(inputs)
+        self._handed.scored = mask = policy_mask(inputs)
         beta, coefficient = self.beta, self.entropy_coef
         if self.args.algorithm == "ppo":
             self.beta = 0.0
@@ -272,10 +330,11 @@ class SearchTrainer(GRPOTrainer):
 
     @staticmethod
     def _rollout(prompts: list[Any], trainer: SearchTrainer) -> dict[str, list[Any]]:
-        """Be TRL's `rollout_func`: one trajectory for each row of this rank, and the fields its rewards read."""
-        rows, clock = trainer._rows, RolloutClock()
+        """TRL `rollout_func` for this rank's rows: a trajectory each, and the fields that reward functions read."""
+        rows, clock = trainer._handed.rows, RolloutClock()
         assert len(prompts) == len(rows)
-        trajectories, failure = [], ""
+        trajectories: list[Trajectory] = []
+        failure: Exception | None = None
         try:
             trajectories = run_rollouts(
                 rows,
@@ -287,12 +346,12 @@ class SearchTrainer(GRPOTrainer):
                 clock=clock,
                 agent=trainer.agent,
             )
-        except GenerationError as error:
-            failure = str(error)
+        except Exception as error:  # raised in `_log_rollout`, once every rank has saved its part of a checkpoint
+            failure = error
         trainer._log_rollout(trajectories, clock, failure)
         trainer._write_trajectories(rows, trajectories)
         masks = [trainer._loss_mask(trajectory) for trajectory in trajectories]
-        trainer._scored = torch.nn.utils.rnn.pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
+        trainer._handed.scored = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
             "prompt_ids": [trajectory.prompt_ids for trajectory in trajectories],
             "completion_ids": [trajectory.completion_ids for trajectory in trajectories],
@@ -300,6 +359,7 @@ class SearchTrainer(GRPOTrainer):
             "env_mask": masks,
             "answer": [trajectory.answer for trajectory in trajectories],
             "outcome": [trajectory.outcome for trajectory in trajectories],
+            "trajectories": trajectories,
         }
 
     def _loss_mask(self, trajectory: Trajectory) -> list[int]:
@@ -314,31 +374,39 @@ class SearchTrainer(GRPOTrainer):
         return [p if own else None for p, own in zip(trajectory.logprobs, trajectory.env_mask, strict=True)]
 
     def _p_noise(self) -> float:
-        """Return the curriculum's noise at this step; an evaluation inside a training run is free of it."""
+        """Return the noise of this step; an evaluation inside a training run is free of it."""
+        step, total = self.state.global_step + 1, self.state.max_steps
         if not self.model.training:
             return 0.0
-        return self.args.noise_schedule().p_noise(self.state.global_step + 1, self.state.max_steps)
+        if self.noise is None:
+            return self.args.noise_schedule().p_noise(step, total)
+        p_noise = float(self.noise(step, total, self.state.log_history))
+        if not 0.0 <= p_noise <= 1.0:
+            raise UserError(f"the noise function returned {p_noise} at step {step}: a probability lies in [0, 1]")
+        return p_noise
 
     def _keys(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
         """Return (seed, step, row, sample) for each row of this rank, the same however many ranks share the batch."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        group = self._group
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step + 1
         return [(self.args.seed, step, row_number(row), (first + place) % group) for place, row in enumerate(rows)]
 
-    def _log_rollout(self, trajectories: list[Trajectory], clock: RolloutClock, failure: str) -> None:
-        """Log the rollout over all ranks, count its queries, and stop the run if too many searches failed.
+    def _log_rollout(self, trajectories: list[Trajectory], clock: RolloutClock, failure: Exception | None) -> None:
+        """Log the rollout over all ranks, count its queries, and stop the run if it or too many searches failed.
 
-        `failure` says why this rank could not generate, "" if it could.
+        `failure` is what ended this rank's rollout, `None` if nothing did.
         """
         own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
         account = getattr(self.engine, "account", None)
         sent = account.newly_sent() if account else sum(fact.searches + fact.retries for fact in own_facts)
-        ranks = gather_object([(own_facts, clock, failure, sent)])
+        ranks = gather_object([(own_facts, clock, failure and f"{failure}", sent)])
         self._count_queries(sum(rank_sent for *_, rank_sent in ranks))
-        failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure]
+        failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure is not None]
         if failures:
             self._save_progress()
+            if failure is not None and not isinstance(failure, GenerationError):
+                raise failure
             raise GenerationError(f"step {self.state.global_step + 1} could not be rolled out: {failures[0]}")
         facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
         metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
