@@ -71,6 +71,5 @@ def rain_trainer(
         reward_funcs=f1_reward,
         args=config,
         engine=engine,
-        train_dataset=datasets.Dataset.from_list(ROWS),
-        **(arguments or {}),
+        **{"train_dataset": datasets.Dataset.from_list(ROWS), **(arguments or {})},
     )

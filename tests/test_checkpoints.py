@@ -96,7 +96,7 @@ def test_trajectories_of_later_steps_are_forgotten(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "question": question}, ensure_ascii=False) + "\n" for step in (1, 1, 2, 3)]
     path.write_text("".join(lines) + '{"step": 3, "que', encoding="utf-8")
     forget_later_steps(path, 2)
-    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
+    assert path.read_text(encoding="utf-8") == "".join(lines[:3]), "a line ends at its line feed only"
     path.write_text("".join(lines[:3]) + '{"st', encoding="utf-8")
     forget_later_steps(path, 2)
     assert path.read_text(encoding="utf-8") == "".join(lines[:3])
@@ -137,7 +137,7 @@ def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
     timed = ("time/", "search/latency", "step_time", "train_")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     log = [{name: value for name, value in entry.items() if not name.startswith(timed)} for entry in log]
-    records = [json.loads(line) for line in (output / "trajectories.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output / "trajectories.jsonl").open(encoding="utf-8", newline="\n")]
     records = [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
     return load_file(output / "model.safetensors"), log, records
 
@@ -145,7 +145,9 @@ def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
 def test_a_killed_run_ends_as_one_left_alone(algorithm: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
-    questions = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(40)]
+    questions = [
+        {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)
+    ]  # three steps an epoch
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from zerosearch.http import background_loop, run_in_background
-from zerosearch.rollout.in_flight import Arrival, InFlight
+from zerosearch.rollout.in_flight import Arrival, InFlight, TimedOut
 
 
 async def after(seconds: float, result: str, log: list[str] | None = None) -> str:
@@ -63,8 +63,19 @@ def test_what_takes_too_long_or_fails_arrives_as_what_it_raised() -> None:
     in_flight.start("search", 1, fail, limit, 5.0)
     in_flight.send_off()
     late, failed = arrived(in_flight, 2)
-    assert isinstance(late.outcome, TimeoutError) and late.seconds < 5
+    assert isinstance(late.outcome, TimedOut) and late.seconds < 5
     assert isinstance(failed.outcome, KeyError), "what waits for its turn has its whole time limit then"
+
+
+def test_a_cancellation_that_comes_up_inside_the_work_is_its_outcome() -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    in_flight = InFlight()
+    in_flight.start("search", 0, cancelled, asyncio.Semaphore(1), 5.0)
+    in_flight.send_off()
+    (arrival,) = arrived(in_flight, 1)
+    assert isinstance(arrival.outcome, asyncio.CancelledError)
 
 
 @pytest.mark.filterwarnings("error")

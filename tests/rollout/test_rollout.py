@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from rollout_parts import (
@@ -22,6 +25,7 @@ from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, SampledTurn, TurnRequest
 from zerosearch.generation.tokenization import fit_observation, plain_text, prompt_token_ids, text_token_ids
 from zerosearch.prompts import INVALID_ACTION_HINT
+from zerosearch.rollout import in_flight
 from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
 
@@ -355,10 +359,52 @@ def test_a_search_without_a_reply_is_given_up(tiny_tokenizer: PreTrainedTokenize
     assert trajectory.error == "the engine scripted gave no reply within 0.05 s"
 
 
-def test_a_defect_of_an_engine_is_raised(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = ScriptedEngine(lambda request: KeyError("defect"))
-    with pytest.raises(KeyError, match="defect"):
-        roll_out(tiny_tokenizer, ["<search> q </search>"], engine)
+class Odd:
+    """An engine of a user's, whose search does what it should not."""
+
+    name, max_concurrency = "mine", 4
+
+    def __init__(self, does: Callable[[], Any]) -> None:
+        self.does = does
+
+    async def search(self, request: SearchRequest) -> Any:
+        return self.does()
+
+    async def aclose(self) -> None:
+        pass
+
+
+def throw(error: BaseException) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        (lambda: ["It rains."], "returned ['It rains.']; a search returns a SearchResult"),
+        (lambda: None, "returned None; a search returns a SearchResult"),
+        (lambda: "It rains.", "returned 'It rains.'; a search returns a SearchResult"),
+        (lambda: SearchResult((1,)), "returned documents that are not all texts; a search"),  # type: ignore[arg-type]
+        (lambda: throw(KeyError("title")), "raised KeyError: 'title'; a search returns a SearchResult"),
+        (lambda: throw(TimeoutError("slow")), "raised TimeoutError: slow; a search returns a SearchResult"),
+        (lambda: throw(asyncio.CancelledError()), "raised CancelledError: ; a search returns a SearchResult"),
+    ],
+)
+def test_what_an_engine_should_not_do_is_a_failed_search_that_names_it(
+    tiny_tokenizer: PreTrainedTokenizerFast, does: Callable[[], Any], message: str
+) -> None:
+    trajectory = roll_out(tiny_tokenizer, ["<search> q </search>"], Odd(does))  # type: ignore[arg-type]
+    assert trajectory.outcome == "failed_search"
+    assert trajectory.error.startswith(f"the engine mine {message}")
+
+
+def test_an_engine_that_blocks_is_named(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "GRACE_S", 0.1)
+    engine: Any = Odd(lambda: time.sleep(0.6))
+    with pytest.raises(SearchError, match=r"the engine mine did not come back within its time limit: does it block\?"):
+        roll_out(tiny_tokenizer, ["<search> q </search>"], engine, search_timeout_s=0.1)
 
 
 def test_searches_run_together_within_the_limit_of_the_engine(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,15 @@ import torch
 import trl
 from peft import LoraConfig
 from rain import ROWS, RainEngine, rain_trainer
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.engines import SearchError
 from zerosearch.errors import UserError
 from zerosearch.noise import NoiseSchedule
+from zerosearch.prompts import PAPER
 from zerosearch.training.micro_batches import sort_micro_batches
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchConfig, SearchTrainer, row_number
@@ -149,6 +153,140 @@ def test_reinforce_weights_each_policy_token_by_the_raw_return(make_trainer: Cal
     gradient = loss_gradient(trainer, batch, torch.full(own.shape, -1.0))
     torch.testing.assert_close(gradient, -(batch["advantages"][:, None] * own) / own.sum())
     assert list(trainer._logs["advantages"]) == pytest.approx(expected), "TRL's table shows them, too"
+
+
+def test_an_advantage_function_sees_rewards_trajectories_and_group(make_trainer: Callable[..., SearchTrainer]) -> None:
+    seen: list[Any] = []
+
+    def advantages(rewards: torch.Tensor, trajectories: list[Any], group: int) -> torch.Tensor:
+        seen.extend([rewards, trajectories, group])
+        return torch.arange(8.0)
+
+    batch = one_batch(make_trainer(arguments={"advantages": advantages}))
+    assert batch["advantages"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    rewards, trajectories, group = seen
+    assert (rewards.shape, len(trajectories), group) == ((8,), 8, 4)
+    assert all(trajectory.turns and trajectory.outcome for trajectory in trajectories)
+
+
+def test_an_advantage_a_turn_holds_for_the_tokens_of_the_turn(make_trainer: Callable[..., SearchTrainer]) -> None:
+    kept: list[Any] = []
+
+    def by_turn(rewards: torch.Tensor, trajectories: list[Any], group: int) -> list[list[float]]:
+        kept.extend(trajectories)
+        return [[1.0 + turn for turn in range(len(trajectory.turns))] for trajectory in trajectories]
+
+    batch = one_batch(make_trainer(arguments={"advantages": by_turn}))
+    assert batch["advantages"].shape == batch["completion_ids"].shape
+    assert max(len(trajectory.turns) for trajectory in kept) > 1
+    for row, trajectory in enumerate(kept):
+        expected: list[float] = []
+        for number, turn in enumerate(trajectory.turns, start=1):
+            expected += [float(number)] * turn.num_tokens + [0.0] * turn.num_observation_tokens
+        assert batch["advantages"][row, : len(expected)].tolist() == expected
+        assert batch["advantages"][row, len(expected) :].abs().sum() == 0
+
+
+def test_a_step_with_advantages_a_token_learns(make_trainer: Callable[..., SearchTrainer]) -> None:
+    def by_token(rewards: torch.Tensor, trajectories: list[Any], group: int) -> list[list[float]]:
+        return [[0.5] * len(trajectory.completion_ids) for trajectory in trajectories]
+
+    trainer = make_trainer(arguments={"advantages": by_token}, max_steps=1)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_wrong_advantages_and_noise_are_refused(make_trainer: Callable[..., SearchTrainer]) -> None:
+    with pytest.raises(UserError, match=r"returned 3 rows, and there are 8 trajectories"):
+        one_batch(make_trainer(arguments={"advantages": lambda *_: [1.0] * 3}))
+    with pytest.raises(UserError, match=r"returned 9999 numbers for a trajectory of \d+ turns and \d+ tokens"):
+        one_batch(make_trainer(arguments={"advantages": lambda *_: [[1.0] * 9999] * 8}))
+    with pytest.raises(UserError, match=r"the noise function returned 1\.5 at step 1"):
+        one_batch(make_trainer(arguments={"noise": lambda *_: 1.5}))
+    with pytest.raises(UserError, match="ppo has the advantages of its critic"):
+        make_trainer(algorithm="ppo", arguments={"advantages": lambda *_: [1.0] * 8})
+
+
+def test_noise_is_a_function_of_step_steps_and_log(make_trainer: Callable[..., SearchTrainer]) -> None:
+    calls: list[tuple[int, int, int]] = []
+
+    def noise(step: int, total: int, history: Any) -> float:
+        calls.append((step, total, len(history)))
+        return 0.25 * step
+
+    engine = RainEngine()
+    make_trainer(engine, arguments={"noise": noise}).train()
+    assert {(1, 2, 0), (2, 2, 1)} == set(calls), "the log of the first step is there in the second"
+    assert {request.p_noise for request in engine.requests} == {0.25, 0.5}
+
+
+def test_rewards_receive_the_trajectories(make_trainer: Callable[..., SearchTrainer], tiny_policy_dir: Path) -> None:
+    def fewer_searches(answer: list[Any], trajectories: list[Any], **kwargs: Any) -> list[float]:
+        assert all(own.answer == text for own, text in zip(trajectories, answer, strict=True))
+        documents = {document for own in trajectories for turn in own.turns for document in turn.documents}
+        assert documents == {"It rains.", "Emma rain."}
+        return [-float(own.searches) for own in trajectories]
+
+    trainer = make_trainer()
+    trainer.reward_funcs = [fewer_searches]
+    batch = one_batch(trainer)
+    assert sorted(set(batch["advantages"].tolist()))[0] < 0
+
+
+def test_the_agent_says_how_the_policy_is_asked_and_documents_are_shown(
+    make_trainer: Callable[..., SearchTrainer],
+) -> None:
+    agent = replace(
+        PAPER.policy, template="Q: {question}", write_observation=lambda documents: f"[{len(documents)} documents]"
+    )
+    bare = datasets.Dataset.from_list([{name: row[name] for name in row if name != "prompt"} for row in ROWS])
+    trainer = make_trainer(arguments={"agent": agent, "train_dataset": bare})
+    assert trainer.train_dataset[0]["prompt"] == [{"role": "user", "content": "Q: Who wrote 0?"}]
+    batch = one_batch(trainer)
+    texts = trainer._tokenizer.batch_decode(batch["completion_ids"])
+    assert any("[2 documents]" in text for text in texts) and not any("<information>" in text for text in texts)
+
+
+def test_the_order_of_an_epoch_comes_from_seed_and_epoch_alone(make_trainer: Callable[..., SearchTrainer]) -> None:
+    sampler = make_trainer()._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[3] != orders[1] == orders[2]
+
+
+def test_a_finished_run_that_is_resumed_trains_no_step_more(
+    make_trainer: Callable[..., SearchTrainer], tmp_path: Path
+) -> None:
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "policy/checkpoint-2"
+    engine = RainEngine()
+    resumed = make_trainer(engine, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert (resumed.state.global_step, engine.requests) == (2, [])
+    saved = load_file(checkpoint / "model.safetensors")
+    state = resumed.model.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_any_exception_of_a_rollout_leaves_a_checkpoint(
+    make_trainer: Callable[..., SearchTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(max_steps=3)
+    original, calls = SearchTrainer._keys, []
+
+    def fail_in_the_second_step(self: SearchTrainer, rows: Any) -> Any:
+        calls.append(rows)
+        if len(calls) == 2:
+            raise ZeroDivisionError("a defect")
+        return original(self, rows)
+
+    monkeypatch.setattr(SearchTrainer, "_keys", fail_in_the_second_step)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        trainer.train()
+    assert checkpoint_to_resume("true", str(tmp_path / "policy")) == str(tmp_path / "policy/checkpoint-1")
 
 
 def test_grpo_is_what_trl_computes(

@@ -32,6 +32,10 @@ class Arrival:
     seconds: float
 
 
+class TimedOut(Exception):
+    """The work took longer than its time limit."""
+
+
 class InFlight:
     """Searches and turns under way; a result is had by `done` or `wait`, once each."""
 
@@ -51,7 +55,7 @@ class InFlight:
     ) -> None:
         """Queue work for a trajectory. It is under way from the next `send_off`, as soon as `limit` lets it through.
 
-        Work that takes longer than `timeout_s` is given up: its outcome is a `TimeoutError`.
+        Work that takes longer than `timeout_s` is given up: its outcome is a `TimedOut`.
         """
         self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
         self.to_start.append(self._work(kind, trajectory, work, limit, timeout_s))
@@ -77,8 +81,11 @@ class InFlight:
                 return finished
 
     def wait(self) -> list[Arrival]:
-        """Wait until something finishes. Something is under way, and all that is let through has a time limit."""
-        return [self.finished.get(timeout=self.longest_timeout_s + GRACE_S), *self.done()]
+        """Wait until something finishes. Raises `TimedOut` if nothing does within the longest time limit."""
+        try:
+            return [self.finished.get(timeout=self.longest_timeout_s + GRACE_S), *self.done()]
+        except Empty:
+            raise TimedOut from None
 
     def cancel(self) -> None:
         """Stop what is still under way, when the rollout is left by an error."""
@@ -101,11 +108,17 @@ class InFlight:
         async with limit:
             start = time.perf_counter()
             outcome: Any
+            limit_s = asyncio.timeout(timeout_s)
             try:
-                async with asyncio.timeout(timeout_s):
+                async with limit_s:
                     outcome = await work()
             except Exception as error:
-                outcome = error
+                outcome = TimedOut() if limit_s.expired() else error
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():  # the rollout was left
+                    raise
+                outcome = error  # came up inside the work: some client's own task was cancelled
             seconds = time.perf_counter() - start
         self.finished.put(Arrival(kind, trajectory, outcome, seconds))
 

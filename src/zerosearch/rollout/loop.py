@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest
+from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import (
     CollectiveGenerator,
@@ -42,7 +42,7 @@ from zerosearch.generation.tokenization import (
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import PAPER, Agent, reading_prompt
 from zerosearch.protocol import format_documents, parse_action
-from zerosearch.rollout.in_flight import Arrival, InFlight
+from zerosearch.rollout.in_flight import Arrival, InFlight, TimedOut
 from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn, noisy_share
 from zerosearch.rollout.watchdog import Watchdog
 from zerosearch.text import without_thoughts
@@ -106,7 +106,8 @@ def run_rollouts(
     once, the first rows first. `watch` is told of each turn, observation and end; its errors end the rollout. Once
     `may_go_on` returns false nothing more is started: what is under way comes to its end, and a trajectory that would
     need another turn stays without an outcome; so does one whose search exceeded the engine's budget by then.
-    A search that fails for good (`SearchError`) ends its own trajectory; what else an engine raises is raised here.
+    A search that fails for good ends its own trajectory, whatever the engine raised or returned instead.
+    Raises `SearchError` if an engine blocks.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
@@ -212,7 +213,14 @@ class _Rollout:
                 with self.watchdog.watching():
                     self.local.attend()
                 return self.in_flight.done()
-            return self.in_flight.wait()
+            try:
+                return self.in_flight.wait()
+            except TimedOut:
+                name = self.remote.name if self.remote and self.num_generating else f"the engine {self.engine.name}"
+                raise SearchError(
+                    f"{name} did not come back within its time limit: does it block? A search must await what it "
+                    "waits for (asyncio.to_thread runs what blocks)"
+                ) from None
 
     def _start_turn(self, index: int) -> None:
         trajectory = self.trajectories[index]
@@ -265,10 +273,10 @@ class _Rollout:
     def _receive(self, arrival: Arrival) -> None:
         """Take a turn that was sampled elsewhere."""
         assert self.remote is not None
-        if isinstance(arrival.outcome, TimeoutError):
+        if isinstance(arrival.outcome, TimedOut):
             limit_s = self.settings.turn_timeout_s
             raise GenerationError(f"{self.remote.name} sampled no turn within turn_timeout_s ({limit_s:g} s)")
-        if isinstance(arrival.outcome, Exception):
+        if isinstance(arrival.outcome, BaseException):
             raise arrival.outcome
         self._act(arrival.outcome, arrival.seconds)
 
@@ -327,22 +335,17 @@ class _Rollout:
     def _observe(self, arrival: Arrival) -> None:
         """Append the documents of a search and go on, or end the trajectory whose search failed."""
         self.num_searching -= 1
-        index, outcome = arrival.trajectory, arrival.outcome
+        index, outcome = arrival.trajectory, self._search_outcome(arrival.outcome)
         trajectory = self.trajectories[index]
         turn = trajectory.turns[-1] if trajectory.turns else trajectory.lookup
         assert turn is not None
         turn.latency_s = arrival.seconds
-        if isinstance(outcome, TimeoutError):
-            limit_s = self.settings.search_timeout_s
-            outcome = SearchError(f"the engine {self.engine.name} gave no reply within {limit_s:g} s")
         if isinstance(outcome, BudgetSpent) and not self.may_go_on():
             return
         if isinstance(outcome, SearchError):
             turn.retries = outcome.retries
             trajectory.error = str(outcome)
             self._end(index, "failed_search")
-        elif isinstance(outcome, Exception):
-            raise outcome
         else:
             turn.documents = self.agent.show_documents(outcome.documents, outcome.titles)
             turn.noisy, turn.retries = outcome.noisy, outcome.retries
@@ -354,6 +357,23 @@ class _Rollout:
             else:
                 text, token_ids, turn.is_observation_cut = self._fit(turn.documents, self.agent.write_observation)
                 self._append_observation(index, text, token_ids)
+
+    def _search_outcome(self, outcome: Any) -> SearchResult | SearchError:
+        """Return what came of a search; whatever an engine should not have done is a failed search that says so."""
+        name = f"the engine {self.engine.name}"
+        if isinstance(outcome, SearchError):
+            return outcome
+        if isinstance(outcome, TimedOut):
+            return SearchError(f"{name} gave no reply within {self.settings.search_timeout_s:g} s")
+        if isinstance(outcome, BaseException):
+            return SearchError(
+                f"{name} raised {type(outcome).__name__}: {outcome}; a search returns a SearchResult, or raises "
+                "SearchError once it has failed for good"
+            )
+        if isinstance(outcome, SearchResult) and all(isinstance(text, str) for text in outcome.documents):
+            return outcome
+        returned = "documents that are not all texts" if isinstance(outcome, SearchResult) else f"{outcome!r:.60}"
+        return SearchError(f"{name} returned {returned}; a search returns a SearchResult")
 
     def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int], bool]:
         return fit_observation(documents, self.settings.max_observation_tokens, self._encode, write)

@@ -77,6 +77,10 @@ class Handed:
     scored: torch.Tensor | None = None  # (B, C), the tokens to score: to `_get_per_token_logps_and_entropies`
 
 
+class AlreadyTrained(Exception):
+    """The checkpoint that was resumed is that of the last step."""
+
+
 class SearchTrainer(GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
@@ -126,6 +130,23 @@ class SearchTrainer(GRPOTrainer):
         if args.algorithm == "ppo":
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; a run resumed from its last step only loads what that step has left."""
+        try:
+            return super().train(*args, **kwargs)
+        except AlreadyTrained:
+            return None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """Return TRL's sampler with the order of an epoch made from seed and epoch alone.
+
+        TRL's own order goes on from epoch to epoch, so a run resumed in a later one would ask the first one's again.
+        """
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
     def _make_generator(self) -> Generator | RemoteGenerator:
         limit, timeout_s = self.args.max_trajectory_tokens, self.args.turn_timeout_s
@@ -239,6 +260,8 @@ class SearchTrainer(GRPOTrainer):
         The critic learns here, from a batch just rolled out, step by step as the policy will, before the policy does:
         so their activations are never held together.
         """
+        if self.model.training and self.state.global_step >= self.state.max_steps:
+            raise AlreadyTrained  # the Trainer would make one step more than it was asked for
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs
