@@ -29,9 +29,10 @@ class SearchConfig(GRPOConfig):
     Raises `UserError` for values that cannot work, with the reason and a value that does.
     """
 
-    # Learning rate 1e-6 (Appendix F), clipping 0.2, one update a batch and gradient clipping at 1.0 (released code)
-    # are TRL's defaults already, and so is sampling at temperature 1.0 from the whole distribution (top_p 1.0): the
-    # released code sampled with top_p 0.95 and trained on log-probabilities of the whole.
+    # Learning rate 1e-6 (Appendix F), clipping 0.2 and gradient clipping at 1.0 (released code) are TRL's defaults
+    # already, and so is sampling at temperature 1.0 from the whole distribution (top_p 1.0): the released code sampled
+    # with top_p 0.95 and trained on log-probabilities of the whole. Each rollout makes one update; the released code
+    # makes two (64 and 16 of the 80 trajectories of a GPU).
     beta: float = field(
         default=0.001, metadata={"help": "Weight of the KL to the reference model (released code; k3 estimate)."}
     )

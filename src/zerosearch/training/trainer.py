@@ -36,6 +36,7 @@ from trl.trainer.utils import get_config_model_id
 from zerosearch.checkpoints import forget_later_steps
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.errors import UserError
+from zerosearch.files import read_json, write_json
 from zerosearch.generation import GenerationError, Generator, RemoteGenerator
 from zerosearch.generation.adapter_weights import push_merged_copies
 from zerosearch.generation.loading import longest_context
@@ -445,8 +446,8 @@ class SearchTrainer(GRPOTrainer):
         if not self.accelerator.is_main_process:
             return
         path = Path(self.args.output_dir) / "engine_queries.json"
-        queries = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**queries, self.engine.name: queries.get(self.engine.name, 0) + sent}))
+        queries = read_json(path) if path.exists() else {}
+        write_json(path, {**queries, self.engine.name: queries.get(self.engine.name, 0) + sent})
 
     def _stop(self, failed_share: float, error: str) -> None:
         """Save what was learned so far, and raise `SearchError`."""
