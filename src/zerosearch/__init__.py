@@ -1,9 +1,59 @@
 """Teach a language model to search with an engine that another model plays, after ZeroSearch (arXiv 2505.04588).
 
-Import the room you need (`zerosearch.protocol`, `zerosearch.rollout.loop`, ...). This file stays empty of imports, so
-that `import zerosearch` is quick and needs neither torch nor vLLM.
+    from zerosearch import SearchConfig, SearchTrainer, SimulatedEngine, f1_reward
+
+The names below are imported when they are first used, so `import zerosearch` is quick and needs neither torch nor
+vLLM.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult
+    from zerosearch.engines.bm25 import BM25Engine
+    from zerosearch.engines.google import GoogleEngine
+    from zerosearch.engines.retriever import RetrieverEngine
+    from zerosearch.engines.simulated import SimulatedEngine
+    from zerosearch.errors import UserError
+    from zerosearch.evaluation.evaluate import evaluate
+    from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet
+    from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+    from zerosearch.rollout.trajectory import Trajectory
+    from zerosearch.training.config import SearchConfig
+    from zerosearch.training.rewards import em_reward, f1_reward
+    from zerosearch.training.trainer import SearchTrainer
+
+HOMES = {
+    "PROMPT_SETS": "prompts",
+    "Agent": "prompts",
+    "BM25Engine": "engines.bm25",
+    "GoogleEngine": "engines.google",
+    "PromptSet": "prompts",
+    "RetrieverEngine": "engines.retriever",
+    "RolloutSettings": "rollout.loop",
+    "SearchConfig": "training.config",
+    "SearchEngine": "engines",
+    "SearchError": "engines",
+    "SearchRequest": "engines",
+    "SearchResult": "engines",
+    "SearchTrainer": "training.trainer",
+    "SimulatedEngine": "engines.simulated",
+    "Trajectory": "rollout.trajectory",
+    "UserError": "errors",
+    "em_reward": "training.rewards",
+    "evaluate": "evaluation.evaluate",
+    "f1_reward": "training.rewards",
+    "run_rollouts": "rollout.loop",
+}
+__all__ = ["__version__", *HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'zerosearch' has no attribute {name!r}; it has {', '.join(HOMES)}")
+    return getattr(import_module(f"zerosearch.{HOMES[name]}"), name)
