@@ -176,6 +176,23 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.where(finite, sums / np.maximum(counts, 1), math.nan)
 
 
+def curves_plot(logs: Mapping[str, Sequence[LogEntry]], keys: Sequence[str]) -> str:
+    """Draw the running means of logged values over steps, a panel a key, a line a run; return an SVG file's text."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
+    styles = [(colour, dash) for dash in ("-", "--") for colour in ("blue", "orange", "green", "grey")]
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for (name, log), (colour, dash) in zip(logs.items(), styles, strict=False):
+            steps, values = [entry["step"] for entry in log], running_mean(values_of(log, key))
+            axes.plot(steps, values, dash, color=COLOURS[colour], label=name)
+        axes.set_title(key, loc="left", fontsize="medium", color=COLOURS["soft"])
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    return _svg(figure, "curves")
+
+
 def scores_plot(evaluations: Mapping[str, Any]) -> str:
     """Draw the EM of each evaluation, the mean of its datasets, with its interval; return an SVG file's text."""
     figure, axes = _rows("EM in percent, mean of the datasets, with 95 % intervals", list(evaluations))

@@ -80,7 +80,7 @@ def read_run(run_dir: Path) -> Run:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    results, log = _read_json(folder / "results.json"), _read_log(folder / "policy" / "trainer_state.json")
+    results, log = _read_json(folder / "results.json"), read_log(folder / "policy" / "trainer_state.json")
     found = {path.parent.name: path for path in folder.glob("evaluation/*-*/results.json")}
     engines = {name.removeprefix(f"{policy}-") for name in found for policy in POLICIES if name.startswith(policy)}
     scores = {
@@ -109,7 +109,7 @@ def _read_scores(path: Path) -> Scores:
     return scores
 
 
-def _read_log(path: Path) -> list[dict[str, Any]] | None:
+def read_log(path: Path) -> list[dict[str, Any]] | None:
     """Return the training log, an entry a step in order; evaluations and the summary at the end are left out."""
     state = _read_json(path)
     if state is None:

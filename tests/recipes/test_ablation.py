@@ -1,0 +1,71 @@
+"""The worked ablation of recipes/README.md: the recipe is copied, edited as the page says, run, and compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from zerosearch.tinyworld.world import World, question_rows
+
+pytest_plugins = ("recipe_modules",)
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    f"--model_name_or_path {ROOT / 'data/tinyworld/policy'} --prompt tinyworld --engine bm25 --use_vllm false "
+    "--num_generations 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_steps 2 --max_turns 4 "
+    "--max_turn_tokens 40 --max_observation_tokens 120 --max_trajectory_tokens 640 --gradient_checkpointing false "
+    "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
+).split()
+
+
+def edited_recipe(folder: Path) -> ModuleType:
+    """Copy recipes/grpo.py, make the edit that the page shows, and import the copy."""
+    (edit,) = re.findall(
+        r"<!-- ablation -->\n```python\n(.*?)```", (ROOT / "recipes/README.md").read_text(), re.DOTALL
+    )
+    recipe = (ROOT / "recipes/grpo.py").read_text()
+    assert recipe.count("REWARDS = [f1_reward]\n") == 1
+    path = folder / "grpo_price.py"
+    path.write_text(recipe.replace("REWARDS = [f1_reward]\n", edit))
+    spec = importlib.util.spec_from_file_location("grpo_price", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["grpo_price"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(
+    load_recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    world = World.draw(1, n_people=60)
+    for name, rows in {"corpus": world.passages(), "train": question_rows(world, 40, 0)}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset", str(tmp_path / "train.jsonl"), "--corpus", str(tmp_path / "corpus.jsonl")]
+    f1, price = tmp_path / "f1", tmp_path / "price"
+    load_recipe("grpo").main([*FLAGS, *data, "--output_dir", str(f1)])
+    edited_recipe(tmp_path).main([*FLAGS, *data, "--output_dir", str(price)])
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (f1, price)]
+    first, priced = (log[0] for log in logs)
+    assert first["search/searches"] == priced["search/searches"] > 0, "the first rollout is the same"
+    cost = 0.1 * first["search/searches"]
+    assert priced["reward"] == pytest.approx(first["reward"] - cost, abs=1e-4)
+    picture = tmp_path / "curves.svg"
+    load_recipe("curves").main(["--runs", str(f1), str(price), "--output", str(picture)])
+    assert all(word in picture.read_text() for word in ("<svg", "f1", "price", "search/searches"))
+
+
+def test_curves_refuse_what_is_not_logged(refusal: Callable[[str, list[str]], str], tmp_path: Path) -> None:
+    assert "holds no finished training run" in refusal("curves", ["--runs", str(tmp_path)])
+    state = {"log_history": [{"step": 1, "reward": 0.5, "loss": 0.1}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    refused = refusal("curves", ["--runs", str(tmp_path), "--keys", "rewrd"])
+    assert f"the log of {tmp_path} has no rewrd; it has loss, reward, step" in refused
