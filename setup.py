@@ -36,7 +36,7 @@ REQUIRES = [
     "uvicorn",
 ]
 
-TEST = ["packaging", "pytest", "pytest-xdist"]
+TEST = ["hypothesis", "packaging", "pytest", "pytest-xdist"]
 DENSE = ["faiss-cpu", "sentence-transformers"]
 
 EXTRAS = {

@@ -12,8 +12,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("alike", derandomize=True, database=None, deadline=None)  # every run tries the same cases
+settings.load_profile("alike")
 
 TEXT = (
     "<think>\nWho wrote Emma?\n</think>\n<search> Emma author </search>\n\n<information>Doc 1: Emma is a novel by "

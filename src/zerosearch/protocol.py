@@ -121,7 +121,6 @@ DOCUMENT_HEADER = re.compile(
 )
 LIST_MARKER = re.compile(r"^\s{0,8}(?:\**\(?\d{1,2}[.):]\)?\**|[-*•])\s+")
 WORD_CHARACTER = re.compile(r"[^\W_]")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold half of a character, which no tokenizer takes
 
 
 def split_documents(text: str, num_documents: int) -> tuple[str, ...]:
@@ -131,14 +130,13 @@ def split_documents(text: str, num_documents: int) -> tuple[str, ...]:
     without a header counts each item of its list as a document, or each line where there is no list. Only a reply
     that holds no words besides headers gives none.
     """
-    text = LONE_SURROGATE.sub("\ufffd", text)
     headers = list(DOCUMENT_HEADER.finditer(text))
     before = text[: headers[0].start()] if headers else text
     bounds = [*(header.start() for header in headers[1:]), len(text)] if headers else []
     pieces = [text[header.end() : end] for header, end in zip(headers, bounds, strict=True)]
     if headers and "2" in headers[0].groups():  # the first document lost its header: this is no preamble
         pieces.insert(0, before)
-    return (_documents(pieces) or _documents(_items(before.splitlines())))[:num_documents]
+    return (_documents(pieces) or _documents(_items(before.split("\n"))))[:num_documents]
 
 
 def is_well_formed(text: str, num_documents: int) -> bool:
@@ -147,8 +145,8 @@ def is_well_formed(text: str, num_documents: int) -> bool:
     Blank lines between them do not count: the paper's models write them.
     """
     documents = split_documents(text, num_documents)
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return len(documents) == num_documents and lines == format_documents(documents).splitlines()
+    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
+    return len(documents) == num_documents and lines == format_documents(documents).split("\n")
 
 
 def _documents(pieces: Sequence[str]) -> tuple[str, ...]:
