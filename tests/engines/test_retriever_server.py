@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -230,17 +229,18 @@ def test_two_hundred_clients_at_once_and_nothing_lost(index: BM25Index) -> None:
 
 
 class SlowIndex:
-    """Finds the first passage, slowly; fails on "fail"."""
+    """Finds the first passage once it may; fails on "fail"."""
 
-    def __init__(self, passages: PassageFile, delay_s: float = 0.0) -> None:
-        self.passages, self.delay_s, self.manifest = passages, delay_s, {"num_passages": 1}
+    def __init__(self, passages: PassageFile) -> None:
+        self.passages, self.manifest = passages, {"num_passages": 1}
         self.started, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
         self.threads: set[str] = set()
+        self.searched: list[tuple[int, int]] = []  # queries and documents of each batch
 
     def search(self, queries: Sequence[str], count: int) -> list[Found]:
         self.threads.add(threading.current_thread().name)
-        time.sleep(self.delay_s)
+        self.searched.append((len(queries), count))
         self.started.set()
         self.may_end.wait(30)
         if "fail" in queries:
@@ -271,21 +271,31 @@ def test_a_corpus_that_is_cut_while_it_is_served_is_a_failure_that_says_so(tmp_p
     assert asyncio.run(ask()) == (500, {"detail": message})
 
 
-def test_a_query_that_fails_takes_no_other_with_it(index: BM25Index) -> None:
-    async def ask() -> list[int]:
-        async with (
-            serving(RetrieverServer(SlowIndex(index.passages, delay_s=0.1))) as address,
-            aiohttp.ClientSession() as session,
-        ):
+def test_requests_that_wait_are_searched_together_and_one_that_fails_takes_no_other_with_it(
+    index: BM25Index,
+) -> None:
+    slow = SlowIndex(index.passages)
+    server = RetrieverServer(slow)
 
-            async def post(query: str) -> int:
-                async with session.post(address, json={"queries": [query]}) as response:
+    async def ask() -> list[int]:
+        async with serving(server) as address, aiohttp.ClientSession() as session:
+
+            async def post(query: str, topk: int = 3) -> int:
+                async with session.post(address, json={"queries": [query], "topk": topk}) as response:
                     return response.status
 
-            # The first keeps the index busy until the others have arrived, so that they are one batch.
-            return await asyncio.gather(*map(post, ["first", "a", "fail", "b"]))
+            slow.may_end.clear()
+            first = asyncio.create_task(post("first"))
+            await asyncio.to_thread(slow.started.wait, 30)  # it keeps the index busy until the others have arrived
+            others = asyncio.gather(post("a"), post("fail"), post("b"), post("c", 1000))
+            while server._waiting.qsize() < 4:
+                await asyncio.sleep(0.01)
+            slow.may_end.set()
+            return [await first, *await others]
 
-    assert asyncio.run(ask()) == [200, 200, 500, 200]
+    assert asyncio.run(ask()) == [200, 200, 500, 200, 200]
+    # Those that want 1000 documents are apart: together with thousands of other queries, they would fill the memory.
+    assert sorted(slow.searched) == [(1, 3), (1, 3), (1, 3), (1, 3), (1, 1000), (3, 3)]
 
 
 def test_it_answers_while_it_searches_and_finishes_what_is_under_way(index: BM25Index) -> None:

@@ -18,7 +18,7 @@ import resource
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import islice
+from itertools import groupby, islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import Annotated, Any, Protocol
@@ -94,13 +94,16 @@ class Retrieval(BaseModel):
         return (self.top_k if self.queries is None else self.topk) or default
 
 
+Waiting = tuple[Retrieval, Future[bytes]]
+
+
 class RetrieverServer:
     """The web application of an index. `default_count` documents answer a request that does not say how many."""
 
     def __init__(self, index: PassageIndex, default_count: int = 3) -> None:  # 3 as in Search-R1's server
         self.index, self.default_count = index, default_count
         self.num_queries = self.num_batches = 0
-        self._waiting: SimpleQueue[tuple[Retrieval, Future[bytes]]] = SimpleQueue()
+        self._waiting: SimpleQueue[Waiting] = SimpleQueue()
         self.application = FastAPI(openapi_url=None)
         self.application.post("/retrieve")(self.retrieve)
         self.application.get("/health")(self.health)
@@ -137,14 +140,22 @@ class RetrieverServer:
             while not self._waiting.empty() and sum(len(one.texts()) for one, _ in batch) < BATCH_QUERIES:
                 batch.append(self._waiting.get_nowait())
             batch = [(one, reply) for one, reply in batch if reply.set_running_or_notify_cancel()]
-            try:
-                self._answer(batch)
-            except Exception:  # whatever an index raises; one query may spoil a batch, but not the others' answers
-                for one in batch:
-                    if not one[1].done():
-                        self._answer_alone(one)
+            batch.sort(key=self._count)  # those that want as many documents are searched together, and no others
+            for _, group in groupby(batch, key=self._count):
+                self._answer_group(list(group))
 
-    def _answer_alone(self, one: tuple[Retrieval, Future[bytes]]) -> None:
+    def _count(self, one: Waiting) -> int:
+        return one[0].count(self.default_count)
+
+    def _answer_group(self, group: Sequence[Waiting]) -> None:
+        try:
+            self._answer(group)
+        except Exception:  # whatever an index raises; one query may spoil a batch, but not the others' answers
+            for one in group:
+                if not one[1].done():
+                    self._answer_alone(one)
+
+    def _answer_alone(self, one: Waiting) -> None:
         try:
             self._answer([one])
         except HTTPException as error:
@@ -155,13 +166,12 @@ class RetrieverServer:
             logger.error(detail, exc_info=not expected)
             one[1].set_exception(HTTPException(500, detail))
 
-    def _answer(self, batch: Sequence[tuple[Retrieval, Future[bytes]]]) -> None:
-        """Search together and reply to each its own."""
-        queries = [query for retrieval, _ in batch for query in retrieval.texts()]
-        found = iter(self.index.search(queries, max(one.count(self.default_count) for one, _ in batch)))
-        for retrieval, reply in batch:
-            count = retrieval.count(self.default_count)
-            reply.set_result(self._reply(retrieval, [best[:count] for best in islice(found, len(retrieval.texts()))]))
+    def _answer(self, group: Sequence[Waiting]) -> None:
+        """Search together, for as many documents, and reply to each its own."""
+        queries = [query for retrieval, _ in group for query in retrieval.texts()]
+        found = iter(self.index.search(queries, self._count(group[0])))
+        for retrieval, reply in group:
+            reply.set_result(self._reply(retrieval, list(islice(found, len(retrieval.texts())))))
         self.num_queries += len(queries)
         self.num_batches += 1
 
