@@ -29,7 +29,7 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.evaluate import NoEngine
+from zerosearch.evaluation.answering import NoEngine
 from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.chat_endpoint import EndpointOptions, make_endpoint
 from zerosearch.generation.loading import load_generator

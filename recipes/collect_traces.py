@@ -6,7 +6,7 @@
         --engine retriever --output_dir outputs/traces
 
 The output folder gets traces.jsonl, a line a search: question, golden answers, query, documents, and how the
-trajectory ended. Every line is on the disk as it comes, and every reply of the engine in a cache: after a kill, an
+trajectory ended. A trajectory is on the disk when it ends, and every reply of the engine in a cache: after a kill, an
 error or a limit the same command goes on, and nothing is paid for twice. `--max_usd` counts the endpoint too, by its
 `--endpoint_usd_read` and `--endpoint_usd_written`. Next: recipes/judge_traces.py.
 """
@@ -15,21 +15,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines.account import Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.collecting import MAX_FAILED, MAX_LIVE, collect_traces
-from zerosearch.generation import GenerationError, Generator, RemoteGenerator
-from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
-from zerosearch.generation.loading import load_generator, model_identity
-from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
+from zerosearch.evaluation.collect import GOES_ON, collect_traces
+from zerosearch.files import sole_writer
+from zerosearch.generation import GenerationError
+from zerosearch.generation.chat_endpoint import EndpointOptions
+from zerosearch.generation.loading import GeneratorKind, open_generator
 from zerosearch.prompts import PAPER
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.text import printable
 
 # How the model is asked. The paper does not give the words it collected with.
 AGENT = PAPER.policy
@@ -41,8 +42,8 @@ class CollectArguments:
 
     dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub: training questions."})
     model: str = field(metadata={"help": "The endpoint's model, or a folder or Hub id (paper: Qwen2.5-7B-Instruct)."})
-    output_dir: str = field(metadata={"help": "Folder for the traces; one of an earlier command is gone on with."})
-    generator: Literal["endpoint", "vllm", "transformers"] = field(
+    output_dir: str = field(metadata={"help": "Folder for the traces; resumed if it holds an earlier command's."})
+    generator: GeneratorKind = field(
         default="endpoint", metadata={"help": "What runs the model; endpoint: any OpenAI-style server."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
@@ -50,10 +51,8 @@ class CollectArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     max_usd: float | None = field(default=None, metadata={"help": "Stop when this command has cost so much."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop when this command has taken so long."})
-    questions_in_flight: int = field(default=MAX_LIVE, metadata={"min": 1, "help": "Questions under way at once."})
-    max_failed: int = field(
-        default=MAX_FAILED, metadata={"min": 1, "help": "Give up when so many questions lost a search."}
-    )
+    questions_in_flight: int = field(default=64, metadata={"min": 1, "help": "Questions under way at once."})
+    max_failed: int = field(default=10, metadata={"min": 1, "help": "Give up when so many questions lost a search."})
 
 
 @dataclass
@@ -70,49 +69,40 @@ class CollectEngine(EngineOptions):
         super().__post_init__()
 
 
-def load_model(arguments: CollectArguments, options: EndpointOptions, max_tokens: int) -> tuple[Any, dict[str, Any]]:
-    """Return what runs the model, and which model that is."""
-    if arguments.generator == "endpoint":
-        return make_endpoint(options, arguments.model), {
-            "model": arguments.model,
-            "endpoint": redacted_url(options.endpoint_url or ""),
-        }
-    return load_generator(arguments.model, arguments.generator, max_tokens), model_identity(arguments.model)
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments, engine_options, endpoint_options, settings = parse(
+    arguments, engine_options, endpoint, settings = parse(
         CollectArguments, CollectEngine, EndpointOptions, RolloutSettings, argv=argv
     )
     limits = Limits(arguments.max_usd, arguments.max_seconds)
     questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit).to_list()
     output_dir = Path(arguments.output_dir)
-    engine_options.search_cache = engine_options.search_cache or str(output_dir / "searches.sqlite")
-    engine = make_engine(engine_options, PAPER.simulator)
-    generator: Generator | RemoteGenerator
-    generator, identity = load_model(arguments, endpoint_options, settings.max_trajectory_tokens)
-    about = {**identity, "dataset": arguments.dataset, "generator": arguments.generator, "prompt": AGENT.template}
-    try:
-        results = collect_traces(
-            questions,
-            generator,
-            engine,
-            settings,
-            output_dir,
-            agent=AGENT,
-            seed=arguments.seed,
-            about=about,
-            limits=limits,
-            max_live=arguments.questions_in_flight,
-            max_failed=arguments.max_failed,
-        )
-    except GenerationError as error:
-        raise UserError(f"{error}; what was finished is kept, and the same command goes on") from error
-    finally:
-        close_engine(engine)
-        if isinstance(generator, EndpointGenerator):
-            run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
+    with sole_writer(output_dir):
+        engine_options.search_cache = engine_options.search_cache or str(output_dir / "searches.sqlite")
+        engine = make_engine(engine_options, PAPER.simulator)
+        try:
+            with open_generator(arguments.model, arguments.generator, endpoint, settings.max_trajectory_tokens) as (
+                generator,
+                identity,
+            ):
+                results = collect_traces(
+                    questions,
+                    generator,
+                    engine,
+                    settings,
+                    output_dir,
+                    agent=AGENT,
+                    seed=arguments.seed,
+                    about={**identity, "dataset": arguments.dataset, "generator": arguments.generator}
+                    | {"prompt": AGENT.template},
+                    limits=limits,
+                    max_live=arguments.questions_in_flight,
+                    max_failed=arguments.max_failed,
+                )
+        except GenerationError as error:
+            raise UserError(f"{error}; {GOES_ON}") from error
+        finally:
+            close_engine(engine)
     spent = results["this_command"]
     print(
         f"{results['questions']:,} of {len(questions):,} questions, {results['searches']:,} searches, EM "
@@ -120,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if results["missing"]:
         why = results["stopped"] or f"{results['lost_a_search']} lost a search ({results['last_failure']})"
-        print(f"{results['missing']:,} questions are missing: {why}; the same command goes on")
+        print(printable(f"{results['missing']:,} questions are missing: {why}; the same command goes on"))
     print(
         f"traces: {output_dir / 'traces.jsonl'}; judge them: python recipes/judge_traces.py --traces "
         f"{output_dir / 'traces.jsonl'}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.evaluation.evaluate import read_whole_lines
+from zerosearch.evaluation.answering import read_trajectories
 from zerosearch.evaluation.scores import Record, compare
 from zerosearch.evaluation.tables import comparison_table
 from zerosearch.files import write_json
@@ -31,7 +31,8 @@ class ComparisonArguments:
 
 def trajectories(folder: str) -> list[Record]:
     """Return the trajectories of an evaluation."""
-    records = read_whole_lines(Path(folder, "trajectories.jsonl"))
+    path = Path(folder, "trajectories.jsonl")
+    records = read_trajectories(path) if path.is_file() else []
     if not records:
         raise UserError(f"{folder} holds no evaluation: trajectories.jsonl is missing or empty")
     return records

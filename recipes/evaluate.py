@@ -18,12 +18,10 @@ there, too, in searches.sqlite: no query is paid for twice. A value comes from t
 
 from __future__ import annotations
 
-import gc
-import re
-from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import BENCHMARKS, FLASHRAG, load_question_sets
@@ -31,21 +29,20 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.account import LimitReached, Limits, cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.evaluate import check_samples, evaluate
+from zerosearch.evaluation.answering import check_samples
+from zerosearch.evaluation.matrix import claim_evaluation_dir, plan_evaluations, run_evaluations
 from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
-from zerosearch.files import claim_output_dir, sole_writer, write_json, write_text
-from zerosearch.generation import GenerationError, Generator, RemoteGenerator
-from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions, make_endpoint
-from zerosearch.generation.loading import load_generator, model_identity
-from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
-from zerosearch.prompts import PAPER, PROMPT_SETS, Agent, PromptSetName, SimulatorTemplate
+from zerosearch.files import sole_writer, write_json, write_text
+from zerosearch.generation import GenerationError
+from zerosearch.generation.chat_endpoint import EndpointOptions
+from zerosearch.generation.loading import GeneratorKind, open_generator
+from zerosearch.prompts import PAPER, PROMPT_SETS, PromptSetName, SimulatorTemplate
 from zerosearch.report.plots import scores_plot
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.text import printable
 
 PAID_SEARCHES = "searches.sqlite"  # the cache in the output folder, for an engine that costs money
-
-LoadedModel = tuple[Generator | RemoteGenerator, dict[str, Any]]  # what runs it; which model it is
 
 
 @dataclass
@@ -72,7 +69,7 @@ class EvaluationArguments:
     p_noise: float = field(
         default=0.0, metadata={"min": 0, "max": 1, "help": "For simulated: how likely a search gets noisy documents."}
     )
-    generator: Literal["vllm", "transformers", "endpoint"] = field(
+    generator: GeneratorKind = field(
         default="vllm", metadata={"help": "What runs the model; endpoint: any OpenAI-style server, --endpoint_url."}
     )
     num_samples: int = field(default=1, metadata={"help": "Trajectories a question, for pass@k; with --temperature."})
@@ -120,16 +117,6 @@ class EvaluationEngines(EngineOptions):
         return [make_engine(one, template) for one in options]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One of the evaluations asked for."""
-
-    name: str
-    model: str
-    agent: Agent
-    engine: SearchEngine | None  # None: the agent never searches
-
-
 def as_list(name: str, values: str | list[str]) -> list[str]:
     """Return the values of a flag: a config file may give one of them by itself."""
     values = [values] if isinstance(values, str) else list(values)
@@ -138,123 +125,8 @@ def as_list(name: str, values: str | list[str]) -> list[str]:
     return values
 
 
-def claim_output(arguments: EvaluationArguments) -> Path:
-    """Return the output folder: a new one, or with --resume that of the evaluation to go on with."""
-    path = Path(arguments.output_dir)
-    if arguments.resume:
-        return claim_output_dir(path, overwrite=True)
-    if any(path.glob("**/manifest.json")) and not arguments.overwrite_output_dir:
-        raise UserError(f"{path} holds an evaluation: --resume true goes on, --overwrite_output_dir starts afresh")
-    return claim_output_dir(path, arguments.overwrite_output_dir)
-
-
-def model_labels(models: list[str]) -> list[str]:
-    """Return a short name for each model: as few of the last parts of its path as tell all apart."""
-    parts = [Path(model).parts for model in models]
-    for count in range(1, max(map(len, parts))):
-        labels = ["/".join(part[-count:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return models
-
-
-def evaluations(models: list[str], agents: list[Agent], engines: list[SearchEngine]) -> Iterator[Evaluation]:
-    """Yield what is to be evaluated, model by model; names say what differs."""
-    for model, label in zip(models, model_labels(models), strict=True):
-        for agent in agents:
-            for engine in engines if agent.searches else [None]:
-                parts = [label] if len(models) > 1 else []
-                parts += [agent.name]
-                parts += [engine.name] if engine and len(engines) > 1 else []
-                yield Evaluation(" ".join(parts), model, agent, engine)
-
-
-def load_model(model: str, arguments: EvaluationArguments, options: EndpointOptions, max_tokens: int) -> LoadedModel:
-    """Return the generator that runs a model, and which model that is."""
-    if arguments.generator == "endpoint":
-        return make_endpoint(options, model), {"model": model, "endpoint": redacted_url(options.endpoint_url or "")}
-    return load_generator(model, arguments.generator, max_tokens), model_identity(model)
-
-
-def run(
-    todo: Sequence[Evaluation],
-    questions: list[dict[str, Any]],
-    arguments: EvaluationArguments,
-    settings: EvaluationSettings,
-    endpoint_options: EndpointOptions,
-    output_dir: Path,
-) -> dict[str, Any]:
-    """Run the evaluations one after another, each model loaded once, and return the results by name.
-
-    A limit ends them with what there is by then. Raises `UserError` if that is nothing, or something has failed.
-    """
-    about = {
-        "dataset": ", ".join(arguments.dataset),
-        "prompt": arguments.prompt,
-        "generator": arguments.generator,
-        "dataset_limit": arguments.dataset_limit,
-        "questions_per_dataset": arguments.num_questions,
-    }
-    limits = Limits(arguments.max_usd, arguments.max_seconds)
-    found: dict[str, Any] = {}
-    loaded: str | None = None
-    generator: Any = None
-    identity: dict[str, Any] = {}
-    results: dict[str, Any] = {}
-    try:
-        for one in todo:
-            if found:
-                limits = limits.less(results["this_command"]["usd"], results["seconds"])
-            if one.model != loaded:
-                release(generator)
-                generator = None  # the one before goes first: both might not fit
-                gc.collect()
-                generator, identity = load_model(
-                    one.model, arguments, endpoint_options, settings.max_trajectory_tokens
-                )
-                loaded = one.model
-            folder = output_dir if len(todo) == 1 else output_dir / re.sub(r"[^\w.-]+", "-", one.name).strip("-.")
-            if len(todo) > 1:
-                print(f"\n{one.name} ({len(found) + 1} of {len(todo)})", flush=True)
-            with sole_writer(folder):
-                results = evaluate(
-                    questions,
-                    generator,
-                    one.engine,
-                    settings,
-                    folder,
-                    agent=one.agent,
-                    p_noise=arguments.p_noise,
-                    seed=arguments.seed,
-                    num_samples=arguments.num_samples,
-                    about=about | identity,
-                    resume=arguments.resume,
-                    limits=limits,
-                )
-            found[one.name] = results
-            if results["stopped"]:
-                break
-    except (SearchError, GenerationError) as error:
-        raise UserError(str(error)) from error
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command with --resume true goes on") from None
-    except LimitReached as limit:
-        if not found:
-            raise UserError(f"{limit}; raise the limit, and go on with --resume true") from limit
-        print(f"\n{limit}; --resume true goes on")
-    finally:
-        release(generator)
-    return found
-
-
-def release(generator: Any) -> None:
-    """Close the connections of a generator that has some."""
-    if isinstance(generator, EndpointGenerator):
-        run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
-
-
-def report(found: dict[str, Any], output_dir: Path) -> None:
-    """Write the table and the plot, and print the scores."""
+def report(found: dict[str, Any], engines: list[SearchEngine], output_dir: Path) -> None:
+    """Write the table and the plot, and print the scores and what the searches cost."""
     write_text(output_dir / "table.md", markdown_tables(found))
     write_text(output_dir / "scores.svg", scores_plot(found))
     if len(found) == 1:
@@ -264,38 +136,65 @@ def report(found: dict[str, Any], output_dir: Path) -> None:
         print(f"\n{matrix_table(found)}")
     for name, results in found.items():
         if results["stopped"]:
-            print(f"\n{name}: {results['stopped']}; --resume true goes on")
+            print(printable(f"\n{name}: {results['stopped']}; --resume true goes on"))
     print(f"\n{output_dir}/results.json, trajectories.jsonl, table.md, scores.svg")
+    accounts = [account for engine in engines if (account := getattr(engine, "account", None)) and account.queries]
+    if accounts:
+        queries = {account.engine: account.queries for account in accounts}
+        print(f"\n{cost_table(queries, {account.engine: account.usd_here for account in accounts})}")
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check all that can be checked early, answer the questions, write and print the scores."""
-    arguments, engine_options, settings, endpoint_options = parse(
+    arguments, engine_options, settings, endpoint = parse(
         EvaluationArguments, EvaluationEngines, EvaluationSettings, EndpointOptions, argv=argv
     )
     prompts = PROMPT_SETS[arguments.prompt]
     agents = prompts.choose(arguments.agent)
     check_samples(arguments.num_samples, settings)
-    output_dir = claim_output(arguments)
-    questions = load_question_sets(
-        arguments.dataset,
-        arguments.dataset_split,
-        arguments.dataset_limit,
-        arguments.num_questions,
-        arguments.benchmark_source,
-    )
-    search = any(agent.searches for agent in agents)
-    engines = engine_options.ready(output_dir, prompts.simulator) if search else []
-    todo = list(evaluations(arguments.model, agents, engines))
-    found = run(todo, questions, arguments, settings, endpoint_options, output_dir)
-    report(found, output_dir)
-    accounts = [account for engine in engines if (account := getattr(engine, "account", None)) and account.queries]
-    if accounts:
-        queries = {account.engine: account.queries for account in accounts}
-        print(f"\n{cost_table(queries, {account.engine: account.usd_here for account in accounts})}")
-    for engine in engines:
-        close_engine(engine)
+    limits = Limits(arguments.max_usd, arguments.max_seconds)
+    output_dir = claim_evaluation_dir(Path(arguments.output_dir), arguments.resume, arguments.overwrite_output_dir)
+    with sole_writer(output_dir), ExitStack() as stack:
+        questions = load_question_sets(
+            arguments.dataset,
+            arguments.dataset_split,
+            arguments.dataset_limit,
+            arguments.num_questions,
+            arguments.benchmark_source,
+        )
+        search = any(agent.searches for agent in agents)
+        engines = engine_options.ready(output_dir, prompts.simulator) if search else []
+        for engine in engines:
+            stack.callback(close_engine, engine)
+        try:
+            found = run_evaluations(
+                plan_evaluations(arguments.model, agents, engines, output_dir),
+                questions,
+                lambda model: open_generator(model, arguments.generator, endpoint, settings.max_trajectory_tokens),
+                settings,
+                output_dir,
+                limits=limits,
+                announce=lambda text: print(f"\n{printable(text)}", flush=True),
+                about={
+                    "dataset": ", ".join(arguments.dataset),
+                    "prompt": arguments.prompt,
+                    "generator": arguments.generator,
+                    "dataset_limit": arguments.dataset_limit,
+                    "questions_per_dataset": arguments.num_questions,
+                },
+                resume=arguments.resume,
+                p_noise=arguments.p_noise,
+                seed=arguments.seed,
+                num_samples=arguments.num_samples,
+            )
+        except (SearchError, GenerationError) as error:
+            raise UserError(str(error)) from error
+        except LimitReached as limit:
+            raise UserError(f"{limit}; raise the limit, and go on with --resume true") from limit
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped; the same command with --resume true goes on") from None
+        report(found, engines, output_dir)
 
 
 if __name__ == "__main__":

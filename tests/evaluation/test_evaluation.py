@@ -258,7 +258,7 @@ def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, line: str, lacks:
     run(tmp_path)
     with (tmp_path / "trajectories.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(UserError, match=f"line 13 is no trajectory of an evaluation: it lacks {lacks}"):
+    with pytest.raises(UserError, match=f"line 13 is not a trajectory of an evaluation: it lacks {lacks}"):
         run(tmp_path, resume=True)
 
 
@@ -436,7 +436,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaForCausalLM
 from zerosearch.data import load_questions
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.evaluation.evaluate import TrajectoryFile, evaluate
+from zerosearch.evaluation.evaluate import evaluate
+from zerosearch.files import JsonlLog
 from zerosearch.generation.loading import load_generator
 from zerosearch.rollout.loop import RolloutSettings
 
@@ -445,7 +446,7 @@ def run(model, questions, corpus, output_dir, lines, steps):
     rows = load_questions(questions).to_list() * 20
     settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
     generator = load_generator(model, "transformers", 2048)
-    append, step = TrajectoryFile.append, generator.step
+    append, step = JsonlLog.append, generator.step
 
     def counted_append(self, record):
         append(self, record)
@@ -458,7 +459,7 @@ def run(model, questions, corpus, output_dir, lines, steps):
                 os.kill(os.getpid(), signal.SIGKILL)
         return step()
 
-    TrajectoryFile.append, generator.step = counted_append, counted_step
+    JsonlLog.append, generator.step = counted_append, counted_step
     evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
 
 for line in sys.stdin:  # a process for each, which need not import everything again

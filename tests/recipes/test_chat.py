@@ -95,7 +95,7 @@ def test_a_failure_ends_one_question_and_not_the_chat(
     ("change", "message"),
     [
         (["--question", " "], "the question is empty"),
-        (["--agent", "nobody"], "there is no agent 'nobody', but: policy, direct"),
+        (["--agent", "nobody"], "the agent 'nobody' is unknown; there are policy, direct"),
         (["--endpoint_url", "http://127.0.0.1:9/v1", "--endpoint_key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["--max_turns", "-1"], "max_turns is -1"),
     ],

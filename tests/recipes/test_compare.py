@@ -43,7 +43,7 @@ def test_it_prints_and_keeps_the_differences(
     [
         ("none", "none holds no evaluation"),
         ("other", "the two runs share no question"),
-        ("strange", "line 1 is no trajectory of an evaluation: it lacks row, sample"),
+        ("strange", "line 1 is not a trajectory of an evaluation: it lacks row, sample"),
     ],
 )
 def test_a_mistake_gets_one_sentence(

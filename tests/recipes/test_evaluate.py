@@ -15,6 +15,7 @@ import pytest
 
 from zerosearch.data import BENCHMARKS, load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.evaluation.matrix import model_labels
 from zerosearch.files import sole_writer
 from zerosearch.generation.loading import load_generator
 from zerosearch.metrics import exact_match, f1
@@ -102,7 +103,7 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
         ({"corpus": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
         ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
         ({"corpus": ""}, "--engine bm25 needs --corpus"),
-        ({"agent": "nobody"}, "there is no agent 'nobody', but: policy, direct, cot, rag"),
+        ({"agent": "nobody"}, "the agent 'nobody' is unknown; there are policy, direct, cot, rag"),
         ({"agent": "search-o1", "prompt": "tinyworld"}, "the agent 'search-o1' is unknown; there are policy, direct"),
         ({"engine": "bing"}, "engine is 'bing': it must be one of"),
         ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
@@ -110,12 +111,12 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
         ({"num_questions": "0"}, "num_questions is 0"),
         ({"num_samples": "3"}, "num_samples above 1 needs a temperature above 0"),
         ({"max_usd": "0"}, "the limit of usd is 0.0: it must be above 0"),
-        ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: a probability lies in [0, 1]"),
+        ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: it must be at most 1"),
         ({"engine": "simulated", "simulator_url": "http://127.0.0.1:9/v1"}, "--model SIMULATOR --port 9"),
         ({"max_turns": "-1"}, "max_turns is -1"),
         ({"dataset_limit": "0"}, "limit is 0"),
         ({"config": "FULL/config.yaml"}, "no_such_key"),
-        ({"config": "FULL/none.yaml"}, "No such file"),
+        ({"config": "FULL/none.yaml"}, "there is no config file"),
         ({"config": "FULL/broken.yaml"}, "while parsing a flow node expected the node content"),
         ({"model": ""}, "the following arguments are required: --model"),
         ({"num_samples": "two"}, "argument --num_samples/--num-samples: invalid int value: 'two'"),
@@ -264,11 +265,10 @@ def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(
 def test_models_are_told_apart_by_as_little_of_their_paths_as_need_be(
     load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
 ) -> None:
-    evaluate = load_recipe("evaluate")
-    assert evaluate.model_labels(["/a/one", "two"]) == ["one", "two"]
-    assert evaluate.model_labels(["/a/run/policy", "data/policy"]) == ["run/policy", "data/policy"]
-    assert evaluate.model_labels(["x/a/p", "y/a/p", "p"]) == ["x/a/p", "y/a/p", "p"]
-    evaluate.main([*endpoint, "--model", "/a/policy", "/b/policy", "--agent", "direct"])
+    assert model_labels(["/a/one", "two"]) == ["one", "two"]
+    assert model_labels(["/a/run/policy", "data/policy"]) == ["run/policy", "data/policy"]
+    assert model_labels(["x/a/p", "y/a/p", "p"]) == ["x/a/p", "y/a/p", "p"]
+    load_recipe("evaluate").main([*endpoint, "--model", "/a/policy", "/b/policy", "--agent", "direct"])
     folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert folders == ["a-policy-direct", "b-policy-direct"]  # all of them in the output folder
 

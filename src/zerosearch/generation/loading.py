@@ -12,12 +12,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from zerosearch.errors import UserError
-from zerosearch.generation import Generator
+from zerosearch.generation import Generator, RemoteGenerator
+from zerosearch.generation.chat_endpoint import EndpointOptions, make_endpoint
 from zerosearch.generation.vllm_workarounds import engine_options, loopback_process_group
+from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from trl import ModelConfig
+
+GeneratorKind = Literal["vllm", "transformers", "endpoint"]
+LoadedModel = tuple[Generator | RemoteGenerator, dict[str, str]]  # what runs it; which model it is
 
 FINGERPRINT_BYTES = 1 << 20  # of the start and the end of each file of weights
 
@@ -136,6 +141,24 @@ def unsharded_loading() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextmanager
+def open_generator(
+    model: str, kind: GeneratorKind, endpoint: EndpointOptions, max_context_tokens: int
+) -> Iterator[LoadedModel]:
+    """Yield what runs a model to answer questions, and which model it is; close its connections at the end.
+
+    Raises `UserError` as `load_generator` and `make_endpoint` do.
+    """
+    if kind != "endpoint":
+        yield load_generator(model, kind, max_context_tokens), model_identity(model)
+        return
+    generator = make_endpoint(endpoint, model)
+    try:
+        yield generator, {"model": model, "endpoint": redacted_url(endpoint.endpoint_url or "")}
+    finally:
+        run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
 
 
 def load_generator(model: str, kind: Literal["vllm", "transformers"], max_context_tokens: int) -> Generator:

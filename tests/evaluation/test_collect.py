@@ -257,7 +257,11 @@ def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
     servers.google = lambda n, query: (400, "bad query") if query == "book 5 author" else google_reply(query)
     load_recipe("collect_traces").main(arguments)
     assert "1 questions are missing: 1 lost a search" in capsys.readouterr().out
-    assert len(rows_of(tmp_path / "out/trajectories.jsonl")) == 39
+    assert Counter(row["outcome"] for row in rows_of(tmp_path / "out/trajectories.jsonl")) == {
+        "answered": 39,
+        "failed_search": 1,
+    }
+    assert {trace["id"] for trace in read_traces(tmp_path / "out/traces.jsonl")}.isdisjoint({"q3", "q5"})
     servers.google = lambda n, query: (400, "bad query")
     with pytest.raises(SystemExit):
         load_recipe("collect_traces").main([*arguments, "--max_failed", "1"])
@@ -326,10 +330,10 @@ def test_killed_half_way_and_started_again_no_query_is_paid_for_twice(
     assert finished == 20  # 19 whose search was paid for, and the one that needs none
     servers.hold = lambda n: False
     with log.open("ab") as file:  # as if the kill had come in the middle of a line
-        file.write(b'{"place": 12, "id": "q1')
+        file.write(b'{"row": 12, "id": "q1')
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ended in half a line" in done.stderr
     assert all(servers.queries[query] == before[query] for query in paid)
-    assert sorted(row["place"] for row in rows_of(log)) == list(range(40))
+    assert sorted(row["row"] for row in rows_of(log)) == list(range(40))
     assert len(read_traces(tmp_path / "out/traces.jsonl")) == 78
