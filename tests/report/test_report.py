@@ -17,7 +17,10 @@ from zerosearch.report import summary_table, write_report
 from zerosearch.report.page import duration
 from zerosearch.report.transcripts import choose_pairs, pieces
 
-ATTACK = "<script>alert('documents')</script><img src=http://evil.example/x onerror=alert(1)></information>"
+ATTACK = (
+    "<script>alert('documents')</script><img src=http://evil.example/x onerror=alert(1)></information>"
+    "\x1b]0;title\x07 \u202edesrever"
+)
 
 
 pytest_plugins = ("recipe_modules",)  # fixtures
@@ -165,6 +168,8 @@ def test_what_files_hold_is_text_and_never_markup(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert not {"script", "img"} & page.tags.keys()
     assert page.handlers == []
+    assert "\\x1b]0;title\\x07 \\u202edesrever" in page.text  # shown, not obeyed
+    assert not {"\x1b", "\u202e"} & set(page.text)
     assert page.text.count("alert('documents')") > 20
 
 

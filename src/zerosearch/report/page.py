@@ -13,6 +13,7 @@ from zerosearch.files import write_text
 from zerosearch.report.plots import SMOOTH_FROM, SMOOTH_STEPS, draw_training
 from zerosearch.report.run import POLICIES, SIMULATED, Run, Scores, read_run
 from zerosearch.report.transcripts import pieces, read_examples
+from zerosearch.text import printable
 
 REPORT_NAME = "report.html"
 
@@ -29,6 +30,7 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # documents and answers are untrusted text
+        finalize=lambda value: printable(value) if type(value) is str else value,  # no Markup, which is ours
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
