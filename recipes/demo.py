@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from zerosearch.checkpoints import clear
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import claim_output_dir
+from zerosearch.files import claim_output_dir, sole_writer, write_json
 from zerosearch.report import summary_table, write_report
 from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
+from zerosearch.stages import Stages
 
 RECIPES = Path(__file__).resolve().parent
 ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"
@@ -40,7 +40,7 @@ class DemoArguments:
     """What varies between demos; everything else is in recipes/configs/tinyworld.yaml and sft-tinyworld.yaml."""
 
     seed: int = 0
-    generator: str = field(default="transformers", metadata={"choices": ["transformers", "vllm"]})
+    generator: Literal["transformers", "vllm"] = "transformers"
     output_dir: str = "outputs/demo"
     port: int = field(default=6001, metadata={"help": "port of the simulator's server"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the results of an earlier demo"})
@@ -54,54 +54,18 @@ class Demo:
         self.seed = seed
         self.generator = generator
         self.data, self.simulator, self.policy = (directory / name for name in ("data", "simulator", "policy"))
-        self.logs = directory / "logs"
-        self.logs.mkdir()
-        self.started = time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Print a line with the time since the start."""
-        print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
-
-    def stage(self, title: str, *command: object, status: Callable[[str], str | None] | None = None) -> float:
-        """Run a Python script and return its seconds; its output goes to a log, what `status` makes of it is shown.
-
-        Raises `UserError` if it fails, after printing its last lines.
-        """
-        log_path = self.logs / f"{title.replace(' ', '-')}.log"
-        started = time.monotonic()
-        with (
-            log_path.open("w", encoding="utf-8") as log,
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ) as process,
-        ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                progress = status(line) if status else None
-                if progress:
-                    self.say(f"  {progress}")
-        if process.returncode:
-            last_lines = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-15:])
-            print(f"{last_lines}\n", file=sys.stderr)
-            raise UserError(f"{title} failed with exit status {process.returncode}; its whole output is in {log_path}")
-        seconds = time.monotonic() - started
-        self.say(f"{title} ({seconds:.0f} s)")
-        return seconds
+        self.stages = Stages(directory / "logs", ROOT)
 
     def make_data(self) -> None:
         """Draw the worlds, the questions and the searches that the simulator learns from."""
-        self.stage("data", "data/make_tinyworld.py", "--output_dir", self.data, "--seed", self.seed)
+        self.stages.run("data", "data/make_tinyworld.py", "--output_dir", self.data, "--seed", self.seed)
 
     def tune_simulator(self) -> None:
         """Tune the simulator's base on judged searches of a training world."""
         flags = ("--searches", self.data / "searches.jsonl", "--output_dir", self.simulator, "--seed", self.seed)
-        self.stage("simulator tuning", "recipes/sft_simulator.py", "--config", CONFIGS / "sft-tinyworld.yaml", *flags)
+        self.stages.run(
+            "simulator tuning", "recipes/sft_simulator.py", "--config", CONFIGS / "sft-tinyworld.yaml", *flags
+        )
 
     def train(self, simulator_url: str) -> float:
         """Train the policy against the simulator alone and return the seconds it took."""
@@ -109,7 +73,7 @@ class Demo:
         generator = ("--simulator_url", simulator_url, "--use_vllm", self.generator == "vllm")
         recipe = ("recipes/grpo.py", "--config", CONFIGS / "tinyworld.yaml", *flags, *generator)
         launch = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml")
-        return self.stage("training", *launch, *recipe, status=training_status())
+        return self.stages.run("training", *launch, *recipe, status=training_status())
 
     def evaluate(self, when: str, model: Path, engine: str, simulator_url: str = "") -> None:
         """Score a policy on the evaluation world with one engine."""
@@ -120,7 +84,7 @@ class Demo:
         )
         where = self.directory / "evaluation" / f"{when}-{engine}"
         title = f"evaluation {when} training with {engine}"
-        self.stage(title, "recipes/evaluate.py", *config, *flags, *source, "--output_dir", where)
+        self.stages.run(title, "recipes/evaluate.py", *config, *flags, *source, "--output_dir", where)
 
     def run(self, port: int) -> float:
         """Run everything up to the report and return the seconds that training took."""
@@ -131,7 +95,7 @@ class Demo:
             with simulator_server(
                 str(self.simulator), port, max_model_len=1024, dtype="float32", num_threads=1
             ) as server:
-                self.say(f"simulator ready at {server.base_url} ({server.startup_s:.0f} s)")
+                self.stages.say(f"simulator ready at {server.base_url} ({server.startup_s:.0f} s)")
                 before.result()
                 self.evaluate("before", BASE_POLICY, "simulated", server.base_url)
                 train_seconds = self.train(server.base_url)
@@ -179,16 +143,6 @@ def results(directory: Path, arguments: DemoArguments, train_seconds: float, tot
     }
 
 
-def clear(directory: Path) -> None:
-    """Remove what an earlier demo left, and nothing else that somebody may have put there."""
-    for name in MADE_BY_THE_DEMO:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 @exit_on_user_error
 def main() -> None:
     """Run the demo, write results.json and report.html, print a table."""
@@ -197,16 +151,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
     check_port_free("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
-    clear(directory)
-    demo = Demo(directory, arguments.seed, arguments.generator)
-    try:
-        train_seconds = demo.run(arguments.port)
-    except ServerDied as error:
-        print(error, file=sys.stderr)
-        raise UserError("the simulator's server died; see above") from error
-    outcome = results(directory, arguments, train_seconds, time.monotonic() - demo.started)
-    (directory / "results.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    report = write_report(directory)
+    with sole_writer(directory):
+        clear(directory, MADE_BY_THE_DEMO)
+        demo = Demo(directory, arguments.seed, arguments.generator)
+        try:
+            train_seconds = demo.run(arguments.port)
+        except ServerDied as error:
+            print(error, file=sys.stderr)
+            raise UserError("the simulator's server died; see above") from error
+        outcome = results(directory, arguments, train_seconds, time.monotonic() - demo.stages.started)
+        write_json(directory / "results.json", outcome)
+        report = write_report(directory)
     print(f"\n{summary_table(directory)}\n\nreport: {report}\nresults: {directory / 'results.json'}")
 
 

@@ -21,16 +21,19 @@ from pathlib import Path
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
-from zerosearch.engines import SearchEngine
+from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.errors import UserError, user_mistakes
+from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.advantages import AdvantageFunction
 from zerosearch.training.rewards import f1_reward
-from zerosearch.training.runs import costs, model_options, policy_weights, training_run
+from zerosearch.training.runs import WRITTEN, costs, model_options, policy_weights
 from zerosearch.training.trainer import NoiseFunction, SearchConfig, SearchTrainer
 
 # What the answers are worth: functions of TRL's signature, added up. Each gets the columns of the dataset and, for
@@ -75,25 +78,29 @@ def main(argv: list[str] | None = None) -> None:
         RecipeArguments, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
     )
     prompts = PROMPT_SETS[arguments.prompt]
-    with training_run(config, arguments.overwrite_output_dir) as checkpoint:
+    with training_run(config, arguments.overwrite_output_dir, WRITTEN) as checkpoint:
         tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, config.trust_remote_code)
         questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
         engine = choose_engine(options, prompts)
         config.model_init_kwargs = model_options(model, config)
-        trainer = SearchTrainer(
-            model=policy_weights(model, config),
-            reward_funcs=REWARDS,
-            args=config,
-            engine=engine,
-            agent=choose_agent(prompts),
-            advantages=ADVANTAGES,
-            noise=NOISE,
-            train_dataset=questions,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model),
-            quantization_config=get_quantization_config(model),
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with user_mistakes(ImportError, RuntimeError):  # TRL's word on what does not fit together
+            trainer = SearchTrainer(
+                model=policy_weights(model, config),
+                reward_funcs=REWARDS,
+                args=config,
+                engine=engine,
+                agent=choose_agent(prompts),
+                advantages=ADVANTAGES,
+                noise=NOISE,
+                train_dataset=questions,
+                processing_class=tokenizer,
+                peft_config=get_peft_config(model),
+                quantization_config=get_quantization_config(model),
+            )
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (SearchError, GenerationError) as error:  # their message says what to do, a traceback would not
+            raise UserError(str(error)) from error
         trainer.save_model(config.output_dir)
         trainer.save_state()
         if config.push_to_hub:

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src/zerosearch"
 FLOORS = [
     {"errors", "text", "metrics", "intervals", "noise", "protocol", "files", "prompts", "data", "checkpoints"},
-    {"command_line", "http"},
+    {"command_line", "http", "stages"},
     {"engines", "generation"},
     {"rollout", "tinyworld"},
     {"training", "simulator", "evaluation"},

@@ -16,12 +16,12 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_mistakes() -> Iterator[None]:
-    """Raise as `UserError` what a wrong path or value raises (`OSError`, `ValueError`).
+def user_mistakes(*more: type[Exception]) -> Iterator[None]:
+    """Raise as `UserError` what a wrong path or value raises: `OSError`, `ValueError` and `more`.
 
     Keep the block small: around a whole run it would hide the traceback of a defect of ours.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *more) as error:
         raise UserError(str(error) or type(error).__name__) from error

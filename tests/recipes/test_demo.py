@@ -1,4 +1,4 @@
-"""The demo's own part: stages that fail, ports that are taken, folders that hold more than it made, its results."""
+"""The demo's own part: its stages, ports that are taken, folders that hold more than it made, its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from zerosearch.errors import UserError
+from zerosearch.checkpoints import clear
+from zerosearch.files import sole_writer
+from zerosearch.stages import Stages
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -25,26 +27,13 @@ def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
     return load_recipe("demo")
 
 
-def test_a_stage_that_fails_shows_its_last_lines_and_names_its_log(
-    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import sys\nfor number in range(40): print('line', number)\nsys.exit(7)\n")
-    demo = recipe.Demo(tmp_path, seed=0, generator="transformers")
-    with pytest.raises(UserError, match=rf"some work failed with exit status 7; .*{tmp_path}/logs/some-work\.log"):
-        demo.stage("some work", script)
-    shown = capfd.readouterr().err.split()
-    assert "39" in shown and "25" in shown and "24" not in shown
-    assert (tmp_path / "logs/some-work.log").read_text().count("line") == 40
-
-
 def test_a_stage_reports_what_status_makes_of_its_output(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "script.py"
     entry = "{'reward': '0.25', 'search/searches': '1.5', 'search/p_noise': '0.125', 'time/step_s': '2e+01'}"
     script.write_text(f'for _ in range(6): print("{entry}")\n')
-    recipe.Demo(tmp_path, seed=0, generator="transformers").stage("work", script, status=recipe.training_status())
+    Stages(tmp_path / "logs", tmp_path).run("work", script, status=recipe.training_status())
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
     assert len(lines) == 1 and lines[0].endswith("step   5: reward 0.25, 1.5 searches a question, noise 0.12")
 
@@ -57,7 +46,7 @@ def test_clear_removes_what_the_demo_made_and_nothing_else(recipe: ModuleType, t
         else:
             (path / "inner").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
-    recipe.clear(tmp_path)
+    clear(tmp_path, recipe.MADE_BY_THE_DEMO)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -99,6 +88,13 @@ def test_a_folder_that_is_not_empty_and_a_generator_that_is_none_are_refused(tmp
     assert "Traceback" not in refused.stderr
     unknown = run_demo("--output_dir", tmp_path / "other", "--generator", "llamacpp")
     assert unknown.returncode == 2 and "llamacpp" in unknown.stderr and "Traceback" not in unknown.stderr
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with sole_writer(tmp_path):
+        refused = run_demo("--output_dir", tmp_path, "--overwrite_output_dir", "true", "--port", 0)
+    assert refused.returncode == 2
+    assert f"another run is writing to {tmp_path}" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_computed(tmp_path: Path) -> None:

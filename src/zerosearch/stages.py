@@ -1,0 +1,59 @@
+"""Programs run one after another: each has a log, a line when it is done, and an error that shows its last lines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from zerosearch.errors import UserError
+from zerosearch.text import printable
+
+LAST_LINES = 15
+
+
+class Stages:
+    """Run Python scripts from the folder `root`; their output goes to the folder `logs`."""
+
+    def __init__(self, logs: Path, root: Path) -> None:
+        self.logs, self.root = logs, root
+        self.logs.mkdir(exist_ok=True)
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line with the seconds since the start."""
+        print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
+
+    def run(self, title: str, *command: object, status: Callable[[str], str | None] | None = None) -> float:
+        """Run a script and return its seconds; what `status` makes of a line of its output is printed.
+
+        Raises `UserError` if it fails, after printing its last lines.
+        """
+        log_path = self.logs / f"{title.replace(' ', '-')}.log"
+        started = time.monotonic()
+        with (
+            log_path.open("w", encoding="utf-8") as log,
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=self.root,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                progress = status(line) if status else None
+                if progress:
+                    self.say(f"  {progress}")
+        if process.returncode:
+            last_lines = log_path.read_text(encoding="utf-8").rstrip("\n").split("\n")[-LAST_LINES:]
+            print("\n".join(map(printable, last_lines)), file=sys.stderr)
+            raise UserError(f"{title} failed with exit status {process.returncode}; its whole output is in {log_path}")
+        seconds = time.monotonic() - started
+        self.say(f"{title} ({seconds:.0f} s)")
+        return seconds
