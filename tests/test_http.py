@@ -134,7 +134,7 @@ def test_parameters_go_into_the_address(server: Server) -> None:
 
 
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
-def test_what_may_pass_is_repeated_and_counted(server: Server, code: int) -> None:
+def test_a_failure_in_passing_is_retried_and_counted(server: Server, code: int) -> None:
     server.answer = in_turn(status(code, "busy"), status(code, "busy"), well)
     client = client_of()
     assert run(client, client.request("POST", server.url, json={}, read=whole)) == [({"well": True}, 2)]
@@ -142,13 +142,13 @@ def test_what_may_pass_is_repeated_and_counted(server: Server, code: int) -> Non
 
 
 @pytest.mark.parametrize("reply", ["<html>gateway</html>", "", '{"cut', "[1, 2"])
-def test_a_reply_that_is_no_json_is_asked_for_again(server: Server, reply: str) -> None:
+def test_a_reply_that_is_not_json_is_retried(server: Server, reply: str) -> None:
     server.answer = in_turn(status(200, reply), well)
     client = client_of()
     assert run(client, client.request("GET", server.url, read=whole)) == [({"well": True}, 1)]
 
 
-def test_a_reply_of_another_form_is_asked_for_again(server: Server) -> None:
+def test_a_reply_of_another_form_is_retried(server: Server) -> None:
     others: list[Any] = [{}, [], "x", 5, None]
     server.answer = in_turn(*(partial(web.json_response, other) for other in others), well)
     client = client_of()
@@ -185,7 +185,7 @@ def test_retries_are_bounded_and_the_error_names_service_address_and_remedy(serv
     assert (client.counts["calls"], client.counts["retries"], client.counts["failures"]) == (3, 2, 1)
 
 
-def test_a_late_reply_is_given_up_and_asked_for_again(server: Server) -> None:
+def test_a_late_reply_is_given_up_and_retried(server: Server) -> None:
     async def never() -> web.Response:
         await asyncio.Event().wait()
         return well()
@@ -221,7 +221,7 @@ def test_waiting_for_a_slot_does_not_use_up_the_time_limit(server: Server) -> No
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "http://no-such-host.invalid/api"])
-def test_nobody_there_is_asked_again(url: str) -> None:
+def test_nobody_there_is_retried(url: str) -> None:
     client = client_of(max_retries=1)
     with pytest.raises(ServiceError, match=f"the oracle at {url} failed, attempt 2 of 2: Client") as caught:
         run(client, client.request("GET", url, read=whole))
@@ -229,9 +229,9 @@ def test_nobody_there_is_asked_again(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:6001", "http://localhost:port/v1", "no address", "file:///etc/passwd", ""])
-def test_an_address_that_is_none_is_final(url: str) -> None:
+def test_an_address_that_is_not_http_is_final(url: str) -> None:
     client = client_of()
-    with pytest.raises(ServiceError, match="attempt 1 of 6: this is no http address"):
+    with pytest.raises(ServiceError, match="attempt 1 of 6: this is not an http address"):
         run(client, client.request("GET", url, read=whole))
 
 

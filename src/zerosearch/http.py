@@ -215,7 +215,7 @@ class HTTPClient:
         except TimeoutError:
             raise CallFailed(f"no answer within {timeout_s:g} s", None) from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-            raise CallFailed("this is no http address", None, is_final=True) from None
+            raise CallFailed("this is not an http address", None, is_final=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise CallFailed(f"{type(error).__name__} {error}", None) from None
         text = reply.decode("utf-8-sig", errors="replace")  # JSON is UTF-8, whatever a header says

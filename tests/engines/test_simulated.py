@@ -268,25 +268,25 @@ CLEAN = reply_of(*FIVE)
 
 
 @pytest.mark.parametrize(
-    ("replies", "used", "counts"),
+    ("replies", "used", "calls"),
     [
-        pytest.param([LEAK, CLEAN], CLEAN, (1, 2), id="the clean one is used"),
-        pytest.param([LEAK, LEAK], LEAK, (2, 2), id="asked twice at most"),
-        pytest.param([CLEAN], CLEAN, (0, 1), id="nothing to ask again for"),
-        pytest.param([LEAK, reply_of("one", "two")], reply_of("one", "two"), (1, 2), id="clean before full"),
-        pytest.param([LEAK, completion("")], LEAK, (1, 2), id="no documents are none"),
-        pytest.param([reply_of("one"), LEAK], reply_of("one"), (1, 2), id="a full one that leaks is not better"),
+        pytest.param([LEAK, CLEAN], CLEAN, 2, id="the clean one is used"),
+        pytest.param([LEAK, LEAK], LEAK, 2, id="asked twice at most"),
+        pytest.param([CLEAN], CLEAN, 1, id="nothing to ask again for"),
+        pytest.param([LEAK, reply_of("one", "two")], reply_of("one", "two"), 2, id="clean before full"),
+        pytest.param([LEAK, completion("")], LEAK, 2, id="no documents are none"),
+        pytest.param([reply_of("one"), LEAK], reply_of("one"), 2, id="a full one that leaks is not better"),
     ],
 )
 def test_a_noisy_reply_with_an_answer_in_it_is_asked_for_again_where_one_wishes(
-    server: Server, replies: list[tuple[int, str]], used: tuple[int, str], counts: tuple[int, int]
+    server: Server, replies: list[tuple[int, str]], used: tuple[int, str], calls: int
 ) -> None:
     server.answer = in_turn(*replies)
     engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=True)
     (result,) = search(engine, replace(REQUEST, p_noise=1.0))
     text = json.loads(used[1])["choices"][0]["message"]["content"]
     assert result.documents == split_documents(text, 5) and result.noisy
-    assert (engine.counts.leaking_replies, len(server.requests)) == counts
+    assert len(server.requests) == calls
 
 
 @pytest.mark.parametrize(("p_noise", "ask_leaks_again"), [(0.0, True), (1.0, False)])
@@ -296,7 +296,7 @@ def test_useful_replies_may_answer_and_so_may_noisy_ones_by_default(
     server.answer = in_turn(LEAK)
     engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=ask_leaks_again)
     (result,) = search(engine, replace(REQUEST, p_noise=p_noise))
-    assert (result.retries, engine.counts.leaking_replies) == (0, 0)
+    assert result.retries == 0
 
 
 def test_a_second_reply_that_is_shorter_is_not_used(server: Server) -> None:
@@ -407,15 +407,7 @@ def test_short_replies_are_counted(server: Server) -> None:
     server.answer = in_turn(completion(""))
     with pytest.raises(SearchError):
         search(engine, REQUEST)
-    assert engine.counts == SimulatorCounts(
-        searches=3, replies=6, well_formed_replies=1, short_replies=5, short_searches=1, failed_searches=1
-    )
-
-
-def test_a_reply_with_fewer_documents_than_the_least_fails(server: Server) -> None:
-    server.answer = in_turn(reply_of("one", "two"))
-    with pytest.raises(SearchError, match="wrote 2 documents for the query 'Emma author', asked twice"):
-        search(SimulatedEngine(server.url, "sim-3b", min_documents=3), REQUEST)
+    assert engine.counts == SimulatorCounts(replies=6, well_formed_replies=1, short_replies=5, failed_searches=1)
 
 
 def test_an_adapter_is_asked_before_its_base(server: Server) -> None:

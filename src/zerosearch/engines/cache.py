@@ -48,9 +48,9 @@ class Cache:
             self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
 
     def engines(self) -> list[dict[str, Any]]:
-        """Return the identity of every engine that has replies here."""
+        """Return the identity of every engine whose answers are here."""
         found = self._database.execute("SELECT DISTINCT json_extract(request, '$.engine') FROM replies")
-        return [json.loads(text) for (text,) in found]
+        return [json.loads(text) for (text,) in found if text]
 
     def close(self) -> None:
         """Close the file."""

@@ -30,12 +30,9 @@ COIN_STREAM = 1_000_033  # keeps the coins of documents apart from those of quer
 class SimulatorCounts:
     """What an engine has seen. A short reply, one with too few documents, is asked for once more."""
 
-    searches: int = 0
     replies: int = 0
     well_formed_replies: int = 0  # "Doc 1: ..." to the last, and nothing else
     short_replies: int = 0
-    short_searches: int = 0  # short the second time too, and used as they were
-    leaking_replies: int = 0  # noisy ones that held a golden answer, where that is looked at
     failed_searches: int = 0
 
 
@@ -53,7 +50,7 @@ class SimulatedEngine:
     request's key, so a run that is resumed asks for the same documents.
 
     A reply with fewer than `num_documents` documents is asked for once more, with another seed. The fuller of the two
-    is used; with fewer than `min_documents` in it the search fails.
+    is used; without documents in either the search fails.
 
     With `ask_leaks_again`, which is not the paper's, a noisy reply that holds a golden answer of the question is asked
     for once more, too, so that the noise that comes is nearer to the noise that was asked for. A reply that leaks the
@@ -69,7 +66,6 @@ class SimulatedEngine:
     temperature: float = 0.8  # this and max_tokens as in the paper's code; its text does not say
     max_tokens: int = 600
     num_documents: int = 5
-    min_documents: int = 1
     ask_leaks_again: bool = False
     timeout_s: float = 120.0
     max_retries: int = 5
@@ -110,7 +106,6 @@ class SimulatedEngine:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it writes none."""
-        self.counts.searches += 1
         try:
             with self.account.search():
                 return await self._search(request)
@@ -125,14 +120,12 @@ class SimulatedEngine:
         written = {noisy: iter(documents) for noisy, (documents, _, _) in zip(qualities, replies, strict=True)}
         pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
         retries = sum(retries for _, retries, _ in replies)
-        if len(pairs) < self.min_documents:
-            found = f"{len(pairs)} documents" if pairs else "no documents"
+        if not pairs:
             raise SearchError(
-                f"the simulator at {self.address} wrote {found} for the query {request.query!r}, asked twice; "
+                f"the simulator at {self.address} wrote no documents for the query {request.query!r}, asked twice; "
                 "is the model it serves a simulator, and tuned to this prompt?",
                 retries,
             )
-        self.counts.short_searches += len(pairs) < self.num_documents
         noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
         return SearchResult(
             documents=tuple(document for document, _ in pairs),
@@ -181,10 +174,9 @@ class SimulatedEngine:
             again, more_retries = await self._ask(messages, request.key, attempt=1)
             replies.append(again)
             retries += 1 + more_retries
-        documents = min(replies, key=lambda reply: (len(reply) < self.min_documents, leaks(reply), -len(reply)))
+        documents = min(replies, key=lambda reply: (not reply, leaks(reply), -len(reply)))
         short_replies = sum(len(reply) < self.num_documents for reply in replies)
         self.counts.short_replies += short_replies
-        self.counts.leaking_replies += sum(map(leaks, replies))
         return documents, retries, short_replies
 
     async def _ask(
