@@ -235,3 +235,15 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
         old.execute("CREATE TABLE verdicts (key TEXT)")
     with pytest.raises(UserError, match="is not a cache of this version: name another file"):
         Cache(tmp_path / "old.sqlite")
+
+
+def test_a_full_disk_and_a_damaged_file_get_one_sentence(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c.sqlite")
+    cache._database.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(UserError, match=r"the cache .*c.sqlite cannot be used: database or disk is full"):
+        cache.put({"query": "Emma"}, "x" * 100_000)
+    cache.close()
+    whole = (tmp_path / "c.sqlite").read_bytes()
+    (tmp_path / "c.sqlite").write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    with pytest.raises(UserError, match=r"the cache .*c.sqlite cannot be used: database disk image is malformed"):
+        Cache(tmp_path / "c.sqlite").get({"query": "Emma"})

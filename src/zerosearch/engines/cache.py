@@ -26,7 +26,7 @@ FORMAT = 2
 class Cache:
     """Replies by request; both are JSON, and a request holds all that its reply depends on.
 
-    Raises `UserError` for a file that is missing where it is only read, or not a cache.
+    Raises `UserError` for a file that is missing where it is only read, not a cache, or damaged, and for a full disk.
     """
 
     def __init__(self, path: str | Path, read_only: bool = False) -> None:
@@ -38,23 +38,29 @@ class Cache:
 
     def get(self, request: Mapping[str, Any]) -> Any:
         """Return the reply to a request, `None` if there is none."""
-        found = self._database.execute("SELECT reply FROM replies WHERE key = ?", (_key(request),)).fetchone()
-        return found and json.loads(found[0])
+        found = self._run("SELECT reply FROM replies WHERE key = ?", _key(request))
+        return json.loads(found[0][0]) if found else None
 
     def put(self, request: Mapping[str, Any], reply: Any) -> None:
         """Keep the reply to a request."""
-        with self._database:  # commits
-            row = (_key(request), json.dumps(request), json.dumps(reply))
-            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+        row = (_key(request), json.dumps(request), json.dumps(reply))
+        self._run("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", *row)
 
     def engines(self) -> list[dict[str, Any]]:
         """Return the identity of every engine whose answers are here."""
-        found = self._database.execute("SELECT DISTINCT json_extract(request, '$.engine') FROM replies")
+        found = self._run("SELECT DISTINCT json_extract(request, '$.engine') FROM replies")
         return [json.loads(text) for (text,) in found if text]
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+    def _run(self, statement: str, *values: str) -> list[Any]:
+        try:
+            with self._database:  # commits
+                return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:  # a full disk, a damaged file
+            raise UserError(f"the cache {self.path} cannot be used: {error}") from error
 
     def _opened(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
