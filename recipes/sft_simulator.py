@@ -16,29 +16,27 @@ made and how faithful it is. `--push_to_hub true --hub_model_id you/simulator` u
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from trl import ModelConfig, SFTConfig
 
 from zerosearch.checkpoints import hide_hub_token, training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import write_json, write_text
-from zerosearch.generation.loading import base_of_adapter, fit_to_cpu, load_tokenizer
+from zerosearch.files import write_json
+from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
-from zerosearch.simulator.cards import create_repository, push_folder, simulator_card
+from zerosearch.simulator.cards import create_repository, push_folder
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import HeldOutQuery, read_held_out
 from zerosearch.simulator.server import exit_on_signals
-from zerosearch.simulator.tuning import measure_tuned, tune
+from zerosearch.simulator.tuning import measure_tuned, tune, write_readme
 
 MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidelity.svg")  # beside the model
 
@@ -117,45 +115,25 @@ def choose_tuning(tuning: str, model: ModelConfig) -> None:
 
 def finish(
     recipe: RecipeArguments,
-    model: ModelConfig,
     folder: Path,
     made: dict[str, Any],
     held_out: list[HeldOutQuery],
     repository: str | None,
+    dtype: str,
 ) -> None:
     """Describe the simulator, measure it, and push it."""
     template = PROMPT_SETS[recipe.prompt].simulator
-    is_adapter = base_of_adapter(str(folder)) is not None
-    on_hub = repository is not None
-    served = folder.name if on_hub and is_adapter else repository or folder
-    commands = [f"hf download {repository} --local-dir {folder.name}"] if on_hub and is_adapter else []
-    commands.append(f"python recipes/serve_simulator.py --model {served}")
-
-    def write_readme(fidelity: str = "") -> None:
-        card = simulator_card(
-            title=(repository or folder.resolve().name).split("/")[-1],
-            base_model=None if Path(str(model.model_name_or_path)).exists() else model.model_name_or_path,
-            prompt=template if isinstance(template, str) else template.useful,
-            about=made,
-            fidelity=fidelity,
-            serve=commands,
-            adapter=is_adapter,
-        )
-        write_text(folder / "README.md", card)
-
     write_json(folder / "simulator.json", made)
-    write_readme()
-    print(f"simulator saved to {folder}; serve it: {commands[-1]}")
+    command = write_readme(folder, made, template, repository)
+    print(f"simulator saved to {folder}; serve it: {command}")
     if recipe.measure_fidelity:
-        gc.collect()
-        torch.cuda.empty_cache()
         exit_on_signals()  # so that no server stays
         about = {"model": str(folder), "prompt": recipe.prompt, "queries": recipe.held_out or recipe.searches}
         options = FidelityOptions(num_queries=recipe.fidelity_queries)
-        card = measure_tuned(folder, held_out, options, template, model.dtype or "auto", about)
+        card = measure_tuned(folder, held_out, options, template, dtype, about)
         write_card(card, folder / "fidelity")
         write_fidelity_plot(card, folder / "fidelity")
-        write_readme(card_markdown(card))
+        write_readme(folder, made, template, repository, card_markdown(card))
         print(f"\n{card_markdown(card)}\n")
     if repository:
         print(f"pushed to {push_folder(folder, repository, 'model', 'Add the simulator')}")
@@ -176,10 +154,10 @@ def main(argv: list[str] | None = None) -> None:
             repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
         training.push_to_hub = False  # TRL would push a card of its own
         about = {"base_model": model.model_name_or_path, "searches": recipe.searches, "prompt": recipe.prompt}
-        about |= {"tuning": recipe.tuning} | ({"merged": True} if recipe.merge else {})
+        about |= {"tuning": recipe.tuning} | ({} if recipe.tuning == "full" else {"merged": recipe.merge})
         made = about | tune(model, training, tokenizer, examples, checkpoint, recipe.merge)
         if is_first:
-            finish(recipe, model, folder, made, held_out, repository)
+            finish(recipe, folder, made, held_out, repository, model.dtype or "auto")
 
 
 if __name__ == "__main__":

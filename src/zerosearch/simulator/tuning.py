@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,9 +16,11 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
+from zerosearch.files import write_text
 from zerosearch.generation.loading import base_of_adapter, model_options, unsharded_loading, whole_model
 from zerosearch.generation.tokenization import chat_messages
 from zerosearch.prompts import SimulatorTemplate
+from zerosearch.simulator.cards import simulator_card
 from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_simulator
 from zerosearch.simulator.held_out import HeldOutQuery
 from zerosearch.simulator.server import SERVED_ADAPTER, ServerDied, simulator_server
@@ -125,6 +128,33 @@ def summary(trainer: SFTTrainer, model: ModelConfig) -> dict[str, Any]:
     return made | ({"lora_r": model.lora_r, "lora_alpha": model.lora_alpha} if model.use_peft else {})
 
 
+def write_readme(
+    folder: Path, made: Mapping[str, Any], template: SimulatorTemplate, repository: str | None, fidelity: str = ""
+) -> str:
+    """Write the model card of a simulator, and return the command that serves it: from the Hub if it goes there.
+
+    `made` says how it was made, `base_model` included; `fidelity` is its measurement as Markdown.
+    """
+    is_adapter = base_of_adapter(str(folder)) is not None
+    commands = [f"python recipes/serve_simulator.py --model {repository or folder}"]
+    if repository and is_adapter:  # vLLM serves an adapter from a folder
+        commands = [
+            f"hf download {repository} --local-dir {folder.name}",
+            f"python recipes/serve_simulator.py --model {folder.name}",
+        ]
+    card = simulator_card(
+        title=(repository or folder.resolve().name).split("/")[-1],
+        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
+        prompt=template if isinstance(template, str) else template.useful,
+        about=made,
+        fidelity=fidelity,
+        serve=commands,
+        adapter=is_adapter,
+    )
+    write_text(folder / "README.md", card)
+    return commands[-1]
+
+
 def measure_tuned(
     folder: Path,
     queries: Sequence[HeldOutQuery],
@@ -137,8 +167,11 @@ def measure_tuned(
 
     Raises `UserError` if that fails; the simulator is saved by then.
     """
-    on_gpu = torch.accelerator.is_available()
-    settings = {"dtype": "auto", "vllm_arguments": ("--gpu-memory-utilization", "0.6")} if on_gpu else {"dtype": dtype}
+    gc.collect()
+    settings: dict[str, Any] = {"dtype": dtype}
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+        settings = {"vllm_arguments": ("--gpu-memory-utilization", "0.6")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
