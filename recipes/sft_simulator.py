@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from trl import ModelConfig, SFTConfig
 
-from zerosearch.checkpoints import hide_hub_token, training_run
+from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import write_json
@@ -102,7 +102,6 @@ class SimulatorConfig(SFTConfig):
     def __post_init__(self) -> None:
         fit_to_cpu(self)
         super().__post_init__()
-        hide_hub_token(self)
 
 
 def choose_tuning(tuning: str, model: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import get_token
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps, hide_hub_token, training_run
+from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps, training_run
 from zerosearch.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,8 @@ def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: 
         assert checkpoint == str(tmp_path / "checkpoint-2")
         with pytest.raises(UserError, match="another run is writing to"), training_run(resuming, overwrite=False):
             pass
-        other_rank = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true", process_index=1)
+        names = {"output_dir": str(tmp_path), "resume_from_checkpoint": "true", "hub_token": None}
+        other_rank = SimpleNamespace(**names, process_index=1)
         with training_run(other_rank, overwrite=False) as seen:  # type: ignore[arg-type]
             assert seen == checkpoint
 
@@ -84,8 +85,8 @@ def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: 
 def test_the_hubs_token_is_in_no_saved_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
     config = settings(tmp_path, hub_token="hf_MARKER")
-    hide_hub_token(config)
-    torch.save(config, tmp_path / "training_args.bin")
+    with training_run(config, overwrite=False):
+        torch.save(config, tmp_path / "training_args.bin")
     assert b"hf_MARKER" not in (tmp_path / "training_args.bin").read_bytes()
     assert get_token() == "hf_MARKER"
 

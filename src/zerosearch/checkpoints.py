@@ -37,9 +37,10 @@ def training_run(config: TrainingArguments, overwrite: bool, written: Sequence[s
     """Hold the output folder for this run, and yield the checkpoint to resume from, or None for a fresh start.
 
     A fresh start with `overwrite` clears what an earlier run has written: WRITTEN, and the recipe's own names or
-    patterns, `written`. Only the main process does any of this.
+    patterns, `written`. Only the main process does any of this. `--hub_token` moves to the environment.
     Raises `UserError` if another run holds the folder, it is in use, or there is no checkpoint to resume from.
     """
+    hide_hub_token(config)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, str(config.output_dir))
     if config.process_index != 0:
         yield checkpoint

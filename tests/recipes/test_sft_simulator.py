@@ -349,6 +349,16 @@ def test_a_mistake_gets_one_sentence(
     assert len(errors) == 1 and message in errors[0]
 
 
+def test_a_checkpoint_of_another_tuning_is_refused(
+    searches: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
+) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    flags = arguments(searches, tmp_path, tuning="lora", resume_from_checkpoint=True)
+    assert f"{checkpoint} is of another --tuning" in refusal("sft_simulator", flags)
+
+
 def test_a_second_run_in_a_folder_is_refused(
     load_recipe: LoadRecipe, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

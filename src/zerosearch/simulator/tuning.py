@@ -51,6 +51,8 @@ def tune(
     Raises `UserError` for settings that do not work together, and for examples longer than `max_length`.
     """
     check_settings(training)
+    if checkpoint and Path(checkpoint, "adapter_config.json").is_file() != model.use_peft:
+        raise UserError(f"{checkpoint} is of another --tuning: resume with that, or start anew")
     examples = examples.map(
         lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
     )
