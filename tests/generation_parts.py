@@ -6,6 +6,7 @@ import asyncio
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +32,14 @@ class RainEngine:
 
     async def aclose(self) -> None:
         pass
+
+
+def listens_beyond_loopback(pid: int | None = None) -> list[str]:
+    """Return the addresses other than loopback that a process, or one of its children, listens on."""
+    process = psutil.Process(pid)
+    connections = [one for part in (process, *process.children(recursive=True)) for one in part.net_connections()]
+    listening = {f"{one.laddr.ip}:{one.laddr.port}" for one in connections if one.status == psutil.CONN_LISTEN}
+    return sorted(address for address in listening if not address.startswith(("127.", "::1:")))
 
 
 def load(directory: Path, num_slots: int = 256) -> TransformersGenerator:

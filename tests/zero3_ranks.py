@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
+from generation_parts import listens_beyond_loopback
 from peft import LoraConfig
 from rain import RainEngine, rain_trainer
 from safetensors.torch import save_file
@@ -48,8 +49,10 @@ class Watch(TrainerCallback):
         self.held: list[dict[str, dict[str, int]]] = []
         self.policy: dict[str, torch.Tensor] = {}
         self.vllm: dict[str, torch.Tensor] = {}
+        self.listens: list[str] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.listens = listens_beyond_loopback()
         trainer = self.trainer
         models = {"policy": trainer.model, "reference": trainer.ref_model}
         models |= {"critic": trainer.critic.model} if trainer.critic is not None else {}
@@ -140,6 +143,7 @@ def train(policy: Path, output: Path, case: str) -> None:
         "generator": type(trainer.generator).__name__,
         "log": trainer.state.log_history,
         "held": watch.held,
+        "listens": watch.listens,
         "trained": [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
     }
     (output / f"{RANK}.json").write_text(json.dumps(record))

@@ -17,6 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from zerosearch.errors import UserError
 from zerosearch.generation.adapter_weights import merged_weights, push_merged_copies
+from zerosearch.generation.vllm_workarounds import let_quantized_policy_learn
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -31,9 +32,7 @@ def adapted(directory: Path, quantized: bool = False, **config: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as the trainer does
+    let_quantized_policy_learn(model)  # as the trainer does
     return model.eval()
 
 

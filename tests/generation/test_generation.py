@@ -255,7 +255,7 @@ def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
     weights_sleeping: bool, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     engine = SleepyEngine(weights_sleeping)
-    with VLLMGenerator.of_trainer(engine, tiny_tokenizer).session(Sampling()):  # type: ignore[arg-type]
+    with VLLMGenerator(engine, tiny_tokenizer, engine).session(Sampling()):  # type: ignore[arg-type]
         engine.told.append("rollout")
     # TRL syncs before a rollout if a step was made; else the weights that went to sleep with the last one are gone.
     synced = ["sync weights"] if weights_sleeping else []
@@ -267,7 +267,7 @@ VLLM_SCRIPT = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from generation_parts import roll_out
+from generation_parts import listens_beyond_loopback, roll_out
 from zerosearch.generation.loading import load_generator, load_model
 from zerosearch.generation.vllm_workarounds import weights_in_place
 
@@ -280,6 +280,7 @@ def records(trajectories):
 
 result = {"greedy": records(roll_out(generator, temperature=0.0)), "sampled": records(roll_out(generator))}
 result["again"] = records(roll_out(generator))
+result["listens"] = listens_beyond_loopback()
 # A weight sync as TRL does it, of every weight negated: what the engine then says must be the new model's.
 model = load_model(adapter)
 negated = {name: -weight for name, weight in model.state_dict().items()}
@@ -315,7 +316,7 @@ def vllm_rollouts(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rollouts = json.loads(result.read_text())
-    return {"negated": directory / "negated"} | {
+    return {"negated": directory / "negated", "listens": rollouts.pop("listens")} | {
         name: [Trajectory(**record | {"turns": [Turn(**turn) for turn in record["turns"]]}) for record in records]
         for name, records in rollouts.items()
     }
@@ -335,6 +336,11 @@ def test_log_probabilities_of_vllm_are_those_of_a_forward_pass(vllm_rollouts: di
     assert sum(trajectory.searches for trajectory in trajectories) > 10
     assert largest_difference(adapter, trajectories) < 1e-4
     assert {turn.kind for trajectory in trajectories for turn in trajectory.turns} == {"search", "answer", "invalid"}
+
+
+@pytest.mark.slow
+def test_an_engine_in_this_process_is_reached_from_this_machine_alone(vllm_rollouts: dict[str, Any]) -> None:
+    assert vllm_rollouts["listens"] == []
 
 
 @pytest.mark.slow

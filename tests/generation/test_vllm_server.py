@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from generation_parts import largest_difference, load, roll_out, sample_remotely
+from generation_parts import largest_difference, listens_beyond_loopback, load, roll_out, sample_remotely
 from http_servers import free_ports, serving
 from transformers import PreTrainedTokenizerFast
 
@@ -117,8 +117,8 @@ def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
 @pytest.mark.parametrize(
     ("reply", "is_final", "message"),
     [
-        ({"choices": [{"text": "no ids"}]}, True, "its reply is no completion with token ids"),
-        ([], True, "its reply is no completion with token ids"),
+        ({"choices": [{"text": "no ids"}]}, True, "its reply is not a completion with token ids"),
+        ([], True, "its reply is not a completion with token ids"),
         (completion([1, 2], "abort", None), False, "gave the turn up: 2 tokens, finish_reason 'abort'"),
         (completion([], "stop", None), False, "gave the turn up: 0 tokens"),
     ],
@@ -197,7 +197,6 @@ def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast
 TRAINING_SCRIPT = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/generation"]
 from rain import RainEngine, rain_trainer
 
 policy, output, url = sys.argv[1:]
@@ -262,13 +261,19 @@ def test_a_real_server_samples_what_transformers_do(real_server: Any, tiny_polic
 
 
 @pytest.mark.slow
+def test_a_real_server_is_reached_from_this_machine_alone(real_server: Any) -> None:
+    assert listens_beyond_loopback(real_server[1].pid) == []
+
+
+@pytest.mark.slow
 def test_training_in_server_mode_pushes_the_weights_and_stops_with_a_checkpoint_when_the_server_ends(
     real_server: Any, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     url, server = real_server
     output = tmp_path / "policy"
     command = [sys.executable, "-c", TRAINING_SCRIPT, str(tiny_policy_dir), str(output), url]
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    training = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
     while not any(int(path.name.removeprefix("step-")) >= 4 for path in output.glob("step-*")):
         assert training.poll() is None and time.monotonic() < deadline

@@ -143,6 +143,11 @@ def test_every_model_is_sharded_beside_a_vllm_on_each_rank(one_and_two: tuple[Pa
 
 
 @every_case
+def test_one_process_with_a_vllm_is_reached_from_this_machine_alone(one_and_two: tuple[Path, Path], case: str) -> None:
+    assert [rank["listens"] for rank in records(one_and_two[0] / case)] == [[]]
+
+
+@every_case
 def test_two_ranks_log_what_one_does(one_and_two: tuple[Path, Path], case: str) -> None:
     (alone,), (first, _) = (records(run / case) for run in one_and_two)
     names = ["loss", "policy_loss", "grad_norm", "reward", "num_tokens", "search/policy_tokens", "search/searches"]

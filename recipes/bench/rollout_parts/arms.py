@@ -82,7 +82,7 @@ class Arms:
             )
         self.llm = self.trainer.vllm_generation.llm
         self.tokenizer = self.trainer.processing_class
-        self.generator = VLLMGenerator.of_trainer(self.trainer.vllm_generation, self.tokenizer)
+        self.generator = VLLMGenerator(self.trainer.vllm_generation.llm, self.tokenizer, self.trainer.vllm_generation)
         self.engine_steps = 0
         step = self.llm.llm_engine.step
 

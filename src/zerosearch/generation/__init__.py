@@ -3,14 +3,14 @@
 Three kinds of generator, by where the work is done:
 
 1. `Generator`: in this thread. `submit` hands it a turn, `step` advances the turns in flight by at least one token and
-   returns those that ended, so a new turn joins while others are still being decoded. `vllm_colocated` drives a vLLM
-   engine in this process; `transformers_engine` runs a transformers model.
-2. `CollectiveGenerator`: in this thread and, at the same time, in those of other ranks.
-3. `RemoteGenerator`: elsewhere, behind a network. `sample` is awaited for each turn, on the loop that searches run on,
-   and the rollout sleeps until the first turn or search arrives.
+   returns those that ended, so a new turn joins while others are still being decoded (`vllm_colocated`,
+   `transformers_engine`).
+2. `CollectiveGenerator`: in this thread and, in step, in those of other ranks (`vllm_tensor_parallel`).
+3. `RemoteGenerator`: behind a network. `sample` is awaited for each turn, on the loop that searches run on, and the
+   rollout sleeps until the first turn or search arrives (`vllm_server`, `chat_endpoint`).
 
-A turn ends when its text holds a stop string, at an end-of-sequence token, or at its token limit. Nothing is decoded
-and encoded again: the ids returned are the ids sampled, also when the closing tag ends inside a token.
+A turn ends when its text holds a stop string, at an end-of-sequence token, or at its token limit. The ids returned are
+the ids sampled, also when the closing tag ends inside a token.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SampledTurn:
 
 
 class GenerationError(RuntimeError):
-    """A turn could not be sampled. The message names the inference engine, where it is, and the remedy."""
+    """A turn could not be sampled. The message names the inference engine, its address, and the remedy."""
 
 
 class Generator(Protocol):
@@ -104,9 +104,10 @@ class CollectiveGenerator(Generator, Protocol):
 
 @runtime_checkable
 class RemoteGenerator(Protocol):
-    """What the rollout needs of an inference engine elsewhere; at most `max_concurrency` turns are awaited at once.
+    """What the rollout needs of an inference engine behind a network.
 
-    `name` says in messages what it is and where. A turn has a time limit, `RolloutSettings.turn_timeout_s`.
+    At most `max_concurrency` turns are awaited at once, each for at most `RolloutSettings.turn_timeout_s`. `name` says
+    in messages what the engine is and where.
     """
 
     name: str
@@ -115,7 +116,7 @@ class RemoteGenerator(Protocol):
     max_concurrency: int
 
     def session(self, sampling: Sampling) -> AbstractContextManager[None]:
-        """Sample in this way during one rollout. Raises `GenerationError` if the engine is not there."""
+        """Sample in this way during one rollout. Raises `GenerationError` if the engine cannot be reached."""
         ...
 
     async def sample(self, request: TurnRequest) -> SampledTurn:

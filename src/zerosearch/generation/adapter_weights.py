@@ -1,9 +1,9 @@
-"""The weights of a policy with LoRA adapters as vLLM takes them: whole, merged, in the dtype of the base.
+"""Push the weights of a policy with LoRA adapters to vLLM as merged copies, in the dtype of the base.
 
-TRL 1.16 merges the adapters into the policy itself, reads its weights, and takes the adapters out again. That rounds
-the base, twice a push: base and reference drift from what a checkpoint holds, and a base in 4 bits is quantized anew
-each time. It hands the packed bytes of such a base to vLLM, and 0.31 has no bitsandbytes to read them with. And under
-ZeRO-3 it gathers the whole policy at once. Here each weight is gathered and merged by itself, in a copy.
+TRL 1.16 merges the adapters into the policy itself, reads its weights, and unmerges them. That rounds the base twice a
+push, so that base and reference drift from the checkpoint, and quantizes a 4-bit base anew each time, whose packed
+bytes vLLM 0.31 cannot read. Under ZeRO-3 it gathers the whole policy at once. Here each weight is gathered and merged
+by itself, in a copy.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def push_merged_copies(generation: VLLMGeneration) -> None:
     """Have TRL push what `merged_weights` yields.
 
-    Under FSDP, and with adapters of biases, of bare parameters (experts) or of another kind than LoRA, it goes on as
-    it does.
+    TRL's own way stays under FSDP, and for adapters of biases, of bare parameters (experts) or of other kinds.
     """
     from peft import LoraConfig
 
@@ -37,7 +36,7 @@ def merged_weights(generation: VLLMGeneration) -> Iterator[tuple[str, torch.Tens
     model = generation.model
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        if model.prefix in name or "original_module" in name:  # an adapter's, or one that a trained copy replaces
+        if model.prefix in name or "original_module" in name:  # of an adapter, or replaced by a trained copy
             continue
         owner, adapted, kind = name.rpartition(".base_layer.")
         layer = modules[owner] if adapted else None
@@ -61,7 +60,7 @@ def dequantized(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight of a LoRA layer with what its active adapters add, rounded once."""
+    """Return the weight of a LoRA layer with its active adapters added, rounded once."""
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:  # such as DoRA
             weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight)

@@ -1,4 +1,4 @@
-"""Turns from a vLLM engine in this process: the trainer's colocated one, or one of its own for evaluation and chat."""
+"""Turns from a vLLM engine in this process: the trainer's colocated one, or a new one for evaluation and chat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class VLLMGenerator:
     """Drive a vLLM engine that lives in this process: a turn is admitted the moment it is submitted."""
 
     def __init__(self, llm: LLM, tokenizer: PreTrainedTokenizerBase, colocated: VLLMGeneration | None = None) -> None:
-        """Take the engine, and TRL's owner of it if it has one, which knows about sleep and weights."""
+        """Take the engine and, in training, TRL's owner of it, which knows about sleep and weights."""
         self.llm = llm
         self.engine = llm.llm_engine
         self.tokenizer = tokenizer
@@ -30,14 +30,9 @@ class VLLMGenerator:
         self.numbers = count()
         self.in_flight: dict[str, TurnRequest] = {}
 
-    @classmethod
-    def of_trainer(cls, colocated: VLLMGeneration, tokenizer: PreTrainedTokenizerBase) -> VLLMGenerator:
-        """Return a generator on the engine that TRL's trainer has made in this process."""
-        return cls(colocated.llm, tokenizer, colocated)
-
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
-        """Wake the engine for one rollout if it sleeps, and put it back to sleep once."""
+        """Wake a sleeping engine once for the rollout, and put it back to sleep at its end."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -53,26 +48,18 @@ class VLLMGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         sleeps = self.colocated is not None and self.colocated.enable_sleep_mode
-        if sleeps:
-            self._wake()
+        if self.colocated is not None and sleeps:
+            if self.colocated._llm_weights_sleeping:  # level 2 drops the weights: they must come from the trainer
+                self.colocated.sync_weights()
+            self.llm.wake_up(tags=["kv_cache"])
         try:
             yield
         finally:
             self.engine.abort_request(list(self.in_flight))  # only when the rollout was left by an error
             self.in_flight.clear()
-            if sleeps:
-                self._sleep()
-
-    def _wake(self) -> None:
-        assert self.colocated is not None
-        if self.colocated._llm_weights_sleeping:  # level 2 drops the weights: they must come from the trainer again
-            self.colocated.sync_weights()
-        self.llm.wake_up(tags=["kv_cache"])
-
-    def _sleep(self) -> None:
-        assert self.colocated is not None
-        self.llm.sleep(level=2)
-        self.colocated._llm_weights_sleeping = True
+            if self.colocated is not None and sleeps:
+                self.llm.sleep(level=2)
+                self.colocated._llm_weights_sleeping = True
 
     def submit(self, request: TurnRequest) -> None:
         self._add(request)
@@ -92,7 +79,7 @@ class VLLMGenerator:
         return [output for output in self.engine.step() if output.finished]
 
     def release(self, trajectory: int) -> None:
-        """Do nothing: the prefix cache forgets by itself."""
+        """Do nothing: the prefix cache evicts by itself."""
 
     def _sampled_turn(self, output: RequestOutput) -> SampledTurn:
         request = self.in_flight.pop(output.request_id)
@@ -101,6 +88,6 @@ class VLLMGenerator:
         logprobs = [entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)]
         finish: FinishReason = "length"
         if completion.finish_reason == "stop":
-            # At an end of sequence, the reason is no string but None or an id.
+            # At an end of sequence the reason is None or an id, not a string.
             finish = "stop" if isinstance(completion.stop_reason, str) else "eos"
         return SampledTurn(request.trajectory, token_ids, logprobs, finish)

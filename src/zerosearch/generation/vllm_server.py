@@ -123,7 +123,7 @@ class VLLMServerGenerator:
         return turn
 
     async def _check(self) -> None:
-        """Find out what is served. Raises `GenerationError` without a server that can be sampled from like this."""
+        """Read what is served. Raises `GenerationError` if these settings cannot be sampled with there."""
         self.model, longest = await self._get("v1/models", {}, read_served_model)
         self.max_context_tokens = min(self.max_context_tokens, longest)
         if self.sampling.temperature in (0.0, 1.0) and self.sampling.top_p == 1.0:
@@ -152,12 +152,12 @@ def read_turn(reply: Any, trajectory: int) -> SampledTurn:
         token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         reason, stop_reason = choice["finish_reason"], choice["stop_reason"]
     except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is no completion with token ids: {reply}", is_final=True) from None
+        raise CallFailed(f"its reply is not a completion with token ids: {reply}", is_final=True) from None
     if reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
         raise CallFailed(f"it gave the turn up: {len(token_ids)} tokens, finish_reason {reason!r}")
     finish: FinishReason = "length"
     if reason == "stop":
-        # At an end of sequence, the stop reason is no string but None or an id.
+        # At an end of sequence the stop reason is None or an id, not a string.
         finish = "stop" if isinstance(stop_reason, str) else "eos"
     return SampledTurn(trajectory, token_ids, logprobs, finish)
 
@@ -167,15 +167,15 @@ def read_served_model(reply: Any) -> tuple[str, int]:
     try:
         return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
     except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is no vLLM server's list of models: {reply}", is_final=True) from None
+        raise CallFailed(f"its reply is not a vLLM server's list of models: {reply}", is_final=True) from None
 
 
 def read_logprobs_mode(reply: Any) -> str:
-    """Return of what a vLLM server reports log-probabilities. Raises `CallFailed`."""
+    """Return which log-probabilities a vLLM server reports. Raises `CallFailed`."""
     try:
         return str(reply["vllm_config"]["model_config"]["logprobs_mode"])
     except (KeyError, TypeError):
-        raise CallFailed(f"its reply is no vLLM server's configuration: {reply}", is_final=True) from None
+        raise CallFailed(f"its reply is not a vLLM server's configuration: {reply}", is_final=True) from None
 
 
 def server_url(config: GRPOConfig) -> str:
@@ -206,10 +206,10 @@ def serve_arguments(model: str, port: str, gpu: bool) -> list[str]:
 
 
 class PolicyServerClient(VLLMClient):
-    """TRL's client, whose waits end, and which remembers a failed push instead of raising.
+    """TRL's client with time limits, which remembers a failed push instead of raising.
 
-    The push is a collective call under ZeRO-3: every rank must come out of it before the run can be stopped, with a
-    checkpoint, by all of them.
+    Under ZeRO-3 the push is a collective call: every rank must return from it before all of them can stop the run, with
+    a checkpoint.
     """
 
     failure: GenerationError | None = None
@@ -219,7 +219,7 @@ class PolicyServerClient(VLLMClient):
         if torch.device(device).type == "cuda":
             super().init_communicator(device)
         else:
-            self.get_server_info()  # says what is missing, if the server was started without its development mode
+            self.get_server_info()  # fails, with the reason, on a server without its development mode
             self.directory = TemporaryDirectory(prefix="zerosearch-weights-")
 
     def update_named_params(

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -91,11 +92,13 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
 def loopback_process_group() -> None:
     """Make the process group of a single process, in its own memory; vLLM takes what is there.
 
-    Its own would meet over TCP, and torch's TCPStore listens on every interface, whatever the address it is given.
+    Its own would meet over TCP, and torch's TCPStore listens on every interface, whatever the address it is given;
+    gloo listens on the interface that the host's name belongs to.
     """
     from torch import distributed
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not distributed.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)
 
 

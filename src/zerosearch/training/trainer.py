@@ -158,7 +158,7 @@ class SearchTrainer(GRPOTrainer):
             ranks = Ranks(self.args.vllm_tensor_parallel_size, timeout_s)
             return TensorParallelGenerator(ranks, self.vllm_generation, self._tokenizer)
         if self.use_vllm:
-            return VLLMGenerator.of_trainer(self.vllm_generation, self._tokenizer)
+            return VLLMGenerator(self.vllm_generation.llm, self._tokenizer, self.vllm_generation)
         longest = longest_context(self.model.config, limit)
         return TransformersGenerator(self._load_for_generation, self._tokenizer, self.eos_token_ids, longest)
 
