@@ -208,8 +208,8 @@ def serve_arguments(model: str, port: str, gpu: bool) -> list[str]:
 class PolicyServerClient(VLLMClient):
     """TRL's client with time limits, which remembers a failed push instead of raising.
 
-    Under ZeRO-3 the push is a collective call: every rank must return from it before all of them can stop the run, with
-    a checkpoint.
+    Under ZeRO-3 the push is a collective call: every rank must return from it before all of them can stop the run,
+    with a checkpoint.
     """
 
     failure: GenerationError | None = None
