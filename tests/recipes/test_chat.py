@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from scripted import Library, Writer
-
-from zerosearch.generation import SampledTurn, TurnRequest
-from zerosearch.prompts import PAPER
 
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
@@ -117,103 +112,3 @@ def test_a_failure_of_the_only_question_is_an_error(
     with pytest.raises(SystemExit) as caught:
         chat.main([*flags, "--question", "Who wrote Emma?"])
     assert caught.value.code == 2 and "HTTP status 401" in capsys.readouterr().err
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def written(chat: ModuleType, pieces: list[str], output: io.StringIO) -> str:
-    screen = chat.Screen(output)
-    for piece in pieces:
-        screen.write(piece)
-    screen.end_turn()
-    return output.getvalue()
-
-
-def test_colours_follow_the_tags_however_the_text_is_cut(chat: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    text = "<think> a < b </think> <search> Emma </search> x<y"
-    dim, yellow, plain = "\033[2m", "\033[33m", "\033[0m"
-    whole = written(chat, [text], Terminal())
-    assert whole == (
-        f"{dim}<think>{plain}{dim} a < b {plain}{dim}</think>{plain} {dim}<search>{plain}{yellow} Emma {plain}"
-        f"{dim}</search>{plain} x<y\n"
-    )
-
-    def visible(output: str) -> list[tuple[str, str]]:
-        """Return each character with the colour it is written in."""
-        characters, color = [], plain
-        for part in output.replace("\033", "\0\033").split("\0"):
-            code, text = (part[: part.index("m") + 1], part[part.index("m") + 1 :]) if "\033" in part else ("", part)
-            color = code or color
-            characters += [(character, color) for character in text]
-        return characters
-
-    assert visible(written(chat, list(text), Terminal())) == visible(whole)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert written(chat, list(text), Terminal()) == f"{text}\n"
-
-
-def test_a_file_gets_no_colours(chat: ModuleType) -> None:
-    assert written(chat, ["<think> x </think>"], io.StringIO()) == "<think> x </think>\n"
-
-
-class TokenByToken(Writer):
-    """Decodes one piece a step, in sight, as the transformers generator does."""
-
-    active: list[Any]
-
-    def submit(self, request: TurnRequest) -> None:
-        super().submit(request)
-        self.active = []
-
-    def step(self) -> list[SampledTurn]:
-        if not self.active:
-            (self.turn,) = super().step()
-            self.active = [type("Active", (), {"request": self.turn, "token_ids": []})]
-        token_ids = self.active[0].token_ids
-        token_ids.append(self.turn.token_ids[len(token_ids)])
-        if len(token_ids) < len(self.turn.token_ids):
-            return []
-        self.active = []
-        return [self.turn]
-
-
-def test_text_appears_as_it_is_decoded(chat: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = []
-
-    def write(context: str) -> str:
-        return TURNS[-1] if "<information>Doc" in context else TURNS[0]
-
-    generator = TokenByToken(write)
-    one = chat.Chat(generator, Library(), PAPER.agents["policy"], chat.ChatSettings(), "unknown")
-    show = one.generator.show
-
-    def watched(text: str) -> None:
-        seen.append(text)
-        show(text)
-
-    one.generator.show = watched
-    one.ask("Who wrote Emma?")
-    assert "".join(seen) == TURNS[0] + TURNS[-1] and max(map(len, seen)) == 4  # a piece at a time
-    printed = capsys.readouterr().out
-    assert printed.count(TURNS[0]) == 1 and "  Doc 1: Emma: Found for Emma author\n" in printed
-
-
-def test_documents_put_first_and_notes_are_shown(chat: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    def ask(agent: str, write: Callable[[str], str]) -> str:
-        chat.Chat(Writer(write), Library(), PAPER.agents[agent], chat.ChatSettings(), "unknown").ask("Who wrote Emma?")
-        return capsys.readouterr().out
-
-    printed = ask("rag", lambda context: "<answer> Jane Austen </answer>")
-    assert printed.startswith("  Doc 1: Emma: Found for Who wrote Emma?\n  Doc 2: Rain: It rains.\n<answer>")
-
-    def read_and_answer(context: str) -> str:
-        if context.endswith("What helps:\n"):
-            return "It is by Jane Austen."
-        return TURNS[-1] if "It is by" in context else TURNS[0]
-
-    assert "  read: <information>It is by Jane Austen.</information>\n" in ask("search-o1", read_and_answer)
-    assert "  no answer: all turns are used up\n" in ask("direct", lambda context: "I do not know.")
