@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zerosearch import data
 from zerosearch.data import (
@@ -406,3 +409,26 @@ def test_the_data_hash_knows_questions_answers_and_order_and_no_prompts() -> Non
 def test_flashrags_sizes_are_those_the_paper_scores() -> None:
     assert sum(benchmark.size for benchmark in BENCHMARKS.values()) == 51_713  # Search-R1 scores the full sets, too
     assert sum(min(benchmark.size, data.PAPER_QUESTIONS) for benchmark in BENCHMARKS.values()) == 3_125
+
+
+ANY_VALUE = st.none() | st.integers() | st.text(max_size=4) | st.lists(st.text(max_size=4) | st.none(), max_size=3)
+
+
+@given(st.dictionaries(st.sampled_from([*data.COLUMNS, "extra"]), ANY_VALUE), st.sampled_from(["jsonl", "parquet"]))
+def test_a_row_is_a_question_or_named_in_one_sentence(row: dict[str, Any], suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"qa.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({name: pa.array([value]) for name, value in row.items()}), path)
+        else:
+            path.write_text(json.dumps(row) + "\n")
+        try:
+            (found,) = load_questions(str(path)).to_list()
+        except UserError as error:
+            assert "qa." in str(error) and "\n" not in str(error)
+        else:
+            assert found["question"].strip() == found["question"] != ""
+            assert found["golden_answers"] and all(
+                answer.strip() == answer != "" for answer in found["golden_answers"]
+            )
+            assert isinstance(found["id"], str) and isinstance(found["dataset"], str) and len(found) == 4

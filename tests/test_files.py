@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zerosearch.errors import UserError
 from zerosearch.files import (
     JsonlLog,
     claim_output_dir,
+    json_object,
     read_json,
     read_jsonl,
     sole_writer,
@@ -23,6 +28,7 @@ from zerosearch.files import (
     write_jsonl,
     write_text,
 )
+from zerosearch.text import clean_json
 
 # Characters that `str.splitlines` takes for line ends, and what else JSON leaves as it is.
 ODD_TEXT = "a\u2028b\u2029c\x85d\x7f\ufeff"
@@ -180,3 +186,39 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         other.kill()
     with sole_writer(tmp_path / "out"):  # a kill releases it
         pass
+
+
+ANY_TEXT = st.text(st.characters(categories=None) | st.sampled_from("\0\n\r\x85\u2028\ud83d"), max_size=8)
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.dictionaries(ANY_TEXT, ANY_JSON, max_size=3), max_size=4), st.integers(1, 20))
+def test_what_is_written_is_read_and_half_a_line_costs_that_line_alone(rows: list[dict[str, Any]], cut: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_jsonl(path, rows)
+        assert rows_of(path) == clean_json(rows)
+        log = JsonlLog(path)
+        log.append(*rows)
+        log.close()
+        assert rows_of(path) == clean_json(rows) * 2
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-cut])
+        kept = whole[:-cut].count(b"\n")
+        assert [row for _, row in read_jsonl(path, skip_half_line=True)] == (clean_json(rows) * 2)[:kept]
+        JsonlLog(path).close()
+        assert rows_of(path) == (clean_json(rows) * 2)[:kept]
+
+
+@given(st.binary(max_size=30) | st.text(st.sampled_from('{}[]":,0aé\\u d8\n'), max_size=20).map(str.encode))
+def test_a_line_is_an_object_or_one_sentence_of_refusal(line: bytes) -> None:
+    try:
+        row = json_object(line, "rows.jsonl line 1")
+    except UserError as error:
+        assert str(error).startswith("rows.jsonl line 1 is not ") and "\n" not in str(error)
+    else:
+        assert isinstance(row, dict) and json.dumps(row).encode() and repr(row).encode()

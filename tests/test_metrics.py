@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zerosearch.metrics import cover_exact_match, exact_match, f1, holds_answer, normalize_answer
 
@@ -243,3 +245,25 @@ def test_scores_of_perturbed_answers_to_real_questions(perturb: Perturb, expecte
         for metric in (exact_match, cover_exact_match, f1)
     ]
     assert means == pytest.approx(expected, abs=5e-5)
+
+
+ANSWERS = st.text(st.sampled_from("ab THEthe.,?!é’ 1\n\u2028"), max_size=12) | st.text(max_size=12)
+
+
+@given(st.none() | ANSWERS, st.lists(ANSWERS, min_size=1, max_size=3), ANSWERS)
+def test_metrics_keep_their_properties(prediction: str | None, golden: list[str], other: str) -> None:
+    em, cover, score = (metric(prediction, golden) for metric in (exact_match, cover_exact_match, f1))
+    assert em in (0.0, 1.0) and cover in (0.0, 1.0) and 0.0 <= score <= 1.0
+    assert em <= cover and em <= score  # an exact match is covered, and has every word
+    for metric, value in ((exact_match, em), (cover_exact_match, cover), (f1, score)):
+        assert metric(None, golden) == 0.0
+        assert metric(prediction, [*golden, other]) == max(value, metric(prediction, [other]))  # the best counts
+        assert metric(prediction, golden[::-1]) == value
+        if prediction is not None:
+            assert metric(f" {prediction}\n", golden) == value
+
+
+@given(ANSWERS)
+def test_an_answer_that_says_something_matches_itself(answer: str) -> None:
+    assert normalize_answer(normalize_answer(answer)) == normalize_answer(answer)
+    assert exact_match(answer, [answer]) == float(bool(answer.strip()))
