@@ -124,11 +124,11 @@ def run_evaluations(
                 )
                 if results["stopped"]:
                     break
-                limits = limits.less(results["this_command"]["usd"], results["seconds"])
+                if number < len(todo):
+                    limits = limits.less(results["this_command"]["usd"], results["seconds"])
             except LimitReached as limit:
                 if not found:
                     raise
-                if number < len(todo):
-                    announce(f"{limit}; --resume true goes on")
+                announce(f"{limit}; --resume true goes on")
                 break
     return found
