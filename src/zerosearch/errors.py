@@ -21,7 +21,8 @@ def user_mistakes(*more: type[Exception]) -> Iterator[None]:
 
     Keep the block small: around a whole run it would hide the traceback of a defect of ours.
     """
+    mistakes: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
         yield
-    except (OSError, ValueError, *more) as error:
+    except mistakes as error:
         raise UserError(str(error) or type(error).__name__) from error
