@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+ChooseColumns = Callable[[Sequence[str], str], list[str]]  # of the columns there are, and whose they are
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,14 @@ def _rows(source: str, split: str, benchmark_source: str) -> Iterable[tuple[str,
     if suffix == ".jsonl":
         return read_jsonl(source)
     if suffix == ".parquet":
-        return _parquet_rows(source)
+        return parquet_rows(source, _wanted)
     if os.path.exists(source):
         raise UserError(f"{source} is neither a .jsonl nor a .parquet file")
-    return _hub_rows(source, split)
+    return hub_rows(source, split, _wanted)
 
 
-def _parquet_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def parquet_rows(source: str, choose: ChooseColumns) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a parquet file with its place; of its columns only the chosen ones are read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -196,12 +199,13 @@ def _parquet_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"there is no file {source}")
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            yield from _numbered(file.iter_batches(columns=_wanted(file.schema_arrow.names, source)), source)
+            yield from _numbered(file.iter_batches(columns=choose(file.schema_arrow.names, source)), source)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read as a parquet file: {error}") from error
 
 
-def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def hub_rows(source: str, split: str, choose: ChooseColumns) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a dataset on the Hub with its place; of its columns only the chosen ones are read."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -217,7 +221,7 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
         raise UserError(f"{message}: {error}") from error
     place = f"{source} ({split})"
     # As Arrow tables: nothing is decoded, so that no column opens the address of an image.
-    tables = dataset.select_columns(_wanted(dataset.column_names, place)).with_format("arrow").iter(1000)
+    tables = dataset.select_columns(choose(dataset.column_names, place)).with_format("arrow").iter(1000)
     return _numbered(tables, place)
 
 
@@ -229,7 +233,7 @@ def _wanted(columns: Sequence[str], source: str) -> list[str]:
     return [name for name in COLUMNS if name in columns]
 
 
-def _numbered(tables: Iterable[Any], source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _numbered(tables: Iterable[Any], source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of Arrow tables or batches, each with its place."""
     rows = (row for table in tables for row in table.to_pylist())
     for number, row in enumerate(rows, start=1):

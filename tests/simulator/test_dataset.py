@@ -72,6 +72,13 @@ def test_small_sets_can_be_left_out() -> None:
     assert set(sets) == {("Emma author", True), ("Emma author", False)}
 
 
+def test_a_set_keeps_what_its_search_says_and_the_first_wording_of_a_document() -> None:
+    search = {"id": "nq_0", "dataset": "nq", "golden_answers": ["Jane Austen", "Austen"]}
+    (built,) = build_sets([trace("q", "It rains.", "it  RAINS", verdicts=[False, False], **search)], SetOptions())
+    assert {name: built[name] for name in search} == search
+    assert built["documents"] == ["It rains."]
+
+
 def test_a_set_holds_no_more_than_it_may_and_no_document_twice() -> None:
     documents = [f"Document {n // 2}." for n in range(20)]
     (built,) = build_sets([trace("q", *documents, verdicts=[False] * 20)], SetOptions())
@@ -82,6 +89,7 @@ def test_a_set_holds_no_more_than_it_may_and_no_document_twice() -> None:
     ("options", "message"),
     [
         ({"num_words": 0}, "num_words is 0"),
+        ({"min_documents": 0}, "min_documents is 0"),
         ({"min_documents": 6}, "num_documents is 5, less than min_documents 6"),
         ({"p_test": 1.0}, "p_test is 1.0"),
         ({"p_test": -0.1}, "p_test is -0.1"),
@@ -91,6 +99,7 @@ def test_a_set_holds_no_more_than_it_may_and_no_document_twice() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SetOptions(**options)
+    SetOptions(num_documents=5, min_documents=5, num_words=1, p_test=0.0, fill_from_question=True)
 
 
 def test_verdicts_that_are_missing_are_named() -> None:
@@ -98,6 +107,8 @@ def test_verdicts_that_are_missing_are_named() -> None:
         build_sets(EMMA, SetOptions(judge="judge-2"))
     with pytest.raises(UserError, match="search 1 has 1 verdicts of 'rule' on 2 documents"):
         build_sets([trace("q", "a", "b", verdicts=[True])], SetOptions())
+    with pytest.raises(UserError, match="search 1 has 2 verdicts of 'rule' on 1 documents"):
+        build_sets([trace("q", "a", verdicts=[True, False])], SetOptions())
 
 
 def test_all_queries_of_a_question_are_in_one_split() -> None:
@@ -143,6 +154,10 @@ def test_statistics_count_what_went_in_and_came_out() -> None:
     assert train["questions"] == 1 and test["questions"] == 0 and test["useful"]["words"] is None
     assert (train["useful"]["sets"], train["useful"]["documents"]) == (2, {"1": 1, "2": 1})
     assert train["useful"]["answer_rate"] == 1.0 and train["noisy"]["answer_rate"] == 0.0
+    mixed = [{**sets[0], "split": "test", "documents": ["By Jane Austen.", "It rains."]}]
+    mixed.append({**sets[0], "split": "test", "golden_answers": ["yes"]})
+    test = statistics(EMMA, mixed, "rule")["sets"]["test"]["useful"]
+    assert (test["sets"], test["answer_rate"]) == (2, 1.0)  # one document is enough; a yes cannot be looked for
     assert train["noisy"]["words"] == {"mean": 2.0, "p5": 2.0, "p50": 2.0, "p95": 2.0}
 
 
@@ -170,13 +185,49 @@ def test_without_an_answer_the_sentence_nearest_to_the_query_is_kept() -> None:
     )
 
 
-def test_a_long_sentence_is_cut_around_the_answer_and_says_so() -> None:
+def test_sentences_before_the_chosen_one_fill_what_room_is_left() -> None:
+    text = "One two three four. Five six seven eight. Nine ten eleven twelve. Here it rains indeed."
+    assert excerpt(Passage("", text), 10, "rain rains") == text.partition(". ")[2]  # 12 words, to the last
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["It is by J. Austen of Steventon.", "He lived close to St. Louis then.", "There came with Mrs. Austen at last."],
+)
+def test_a_sentence_does_not_end_after_an_initial_or_an_abbreviation(sentence: str) -> None:
+    text = f"One two three four five six seven. {sentence} It rains."
+    assert excerpt(Passage("", text), 7, sentence.split()[-1]) == sentence
+
+
+@pytest.mark.parametrize(
+    ("answers", "window"),
+    [
+        (["w49 W50"], range(44, 56)),  # in the middle of it
+        (["w11"], range(12)),  # the beginning, where that holds it
+        (["w12"], range(7, 19)),
+        (["w40 w41 w42 w43 w44 w45 w46 w47 w48 w49 w50 w51"], range(40, 52)),  # just room for it
+        (["w98"], range(88, 100)),
+        (["w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22"], range(12)),  # no room for it
+        ([], range(12)),
+    ],
+)
+def test_a_long_sentence_is_cut_around_the_answer_and_says_so(answers: list[str], window: range) -> None:
     sentence = " ".join(f"w{n}" for n in range(100))
-    text = excerpt(Passage("", sentence), 10, "q", ["w49 W50"])
-    words = text.split()
-    assert words[0] == words[-1] == "..." and len(words) == 14
-    assert {"w49", "w50"} <= set(words) and text == excerpt(Passage("", sentence), 10, "q", ["w49 W50"])
-    assert excerpt(Passage("", sentence), 10, "q") == " ".join(f"w{n}" for n in range(12)) + " ..."
+    start, end = "... " if window[0] else "", "" if window[-1] == 99 else " ..."
+    assert excerpt(Passage("", sentence), 10, "q", answers) == start + " ".join(f"w{n}" for n in window) + end
+
+
+def test_a_title_takes_at_most_half_of_the_room() -> None:
+    text = "a b c d e f g h i j k l m n o p q r s t"
+    assert excerpt(Passage("One two three four five six", text), 10, "q").startswith(
+        "One two three four five six: a b"
+    )
+    assert excerpt(Passage("One two three four five six seven", text), 10, "q").startswith("a b c")
+
+
+def test_a_title_stays_where_the_answer_runs_over_the_end_of_a_sentence() -> None:
+    passage = Passage("Numbers", "a b c d e f g h i j k l one two three. Four words are here. " + "And no more. " * 9)
+    assert excerpt(passage, 8, "else", ["three four"]) == "Numbers: ... l one two three. Four words are here. ..."
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,25 @@ in `EXAMPLE_FORMS`, and is used as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zerosearch.data import hub_rows, parquet_rows
 from zerosearch.errors import UserError
 from zerosearch.files import read_jsonl
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import format_documents
+from zerosearch.text import clean_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = {"question": str, "golden_answers": list, "query": str, "documents": list, "useful": bool}
+KNOWN_COLUMNS = {
+    *COLUMNS,
+    *("prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system"),
+}
 ROLES = {"human": "user", "gpt": "assistant"}  # as the "conversations" of ShareGPT call them
 EXAMPLE_FORMS = (
     "{question, golden_answers, query, documents, useful}",
@@ -83,45 +89,31 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"the folder {source} holds no {split}.jsonl")
     if path.suffix == ".jsonl":
         return read_jsonl(path)
-    if path.suffix in (".json", ".parquet") and not path.is_file():
-        raise UserError(f"there is no file {path}")
+    if path.suffix == ".parquet":
+        return parquet_rows(source, _known)
     if path.suffix == ".json":
-        return _numbered(_json_list(path), source)
-    if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"{source} is no .jsonl, .json or .parquet file")
-    return _numbered(_dataset(source, split), f"{source} ({split})")
+        return _json_rows(path)
+    if path.is_file():
+        raise UserError(f"{source} is not a .jsonl, .json or .parquet file")
+    return hub_rows(source, split, _known)
 
 
-def _numbered(rows: Iterable[dict[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} row {number}", row
+def _known(columns: Sequence[str], source: str) -> list[str]:
+    """Return the columns that an example may have, or, to name them in the error, all where none is one of these."""
+    return [name for name in columns if name in KNOWN_COLUMNS] or list(columns)
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
+        rows = clean_json(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is no list of JSON objects")
-    return rows
-
-
-def _dataset(source: str, split: str) -> Dataset:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if Path(source).is_file():
-            return datasets.load_dataset("parquet", data_files=source, split="train")
-        return datasets.load_dataset(source, split=split)
-    # What the Hub client raises for a wrong name, split or permission, and for a network that is not there.
-    except (FileNotFoundError, ConnectionError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise UserError(
-            f"{source!r} (split {split!r}) is no file or folder here and cannot be loaded from the Hub: {error}"
-        ) from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{source} cannot be read: {error.__cause__ or error}") from error
+        raise UserError(f"{path} is not a list of JSON objects")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", row
 
 
 def _checked_search(row: dict[str, Any], place: str) -> dict[str, Any]:
@@ -152,7 +144,7 @@ def _example(row: dict[str, Any], place: str, template: SimulatorTemplate) -> di
             f"{', '.join(EXAMPLE_FORMS)}"
         )
     if not prompt or [message["role"] for message in completion] != ["assistant"]:
-        raise UserError(f"{place} is no prompt with one reply to learn: {json.dumps(row, default=str)[:200]}")
+        raise UserError(f"{place} is not a prompt with one reply to learn: {json.dumps(row, default=str)[:200]}")
     if prompt[0]["role"] != "system":  # as in every search: see simulator_messages
         prompt = [{"role": "system", "content": ""}, *prompt]
     return {"prompt": prompt, "completion": completion}
