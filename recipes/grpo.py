@@ -28,12 +28,12 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation import GenerationError
-from zerosearch.generation.loading import load_tokenizer
+from zerosearch.generation.loading import load_tokenizer, model_options, start_weights
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.advantages import AdvantageFunction
 from zerosearch.training.rewards import f1_reward
-from zerosearch.training.runs import WRITTEN, costs, model_options, policy_weights
+from zerosearch.training.runs import WRITTEN, costs
 from zerosearch.training.trainer import NoiseFunction, SearchConfig, SearchTrainer
 
 # What the answers are worth: functions of TRL's signature, added up. Each gets the columns of the dataset and, for
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         config.model_init_kwargs = model_options(model, config)
         with user_mistakes(ImportError, RuntimeError):  # TRL's word on what does not fit together
             trainer = SearchTrainer(
-                model=policy_weights(model, config),
+                model=start_weights(model, config),
                 reward_funcs=REWARDS,
                 args=config,
                 engine=engine,

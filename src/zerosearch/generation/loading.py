@@ -239,6 +239,13 @@ def model_identity(model: str, revision: str = "main") -> dict[str, str]:
     return {"model": model, "weights_fingerprint": digest.hexdigest()[:32]}
 
 
+def start_weights(model: ModelConfig, training: TrainingArguments) -> str:
+    """Return the name of the whole weights that a training starts from; an adapter is merged into its base, once."""
+    folder, trust_remote_code = Path(str(training.output_dir)), getattr(training, "trust_remote_code", False)
+    with training.main_process_first(local=False):
+        return whole_model(str(model.model_name_or_path), folder, model.model_revision, trust_remote_code)
+
+
 def model_options(model: ModelConfig, training: Any) -> dict[str, Any]:
     """Return the keyword arguments of `from_pretrained` for TRL's trainers, which by themselves use none of `model`'s.
 

@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.files import write_text
-from zerosearch.generation.loading import base_of_adapter, model_options, unsharded_loading, whole_model
+from zerosearch.generation.loading import base_of_adapter, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
 from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.cards import simulator_card
@@ -56,11 +56,7 @@ def tune(
     examples = examples.map(
         lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
     )
-    with training.main_process_first(local=False):
-        base = whole_model(
-            str(model.model_name_or_path), Path(training.output_dir), model.model_revision, training.trust_remote_code
-        )
-    model = replace(model, model_name_or_path=base)
+    model = replace(model, model_name_or_path=start_weights(model, training))
     training.model_init_kwargs = model_options(model, training)
     try:
         trainer = Tuner(

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 from trl import GRPOConfig
 
-from zerosearch.checkpoints import hide_hub_token
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import fit_to_cpu
 from zerosearch.noise import NoiseSchedule
@@ -141,7 +140,6 @@ class SearchConfig(GRPOConfig):
         self.noise_schedule()  # each raises UserError for values that cannot work
         self.rollout_settings()
         self._check_budgets()
-        hide_hub_token(self)
 
     def _batch_that_works(self) -> str:
         """Return the smallest larger micro-batch that holds whole groups, where the batch is what was wrong."""
