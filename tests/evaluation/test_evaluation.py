@@ -210,13 +210,13 @@ def test_a_finished_evaluation_that_is_resumed_asks_nothing(tmp_path: Path) -> N
     assert engine.requests == []
 
 
-def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = run(tmp_path)
     path = tmp_path / "trajectories.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     engine = Library()
     assert the_same(run(tmp_path, engine=engine, resume=True)) == the_same(whole)
-    assert [request.query for request in engine.requests] == ["11"]
+    assert [request.query for request in engine.requests] == ["11"] and "ended in half a line" in caplog.text
     path.write_bytes(b"broken\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"trajectories\.jsonl line 1 is not JSON"):
         run(tmp_path, resume=True)

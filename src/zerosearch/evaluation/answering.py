@@ -186,7 +186,8 @@ def _finished(path: Path, manifest: Mapping[str, Any]) -> dict[tuple[int, int], 
     if not (path.parent / "manifest.json").is_file():
         return {}
     _check_same(manifest, path.parent)
-    records = read_trajectories(path) if path.is_file() else []
+    JsonlLog(path).close()  # drops half a line, and says so
+    records = read_trajectories(path)
     return {(one["row"], one["sample"]): one for one in records if one["outcome"] != "failed_search"}
 
 
