@@ -323,7 +323,7 @@ def test_killed_half_way_and_started_again_no_query_is_paid_for_twice(
         os.kill(process.pid, signal.SIGKILL)
     before = dict(servers.queries)
     with sqlite3.connect(tmp_path / "out/searches.sqlite") as database:
-        paid = [json.loads(text)["query"] for (text,) in database.execute("SELECT request FROM searches")]
+        paid = [json.loads(text)["query"] for (text,) in database.execute("SELECT request FROM replies")]
     assert (len(before), len(paid)) == (24, 20)  # lost with the kill: no more than was in flight
     log = tmp_path / "out/trajectories.jsonl"
     finished = len(rows_of(log))
