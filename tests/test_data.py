@@ -411,7 +411,12 @@ def test_flashrags_sizes_are_those_the_paper_scores() -> None:
     assert sum(min(benchmark.size, data.PAPER_QUESTIONS) for benchmark in BENCHMARKS.values()) == 3_125
 
 
-ANY_VALUE = st.none() | st.integers() | st.text(max_size=4) | st.lists(st.text(max_size=4) | st.none(), max_size=3)
+ANY_VALUE = (
+    st.none()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.text(max_size=4)
+    | st.lists(st.text(max_size=4) | st.none(), max_size=3)
+)
 
 
 @given(st.dictionaries(st.sampled_from([*data.COLUMNS, "extra"]), ANY_VALUE), st.sampled_from(["jsonl", "parquet"]))
