@@ -121,10 +121,14 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "there is no checkpoint to resume from: /",
     ),
     "no such checkpoint": (lambda s: s.update(resume_from_checkpoint="/no/such"), "to resume from: /no/such"),
-    "unknown engine": (lambda s: s.update(engine="altavista"), "engine is 'altavista': it must be one of"),
-    "unknown prompt": (lambda s: s.update(prompt="mine"), "prompt is 'mine': it must be one of paper, tinyworld"),
-    "unknown algorithm": (lambda s: s.update(algorithm="dpo"), "it must be reinforce, rloo, grpo or ppo"),
+    "unknown engine": (lambda s: s.update(engine="altavista"), "argument --engine: invalid choice: 'altavista'"),
+    "unknown prompt": (lambda s: s.update(prompt="mine"), "argument --prompt: invalid choice: 'mine'"),
+    "unknown algorithm": (lambda s: s.update(algorithm="dpo"), "argument --algorithm: invalid choice: 'dpo'"),
     "quantized without LoRA": (lambda s: s.update(load_in_4bit=True), "a quantized policy cannot learn"),
+    "evaluation without questions": (lambda s: s.update(eval_strategy="steps"), "eval_dataset"),
+    "no such attention": (lambda s: s.update(attn_implementation="flash_attention_2"), "FlashAttention2"),
+    "no such tracker": (lambda s: s.update(report_to="wandb"), "wandb"),
+    "no such LoRA target": (lambda s: s.update(use_peft=True, lora_target_modules="nowhere"), "nowhere"),
     "too few questions": (lambda s: s.update(per_device_train_batch_size=80), "has 12 questions, and a step takes 20"),
 }
 
