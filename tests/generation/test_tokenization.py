@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHAT_TEMPLATE, TEXT
-from rollout_parts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
+from scripted_rollouts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rollout_parts import (
+from scripted_rollouts import (
     ScriptedEngine,
     ScriptedGenerator,
     ScriptedRemoteGenerator,
