@@ -20,7 +20,7 @@ from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.generation import GenerationError
 from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
-from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.rollout.loop import RolloutSettings, Trajectory, run_rollouts
 
 RANK = int(os.environ.get("RANK", 0))
 ROWS = [
@@ -31,18 +31,15 @@ SHARES = [ROWS[:10], ROWS[10:]]  # of different number, so that one rank is done
 
 
 class UnevenEngine:
-    """Rain after a time that no other rank can know; a defect where `fails` says so."""
+    """Rain after a time that no other rank can know."""
 
     name, max_concurrency = "rain", 16
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self) -> None:
         self.delays = random.Random(RANK)
-        self.fails = fails
 
     async def search(self, request: SearchRequest) -> SearchResult:
         await asyncio.sleep(self.delays.random() * 0.05)
-        if self.fails:
-            raise KeyError("a defect of the engine")
         return SearchResult(tuple(f"It rains {request.query[:place]}." for place in range(1, 6)))
 
     async def aclose(self) -> None:
@@ -86,7 +83,12 @@ def rolled_out(
 ) -> list[dict[str, Any]]:
     settings = RolloutSettings(3, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
     keys = [(0, 0, int(row["id"]), 0) for row in rows]
-    trajectories = run_rollouts(rows, generator, UnevenEngine(fails), settings, keys=keys)
+
+    def watch(index: int, trajectory: Trajectory, event: str) -> None:
+        if fails and event == "observation":
+            raise KeyError("a defect")
+
+    trajectories = run_rollouts(rows, generator, UnevenEngine(), settings, keys=keys, watch=watch)
     return [{"ids": one.completion_ids, "mask": one.env_mask, "outcome": one.outcome} for one in trajectories]
 
 
