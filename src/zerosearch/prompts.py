@@ -220,7 +220,8 @@ class Agent:
     it at the start of the turn that may only answer, and read as its own. `reading_template` asks the same model,
     apart from the trajectory, for notes on the documents of a search; it then goes on with the notes in their place.
     `show_documents(documents, titles)` and `write_observation(documents)` make an observation of what a search found;
-    `hint` is the observation after a turn without an action.
+    `hint` is the observation after a turn without an action. An end of sequence that the model sampled before an
+    observation is dropped from context and training, as in the released code, unless `keeps_end_of_sequence`.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Agent:
     show_documents: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]] = untitled
     write_observation: Callable[[Sequence[str]], str] = format_observation
     hint: str = INVALID_ACTION_HINT
+    keeps_end_of_sequence: bool = False
 
     @property
     def looks_up_question(self) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, SampledTurn, TurnRequest
 from zerosearch.generation.tokenization import fit_observation, plain_text, prompt_token_ids, text_token_ids
-from zerosearch.prompts import INVALID_ACTION_HINT
+from zerosearch.prompts import INVALID_ACTION_HINT, PAPER
 from zerosearch.rollout import in_flight
 from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
@@ -263,6 +264,35 @@ def test_an_invalid_action_gets_a_hint_that_is_not_trained_on(tiny_tokenizer: Pr
     ]
     assert [turn.kind for turn in trajectory.turns] == ["invalid", "invalid", "answer"]
     assert trajectory.searches == 0
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])  # of a base and of a chat model
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_end_of_sequence_before_a_hint_is_dropped_unless_the_agent_keeps_it(
+    tiny_tokenizer: PreTrainedTokenizerFast, end: str, keeps: bool
+) -> None:
+    class Ending(ScriptedGenerator):
+        def write(self, request: TurnRequest) -> SampledTurn:
+            turn = super().write(request)
+            ids = [*turn.token_ids, tiny_tokenizer.convert_tokens_to_ids(end)]
+            return SampledTurn(request.trajectory, ids, [-0.5] * len(ids), "eos")
+
+    turns = ["Hm.", "", "<answer> x </answer>"]
+    generator = Ending(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    agent = replace(PAPER.policy, keeps_end_of_sequence=keeps)
+    (trajectory,) = run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings(), agent=agent)
+    kept = end if keeps else ""
+    expected = [(1, f"Hm.{kept}"), (0, INVALID_ACTION_HINT), (1, kept), (0, INVALID_ACTION_HINT)]
+    if not keeps:  # nothing of the second turn is left, so the hints stand side by side
+        expected = [(1, "Hm."), (0, INVALID_ACTION_HINT * 2)]
+    assert runs(trajectory, tiny_tokenizer)[: len(expected)] == expected
+    assert trajectory.answer == "x"
+    assert trajectory.policy_tokens == sum(trajectory.env_mask)
+    assert len(trajectory.completion_ids) == len(trajectory.env_mask) == len(trajectory.logprobs)
+    assert [turn.text for turn in trajectory.turns] == [f"Hm.{kept}", kept, f"<answer> x </answer>{end}"]
+    contexts = [list(request.context_ids) for request in generator.requests[0]]
+    whole = trajectory.prompt_ids + trajectory.completion_ids
+    assert all(context == whole[: len(context)] for context in contexts), "ids only grow"
 
 
 def test_the_last_turn_may_only_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -64,6 +64,13 @@ def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [token_id for ids in encoded for token_id in ids]
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of the special tokens: those that have a role, and all that were added as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    roles = getattr(tokenizer, "all_special_ids", ())
+    return frozenset({*roles, *(token_id for token_id, token in added.items() if token.special)})
+
+
 def decoded_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """Return the text of ids to the letter: special tokens spelled out, no space before a full stop tidied away."""
     return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

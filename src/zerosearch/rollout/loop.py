@@ -37,6 +37,7 @@ from zerosearch.generation.tokenization import (
     fit_observation,
     plain_text,
     prompt_token_ids,
+    special_ids,
     text_token_ids,
 )
 from zerosearch.noise import keyed_uniform
@@ -142,6 +143,7 @@ class _Rollout:
         self.rows, self.keys = rows, keys
         self.engine, self.settings, self.p_noise, self.clock = engine, settings, p_noise, clock
         self.tokenizer = generator.tokenizer
+        self.special_ids = special_ids(generator.tokenizer)
         self.agent, self.watch, self.may_go_on = agent, watch, may_go_on or (lambda: True)
         self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
         self.max_live = max_live or len(rows)
@@ -422,6 +424,10 @@ class _Rollout:
             self._end(index, "truncated")
             return
         turn = trajectory.turns[-1]
+        keeps_end = self.agent.keeps_end_of_sequence or not turn.num_tokens
+        if not keeps_end and trajectory.completion_ids[-1] in self.special_ids:
+            own_ids = trajectory.completion_ids[-turn.num_tokens : -1]
+            trajectory.drop_last_sampled(decoded_text(self.tokenizer, own_ids))
         turn.observation, turn.num_observation_tokens = text, len(token_ids)
         trajectory.append_environment(token_ids)
         self._tell(index, "observation")

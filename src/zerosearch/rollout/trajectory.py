@@ -95,6 +95,13 @@ class Trajectory:
         self.logprobs += sampled.logprobs
         self.env_mask += [1] * len(sampled.token_ids)
 
+    def drop_last_sampled(self, text: str) -> None:
+        """Take out the id that was sampled last; `text` is that of its turn without it."""
+        for kept in (self.completion_ids, self.env_mask, self.logprobs):
+            kept.pop()
+        self.turns[-1].num_tokens -= 1
+        self.turns[-1].text = text
+
     def append_environment(self, token_ids: Sequence[int]) -> None:
         """Append what the environment says."""
         self.completion_ids += token_ids
