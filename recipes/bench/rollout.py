@@ -43,7 +43,7 @@ from typing import Any
 
 from rollout_parts.arms import ARMS, Arms, InstantGenerator, Measurement, ours
 from rollout_parts.show import cell_of, plot, print_in_flight, print_rows
-from rollout_parts.world import LATENCIES, Cell, World, save_counting_policy
+from rollout_parts.world import LATENCIES, Cell, World, cues_are_read, save_counting_policy
 from tqdm.auto import tqdm
 
 from zerosearch.command_line import exit_on_user_error, parse
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         result.update(parts)
         output.write_text(json.dumps(result, indent=1) + "\n")
 
-    with TemporaryDirectory() as directory:
+    with TemporaryDirectory() as directory, cues_are_read():
         save_counting_policy(Path(directory))
         arms = Arms(Path(directory), max([32, *in_flight, *(cell.trajectories for cell in planned)]))
         for arm in ARMS:

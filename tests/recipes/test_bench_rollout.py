@@ -47,18 +47,19 @@ def test_the_policy_samples_as_many_tokens_as_its_cue_says_and_searches(world: M
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     run = world.World("none", 3)
-    for row in range(6):
-        ids = prompt_token_ids(tokenizer, run.row(row)["prompt"])
-        for turn in range(2):
-            wanted = run.turn_tokens(row, turn)
-            torch.manual_seed(row)
-            sampled = model.generate(
-                torch.tensor([ids]), max_new_tokens=wanted, do_sample=True, pad_token_id=tokenizer.eos_token_id
-            )[0, len(ids) :].tolist()
-            action = parse_action(tokenizer.decode(sampled))
-            assert (action.kind, action.content) == ("search", "query")
-            assert parse_action(tokenizer.decode(sampled[:-1])).kind == "invalid"  # it ends with its last token
-            ids += sampled + text_token_ids(tokenizer, format_observation(run.documents(row, turn)))
+    with world.cues_are_read():
+        for row in range(6):
+            ids = prompt_token_ids(tokenizer, run.row(row)["prompt"])
+            for turn in range(2):
+                wanted = run.turn_tokens(row, turn)
+                torch.manual_seed(row)
+                sampled = model.generate(
+                    torch.tensor([ids]), max_new_tokens=wanted, do_sample=True, pad_token_id=tokenizer.eos_token_id
+                )[0, len(ids) :].tolist()
+                action = parse_action(tokenizer.decode(sampled))
+                assert (action.kind, action.content) == ("search", "query")
+                assert parse_action(tokenizer.decode(sampled[:-1])).kind == "invalid"  # it ends with its last token
+                ids += sampled + text_token_ids(tokenizer, format_observation(run.documents(row, turn)))
 
 
 def test_the_thinned_matrix_meets_each_pair_of_values_once(bench: ModuleType) -> None:

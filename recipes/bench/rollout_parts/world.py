@@ -9,6 +9,9 @@ searches as often as its budget lets it.
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -16,6 +19,7 @@ from statistics import NormalDist
 from typing import Any
 
 from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.generation import tokenization
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import PAPER, POLICY_PROMPT
 
@@ -25,6 +29,17 @@ MEDIAN_S, SIGMA = 0.3, 0.8  # log-normal: 5 % above 1.1 s, 1 % above 1.9 s
 TURN_TOKENS = (6, 14)  # shortest and longest turn, tags included
 CONTEXT_TOKENS = 2048
 WORDS = POLICY_PROMPT.replace("<", " ").replace(">", " ").split()
+
+
+@contextmanager
+def cues_are_read() -> Iterator[None]:
+    """Let documents spell added tokens, as the cues are such; elsewhere text from outside is cut inside them."""
+    original = tokenization.added_tokens
+    tokenization.added_tokens = lambda tokenizer: re.compile("(?!)")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tokenization.added_tokens = original
 
 
 @dataclass(frozen=True)

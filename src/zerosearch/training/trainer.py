@@ -503,7 +503,7 @@ def with_prompts(dataset: Any, agent: Agent) -> Any:
         return {name: with_prompts(one, agent) for name, one in dataset.items()}
     if dataset is None or "prompt" in (dataset.column_names or []):
         return dataset
-    return dataset.map(lambda row: {"prompt": agent.messages(row["question"])})
+    return dataset.map(lambda row: {"prompt": agent.messages(row["question"])}, desc="prompts")
 
 
 def row_number(row: Mapping[str, Any]) -> int:
