@@ -78,10 +78,6 @@ class Handed:
     scored: torch.Tensor | None = None  # (B, C), the tokens to score: to `_get_per_token_logps_and_entropies`
 
 
-class AlreadyTrained(Exception):
-    """The checkpoint that was resumed is that of the last step."""
-
-
 class SearchTrainer(GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
@@ -132,12 +128,10 @@ class SearchTrainer(GRPOTrainer):
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as TRL does; a run resumed from its last step only loads what that step has left."""
-        try:
-            return super().train(*args, **kwargs)
-        except AlreadyTrained:
-            return None
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no step beyond the last when a finished run is resumed; the Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler with the order of an epoch made from seed and epoch alone.
@@ -261,8 +255,6 @@ class SearchTrainer(GRPOTrainer):
         The critic learns here, from a batch just rolled out, step by step as the policy will, before the policy does:
         so their activations are never held together.
         """
-        if self.model.training and self.state.global_step >= self.state.max_steps:
-            raise AlreadyTrained  # the Trainer would make one step more than it was asked for
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs
