@@ -53,11 +53,14 @@ real: $(STAMP) ## real questions and passages, a random model: QUESTIONS=qa.json
 	$(BIN)/python recipes/evaluate.py --model outputs/real/policy --dataset $(QUESTIONS) --engine bm25 \
 		--corpus $(PASSAGES) --generator transformers --temperature 1 --max_turn_tokens 64 --output_dir outputs/real/evaluation
 
-test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest
+# Two test files at a time; one after the other where they would share a GPU.
+PYTEST = $(BIN)/python -m pytest $(if $(filter cpu novllm,$(DEVICE)),-n 2 --dist loadfile --no-loadscope-reorder)
 
-quick: $(STAMP) ## run the quick tests, two at a time
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+test: $(STAMP) ## run every test
+	$(PYTEST)
+
+quick: $(STAMP) ## run the quick tests
+	$(PYTEST) -q -m "not slow"
 
 format: $(STAMP) ## repair style and format
 	$(BIN)/ruff check --fix .
