@@ -9,15 +9,11 @@ with the real BM25 engine, which the policy has never met -> report.html.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +22,9 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir, sole_writer, write_json
 from zerosearch.report import summary_table, write_report
+from zerosearch.report.run import outcome
 from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
-from zerosearch.stages import Stages
+from zerosearch.stages import Stages, training_status
 
 RECIPES = Path(__file__).resolve().parent
 ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"
@@ -73,7 +70,7 @@ class Demo:
         generator = ("--simulator_url", simulator_url, "--use_vllm", self.generator == "vllm")
         recipe = ("recipes/grpo.py", "--config", CONFIGS / "tinyworld.yaml", *flags, *generator)
         launch = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml")
-        return self.stages.run("training", *launch, *recipe, status=training_status())
+        return self.stages.run("training", *launch, *recipe, status=training_status(5))
 
     def evaluate(self, when: str, model: Path, engine: str, simulator_url: str = "") -> None:
         """Score a policy on the evaluation world with one engine."""
@@ -104,42 +101,14 @@ class Demo:
         return train_seconds
 
 
-def training_status() -> Callable[[str], str | None]:
-    """Return what turns every fifth step in the trainer's log into a line of ours."""
-    steps = count(1)
-
-    def status(line: str) -> str | None:
-        values = {name: float(value) for name, value in re.findall(r"'([\w/]+)': '?(-?[\d.]+(?:e-?\d+)?)", line)}
-        if "reward" not in values or (step := next(steps)) % 5:
-            return None
-        searches, noise = values["search/searches"], values["search/p_noise"]
-        return f"step {step:>3}: reward {values['reward']:.2f}, {searches:.1f} searches a question, noise {noise:.2f}"
-
-    return status
-
-
 def results(directory: Path, arguments: DemoArguments, train_seconds: float, total_seconds: float) -> dict[str, Any]:
     """Gather what the stages wrote into the demo's results."""
-
-    def evaluation(name: str) -> dict[str, Any]:
-        return json.loads((directory / "evaluation" / name / "results.json").read_text())
-
-    before, after = evaluation("before-bm25"), evaluation("after-bm25")
-    state = json.loads((directory / "policy" / "trainer_state.json").read_text())
-    queries = json.loads((directory / "policy" / "engine_queries.json").read_text())
     return {
-        "em_before": before["em"]["mean"],
-        "em_after": after["em"]["mean"],
-        "em_after_interval": [after["em"]["low"], after["em"]["high"]],
-        "f1_after": after["f1"]["mean"],
-        "engine": after["engine"],
-        "real_engine_queries_in_training": sum(count for engine, count in queries.items() if engine != "simulated"),
-        "simulated_queries_in_training": queries.get("simulated", 0),
+        **outcome(directory, "bm25"),
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(total_seconds, 1),
         "generator": arguments.generator,
         "seed": arguments.seed,
-        "steps": state["global_step"],
     }
 
 

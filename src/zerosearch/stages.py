@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from zerosearch.errors import UserError
@@ -26,11 +28,21 @@ class Stages:
         """Print a line with the seconds since the start."""
         print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
 
-    def run(self, title: str, *command: object, status: Callable[[str], str | None] | None = None) -> float:
+    def run(
+        self,
+        title: str,
+        *command: object,
+        status: Callable[[str], str | None] | None = None,
+        makes: Path | None = None,
+    ) -> float:
         """Run a script and return its seconds; what `status` makes of a line of its output is printed.
 
+        Where the file it writes last, `makes`, is there already, it is passed over.
         Raises `UserError` if it fails, after printing its last lines.
         """
+        if makes is not None and makes.exists():
+            self.say(f"{title} (done before)")
+            return 0.0
         log_path = self.logs / f"{title.replace(' ', '-')}.log"
         started = time.monotonic()
         with (
@@ -57,3 +69,17 @@ class Stages:
         seconds = time.monotonic() - started
         self.say(f"{title} ({seconds:.0f} s)")
         return seconds
+
+
+def training_status(every: int) -> Callable[[str], str | None]:
+    """Return what turns a step in the trainer's log, one in `every`, into a line of ours."""
+    steps = count(1)
+
+    def status(line: str) -> str | None:
+        values = {name: float(value) for name, value in re.findall(r"'([\w/]+)': '?(-?[\d.]+(?:e-?\d+)?)", line)}
+        if "reward" not in values or (step := next(steps)) % every:
+            return None
+        searches, noise = values["search/searches"], values["search/p_noise"]
+        return f"step {step:>3}: reward {values['reward']:.2f}, {searches:.1f} searches a question, noise {noise:.2f}"
+
+    return status

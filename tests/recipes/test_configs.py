@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
@@ -59,7 +60,17 @@ def test_a_run_of_the_paper(name: str, load_recipe: Callable[[str], ModuleType])
 
 def test_every_training_config_is_a_run_of_the_paper_or_small() -> None:
     training = {path.stem for path in RECIPES.glob("configs/*.yaml") if "num_generations:" in path.read_text()}
-    assert training == {*PAPER_RUNS, "tinyworld", "hotpotqa-smoke"}
+    assert training == {*PAPER_RUNS, "tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
+
+
+def test_the_stages_of_smollm2_share_their_budgets_and_its_adapter_is_the_same_run() -> None:
+    names = ("smollm2-135m", "smollm2-135m-lora", "sft-policy-smollm2-135m", "evaluate-smollm2-135m")
+    full, adapter, *others = (yaml.safe_load((RECIPES / f"configs/{name}.yaml").read_text()) for name in names)
+    changed = {name for name in adapter if adapter[name] != full.get(name)}
+    own = {"lora_target_modules", "lora_r", "lora_alpha", "use_peft", "learning_rate", "output_dir"}
+    assert changed == own and full.keys() <= adapter.keys()
+    budgets = [name for name in full if name.startswith("max_t")] + ["num_documents"]
+    assert len(budgets) == 4 and all(other[name] == full[name] for name in budgets for other in others)
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

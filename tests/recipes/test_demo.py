@@ -15,7 +15,7 @@ import pytest
 
 from zerosearch.checkpoints import clear
 from zerosearch.files import sole_writer
-from zerosearch.stages import Stages
+from zerosearch.stages import Stages, training_status
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -27,13 +27,11 @@ def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
     return load_recipe("demo")
 
 
-def test_a_stage_reports_what_status_makes_of_its_output(
-    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stage_reports_what_status_makes_of_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "script.py"
     entry = "{'reward': '0.25', 'search/searches': '1.5', 'search/p_noise': '0.125', 'time/step_s': '2e+01'}"
     script.write_text(f'for _ in range(6): print("{entry}")\n')
-    Stages(tmp_path / "logs", tmp_path).run("work", script, status=recipe.training_status())
+    Stages(tmp_path / "logs", tmp_path).run("work", script, status=training_status(5))
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
     assert len(lines) == 1 and lines[0].endswith("step   5: reward 0.25, 1.5 searches a question, noise 0.12")
 

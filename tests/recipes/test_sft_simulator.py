@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_tuning_is_refused(
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
     flags = arguments(searches, tmp_path, tuning="lora", resume_from_checkpoint=True)
-    assert f"{checkpoint} is of another --tuning" in refusal("sft_simulator", flags)
+    assert f"{checkpoint} is of another tuning" in refusal("sft_simulator", flags)
 
 
 def test_a_second_run_in_a_folder_is_refused(

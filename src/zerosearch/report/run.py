@@ -97,6 +97,25 @@ def read_run(run_dir: Path) -> Run:
     return Run(folder, results or {}, log or [], scores)
 
 
+def outcome(folder: Path, engine: str) -> dict[str, Any]:
+    """Return what results.json says of a finished run: its scores with this engine, its queries, its steps.
+
+    Raises `UserError` if one of its files is missing.
+    """
+    before, after = (read_json(folder / f"evaluation/{policy}-{engine}/results.json") for policy in POLICIES)
+    queries = read_json(folder / "policy/engine_queries.json")
+    return {
+        "em_before": before["em"]["mean"],
+        "em_after": after["em"]["mean"],
+        "em_after_interval": [after["em"]["low"], after["em"]["high"]],
+        "f1_after": after["f1"]["mean"],
+        "engine": after["engine"],
+        "real_engine_queries_in_training": sum(count for name, count in queries.items() if name != SIMULATED),
+        "simulated_queries_in_training": queries.get(SIMULATED, 0),
+        "steps": read_json(folder / "policy/trainer_state.json")["global_step"],
+    }
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 

@@ -47,15 +47,17 @@ def tune(
 ) -> dict[str, Any]:
     """Tune a model on examples, save it, and return what to say of its training. An adapter is merged first.
 
+    An example is `{prompt, completion}`, chat messages, or `{input_ids, labels}`, as TRL takes them.
     With `merge`, the adapter goes to `adapter/` and the output folder holds the model with the adapter merged into it.
     Raises `UserError` for settings that do not work together, and for examples longer than `max_length`.
     """
     check_settings(training)
     if checkpoint and Path(checkpoint, "adapter_config.json").is_file() != model.use_peft:
-        raise UserError(f"{checkpoint} is of another --tuning: resume with that, or start anew")
-    examples = examples.map(
-        lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
-    )
+        raise UserError(f"{checkpoint} is of another tuning, full or LoRA: resume with that, or start anew")
+    if "prompt" in examples.column_names:
+        examples = examples.map(
+            lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
+        )
     model = replace(model, model_name_or_path=start_weights(model, training))
     training.model_init_kwargs = model_options(model, training)
     try:
@@ -84,7 +86,7 @@ def check_settings(training: SFTConfig) -> None:
     defaults = {field.name: field.default for field in fields(training)}
     for name in WITHOUT_EFFECT:
         if getattr(training, name) != defaults[name]:
-            raise UserError(f"--{name} has no effect on the tuning of a simulator: leave it out")
+            raise UserError(f"--{name} has no effect here: leave it out")
 
 
 def check_lengths(trainer: SFTTrainer, num_examples: int) -> None:

@@ -1,0 +1,122 @@
+"""Give a policy a cold start: teach it to search and answer by demonstrations, before RL.
+
+    python recipes/sft_policy.py --config recipes/configs/sft-policy-smollm2-135m.yaml --traces cold_start.jsonl
+    python recipes/sft_policy.py --model_name_or_path MODEL --trajectories outputs/evaluation/trajectories.jsonl
+
+`--traces` are real searches, rows `{question, golden_answers, query, documents}`; those of a question become one
+demonstration. `--trajectories` are those of an evaluation, of a larger model's say, with `--agent policy`: what scored
+at least `--min_f1` is learned (rejection sampling). Either way prompt, observations, ids and masks are made by the
+rollout itself, and the loss is on what the policy wrote. The budgets should be those of the training that follows.
+The paper has no cold start; small models need one. `--use_peft true` trains an adapter. `--save_strategy steps` and
+`--resume_from_checkpoint true` survive a kill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig
+
+from zerosearch.checkpoints import training_run
+from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.errors import UserError
+from zerosearch.files import read_jsonl, write_json
+from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
+from zerosearch.prompts import PROMPT_SETS, PromptSetName
+from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.simulator.dataset import excerpt
+from zerosearch.simulator.traces import as_passage, read_traces
+from zerosearch.simulator.tuning import tune
+from zerosearch.training.demonstrations import Demonstration, example, from_record, from_traces, replay
+
+MADE_HERE = ("cold_start.json",)
+
+
+@dataclass
+class RecipeArguments:
+    """What to learn from, and the budgets of a trajectory, in the policy's tokens."""
+
+    traces: str | None = field(default=None, metadata={"help": "Searches to make demonstrations of, JSONL."})
+    trajectories: str | None = field(default=None, metadata={"help": "trajectories.jsonl of an evaluation."})
+    min_f1: float = field(default=1.0, metadata={"min": 0, "max": 1, "help": "For trajectories: what is learned."})
+    num_documents: int = field(default=5, metadata={"min": 1, "help": "For traces: documents of a search."})
+    num_words: int = field(default=30, metadata={"min": 1, "help": "For traces: words of a document, about."})
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
+    max_turns: int = field(default=RolloutSettings.max_turns, metadata={"help": "Turns that may search."})
+    max_turn_tokens: int = field(default=RolloutSettings.max_turn_tokens, metadata={"help": "Longest turn."})
+    max_observation_tokens: int = field(
+        default=RolloutSettings.max_observation_tokens, metadata={"help": "Longest observation, tags included."}
+    )
+    max_trajectory_tokens: int = field(
+        default=RolloutSettings.max_trajectory_tokens, metadata={"help": "Longest trajectory, prompt included."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run's output."})
+
+    def __post_init__(self) -> None:
+        if (self.traces is None) == (self.trajectories is None):
+            raise UserError("name what to learn from: --traces or --trajectories, one of the two")
+
+
+@dataclass
+class PolicyConfig(SFTConfig):
+    """TRL's settings with values for a small model; all are our choice, as the paper has no cold start."""
+
+    output_dir: str = "outputs/cold-start"
+    learning_rate: float = 1e-4
+    per_device_train_batch_size: int = 8
+    num_train_epochs: float = 1
+    max_length: int | None = None  # the budgets limit a trajectory, and none is cut
+    logging_steps: float = 1
+    report_to: str = "none"
+    save_strategy: str = "no"
+
+    def __post_init__(self) -> None:
+        fit_to_cpu(self)
+        super().__post_init__()
+
+
+def demonstrations(recipe: RecipeArguments) -> list[Demonstration | None]:
+    """Return a demonstration of each question or trajectory, `None` where it gives none."""
+    if recipe.trajectories is not None:
+        records = [record for _, record in read_jsonl(recipe.trajectories)]
+        return [from_record(record) if record["f1"] >= recipe.min_f1 else None for record in records]
+    traces = read_traces(str(recipe.traces))
+    return from_traces([{**trace, "documents": shortened(trace, recipe)} for trace in traces])
+
+
+def shortened(trace: dict[str, Any], recipe: RecipeArguments) -> list[str]:
+    """Return the documents of a search, cut as a simulator's are."""
+    passages = map(as_passage, trace["documents"][: recipe.num_documents])
+    return [excerpt(passage, recipe.num_words, trace["query"], trace["golden_answers"]) for passage in passages]
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Write the demonstrations, tokenise them by the rollout, train, save."""
+    recipe, training, model = parse(RecipeArguments, PolicyConfig, ModelConfig, argv=argv)
+    budgets = ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens")
+    settings = RolloutSettings(**{name: getattr(recipe, name) for name in budgets})
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
+    given = demonstrations(recipe)
+    trajectories = replay([one for one in given if one], tokenizer, settings, PROMPT_SETS[recipe.prompt].policy)
+    kept = [trajectory for trajectory in trajectories if trajectory.outcome == "answered"]
+    source = recipe.traces or recipe.trajectories
+    counted = f"{len(kept)} of {len(given)} become demonstrations; {len(trajectories) - len(kept)} exceed the budgets"
+    if not kept:
+        raise UserError(f"{source} gives none to learn from: {counted}")
+    print(f"{source}: {counted}")
+    examples = Dataset.from_list([example(trajectory) for trajectory in kept])
+    with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
+        about = {"base_model": model.model_name_or_path, "source": source, "prompt": recipe.prompt}
+        about |= {name: getattr(recipe, name) for name in budgets}
+        made = about | tune(model, training, tokenizer, examples, checkpoint)
+        if training.process_index == 0:
+            write_json(Path(training.output_dir, "cold_start.json"), made)
+            print(f"policy saved to {training.output_dir}; train it: python recipes/grpo.py --model_name_or_path ...")
+
+
+if __name__ == "__main__":
+    main()

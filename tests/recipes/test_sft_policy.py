@@ -1,0 +1,107 @@
+"""The cold start as a user runs it: from real searches and from trajectories, killed and resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zerosearch.files import sole_writer
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+TRACES = [
+    {
+        "question": f"Where was {name} born?",
+        "golden_answers": [place],
+        "query": f"{name} born",
+        "documents": [{"title": name, "text": f"{name} was born in {place}."}, "It rains."],
+    }
+    for name, place in [("Emma", "Bath"), ("Jane", "Steventon"), ("Austen", "Hampshire")]
+]
+RECORD = {
+    **{"question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "searches": 1, "invalid_actions": 0},
+    "segments": [
+        {"source": "prompt", "text": "..."},
+        {"source": "policy", "text": "<search> who </search>"},
+        {"source": "documents", "text": "\n\n<information>Doc 1: It is Jane.</information>\n\n"},
+        {"source": "policy", "text": "<answer> Jane </answer>"},
+    ],
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    return write(path, [*TRACES, {**TRACES[0], "question": "Who is Fanny?", "golden_answers": ["Burney"]}])
+
+
+def flags(model: Path, output_dir: Path, /, **changes: Any) -> list[str]:
+    settings = {
+        **{"model_name_or_path": model, "output_dir": output_dir, "max_turns": 2, "max_steps": 4},
+        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+        **changes,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def test_searches_teach_a_policy_and_a_killed_run_ends_as_one_left_alone(
+    load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, traces: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe("sft_policy")
+    saving = {"save_strategy": "steps", "save_steps": 1, "traces": traces}
+    recipe.main(flags(tiny_policy_dir, tmp_path / "whole", **saving))
+    made = json.loads((tmp_path / "whole/cold_start.json").read_text())
+    assert (made["examples"], made["steps"], made["max_turns"], made["source"]) == (3, 4, 2, str(traces))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for name in ("checkpoint-3", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "killed" / name)
+    for name in ("model.safetensors", "cold_start.json"):
+        (tmp_path / "killed" / name).unlink()
+    recipe.main(flags(tiny_policy_dir, tmp_path / "killed", **saving, resume_from_checkpoint=True))
+    before, whole, resumed = map(weights, (tiny_policy_dir, tmp_path / "whole", tmp_path / "killed"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not torch.equal(before["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_trajectories_are_learned_by_their_score_and_an_adapter_is_saved_alone(
+    load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    scored = [{**RECORD, "f1": score} for score in (1.0, 0.5, 0.4)]
+    path = write(tmp_path / "trajectories.jsonl", [*scored, {**RECORD, "f1": 1.0, "invalid_actions": 1}])
+    changes = {"trajectories": path, "min_f1": 0.5, "use_peft": True, "lora_target_modules": "all-linear"}
+    load_recipe("sft_policy").main(flags(tiny_policy_dir, tmp_path / "out", **changes))
+    assert json.loads((tmp_path / "out/cold_start.json").read_text())["examples"] == 2
+    assert (tmp_path / "out/adapter_model.safetensors").is_file() and not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_what_cannot_work_is_refused(
+    refusal: Callable[[str, list[str]], str], tiny_policy_dir: Path, traces: Path, tmp_path: Path
+) -> None:
+    assert "--traces or --trajectories, one of the two" in refusal("sft_policy", flags(tiny_policy_dir, tmp_path))
+    few = flags(tiny_policy_dir, tmp_path, traces=traces, max_turn_tokens=5)
+    said = refusal("sft_policy", few)
+    assert "0 of 4 become demonstrations; 3 exceed the budgets" in said
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes.txt").write_text("mine")
+    used = flags(tiny_policy_dir, tmp_path / "used", traces=traces)
+    assert "is not empty" in refusal("sft_policy", used)
+    with sole_writer(tmp_path / "used"):
+        held = refusal("sft_policy", [*used, "--overwrite_output_dir", "true"])
+    assert "another run is writing" in held
