@@ -31,7 +31,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 REAL_DATA := $(if $(PASSAGES),--corpus $(PASSAGES)) $(if $(QUESTIONS),--questions $(QUESTIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test quick lint format bench tables clean
+.PHONY: help install demo real smollm test quick lint format bench tables clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ real: $(STAMP) ## real questions and passages, a random model: QUESTIONS=qa.json
 
 # Two test files at a time; one after the other where they would share a GPU.
 PYTEST = $(BIN)/python -m pytest $(if $(filter cpu novllm,$(DEVICE)),-n 2 --dist loadfile --no-loadscope-reorder)
+
+smollm: $(STAMP) ## the whole method on a real pretrained model, small: DATA=folder with real questions, searches, passages
+	@test -n "$(DATA)" || { echo "error: name the folder of the real data: make smollm DATA=folder" >&2; exit 2; }
+	$(BIN)/python recipes/smollm.py --data $(DATA)
 
 test: $(STAMP) ## run every test
 	$(PYTEST)

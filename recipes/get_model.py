@@ -21,7 +21,7 @@ from zipfile import ZipFile
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import write_json
+from zerosearch.files import models_folder, write_json
 
 SMOLLM2, MINILM = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"
 REPOSITORIES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct", MINILM: "sentence-transformers/all-MiniLM-L6-v2"}
@@ -44,7 +44,7 @@ class GetModelArguments:
         default_factory=lambda: [SMOLLM2, MINILM], metadata={"help": f"Any of {SMOLLM2}, {MINILM}."}
     )
     output_dir: str = field(
-        default=str(Path.home() / ".cache/zerosearch"), metadata={"help": "Folder that gets a folder for each model."}
+        default=str(models_folder()), metadata={"help": "Folder that gets a folder for each model."}
     )
 
     def __post_init__(self) -> None:

@@ -20,3 +20,12 @@ def test_a_stage_that_fails_shows_its_last_lines_and_names_its_log(
     shown = capfd.readouterr().err.split()
     assert "39" in shown and "25" in shown and "24" not in shown
     assert (tmp_path / "logs/some-work.log").read_text().count("line") == 40
+
+
+def test_a_stage_whose_file_is_there_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, made = tmp_path / "script.py", tmp_path / "made"
+    script.write_text(f"open({str(made)!r}, 'a').write('once')")
+    stages = Stages(tmp_path / "logs", tmp_path)
+    stages.run("work", script, makes=made)
+    assert stages.run("work", script, makes=made) == 0.0
+    assert made.read_text() == "once" and "work (done before)" in capsys.readouterr().out

@@ -177,6 +177,11 @@ def sole_writer(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def models_folder() -> Path:
+    """Return the folder of the models that recipes/get_model.py brings, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zerosearch")
+
+
 def _line(row: Mapping[str, Any]) -> bytes:
     return _encoded(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -1,0 +1,172 @@
+"""The pipeline of the real model: every command is one that its recipe takes, and what is done is not done again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from trl import ModelConfig
+
+from zerosearch.command_line import parse
+from zerosearch.engines.options import EngineOptions
+from zerosearch.generation.chat_endpoint import EndpointOptions
+from zerosearch.simulator.dataset import SetOptions
+from zerosearch.simulator.fidelity import FidelityOptions
+from zerosearch.stages import Stages
+from zerosearch.training.config import SearchConfig
+
+pytest_plugins = ("recipe_modules",)  # fixtures
+
+ROOT = Path(__file__).parents[2]
+STAGES = (
+    *("model", "split", "cold start", "searches", "simulator", "fidelity tuned", "fidelity real"),
+    *("evaluation before", "training", "evaluation after"),
+)
+
+
+@pytest.fixture
+def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("smollm")
+
+
+@pytest.fixture
+def given(tmp_path: Path, recipe: ModuleType) -> list[str]:
+    for name in recipe.DATA:
+        (tmp_path / name).touch()
+    return ["--data", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--models_dir", str(tmp_path / "models")]
+
+
+@pytest.fixture
+def commands(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Record the commands of the stages instead of running them, by title; each leaves the file it makes."""
+    recorded: dict[str, list[str]] = {}
+
+    def run(self: Stages, title: str, *command: object, makes: Path, status: Any = None) -> None:
+        if not makes.exists():
+            recorded[title] = [str(part) for part in command]
+            makes.parent.mkdir(parents=True, exist_ok=True)
+            makes.write_text("{}")
+
+    @contextmanager
+    def server(model: str, port: int, **settings: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(base_url=f"http://127.0.0.1:{port}/v1")
+
+    monkeypatch.setattr(Stages, "run", run)
+    monkeypatch.setattr(recipe, "simulator_server", server)
+    monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
+    monkeypatch.setattr(recipe.Smollm, "results", lambda self: {})
+    monkeypatch.setattr(recipe, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(recipe, "summary_table", lambda folder: "")
+    return recorded
+
+
+def split_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("split_questions", ROOT / "data/split_questions.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_stage_is_a_command_that_its_recipe_takes(
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]], load_recipe: Callable[[str], ModuleType]
+) -> None:
+    recipe.main([*given, "--rl_steps", "7", "--algorithm", "grpo", "--beta", "0.01"])
+    assert tuple(commands) == STAGES
+    policy, simulator, rl = (load_recipe(name) for name in ("sft_policy", "sft_simulator", "grpo"))
+    evaluation, fidelity = load_recipe("evaluate"), load_recipe("measure_fidelity")
+    classes: dict[str, tuple[type, ...]] = {
+        "recipes/get_model.py": (load_recipe("get_model").GetModelArguments,),
+        "data/split_questions.py": (split_script().SplitArguments,),
+        "recipes/sft_policy.py": (policy.RecipeArguments, policy.PolicyConfig, ModelConfig),
+        "recipes/build_simulator_data.py": (load_recipe("build_simulator_data").BuildArguments, SetOptions),
+        "recipes/sft_simulator.py": (simulator.RecipeArguments, simulator.SimulatorConfig, ModelConfig),
+        "recipes/measure_fidelity.py": (fidelity.RecipeArguments, FidelityOptions),
+        "recipes/evaluate.py": (
+            *(evaluation.EvaluationArguments, evaluation.EvaluationEngines),
+            *(evaluation.EvaluationSettings, EndpointOptions),
+        ),
+        "recipes/grpo.py": (rl.RecipeArguments, EngineOptions, SearchConfig, ModelConfig),
+    }
+    parsed = {title: parse(*classes[script], argv=flags) for title, (script, *flags) in commands.items()}
+    run = Path(given[3])
+    _, engine, training, model = parsed["training"]
+    assert (training.max_steps, training.algorithm, training.beta) == (7, "grpo", 0.01)
+    assert (engine.engine, engine.simulator_url) == ("simulated", "http://127.0.0.1:6001/v1")
+    assert model.model_name_or_path == str(run / "cold-start") and training.output_dir == str(run / "policy")
+    for when, scored in (("before", "cold-start"), ("after", "policy")):
+        asked, engines, *_ = parsed[f"evaluation {when}"]
+        assert asked.model == [str(run / scored)] and asked.dataset == [str(run / "data/test.jsonl")]
+        assert engines.engine == ["bm25"] and not asked.resume
+    assert parsed["cold start"][0].traces == str(run / "data/cold_start.jsonl")
+
+
+def test_a_stage_that_was_stopped_goes_on_and_a_finished_one_is_left(
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]]
+) -> None:
+    recipe.main(given)
+    run = Path(given[3])
+    commands.clear()
+    (run / "policy/trainer_state.json").unlink()
+    (run / "policy/checkpoint-1").mkdir()
+    (run / "policy/checkpoint-1/trainer_state.json").write_text("{}")
+    (run / "evaluation/after-bm25/results.json").unlink()
+    recipe.main(given)
+    assert tuple(commands) == ("training", "evaluation after")
+    resumed = " ".join(commands["training"])
+    assert "--resume_from_checkpoint True" in resumed and "overwrite" not in resumed
+    assert commands["evaluation after"][-2:] == ["--resume", "True"]
+    commands.clear()
+    recipe.main([*given, "--port", "7001"])
+    assert not commands
+
+
+def test_a_folder_of_other_settings_and_data_that_is_missing_are_refused(
+    recipe: ModuleType,
+    given: list[str],
+    commands: dict[str, list[str]],
+    refusal: Callable[[str, list[str]], str],
+) -> None:
+    recipe.main(given)
+    assert "holds a run of other settings" in refusal("smollm", [*given, "--rl_steps", "9"])
+    Path(given[1], "qa_train.jsonl").unlink()
+    assert "lacks qa_train.jsonl" in refusal("smollm", given)
+
+
+def test_results_hold_the_paired_difference(
+    load_recipe: Callable[[str], ModuleType], recipe: ModuleType, given: list[str]
+) -> None:
+    run = Path(given[3])
+    row = {"row": 0, "sample": 0, "dataset": "hotpotqa", "golden_answers": ["x"], "outcome": "answered", "turns": 1}
+    for when, answer in (("before", "y"), ("after", "x")):
+        folder = run / f"evaluation/{when}-bm25"
+        folder.mkdir(parents=True)
+        rows = [{**row, "id": str(n), "question": f"q {n}?", "answer": answer, "searches": 1} for n in range(4)]
+        (folder / "trajectories.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        score = {"mean": float(answer == "x"), "low": 0.0, "high": 1.0}
+        results = {"em": score, "f1": score, "engine": "bm25", "n": 4}
+        (folder / "results.json").write_text(json.dumps(results))
+    for path, content in {
+        "policy/engine_queries.json": {"simulated": 9},
+        "policy/trainer_state.json": {"global_step": 3},
+        "fidelity/tuned.json": {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1], "queries": 20},
+        "fidelity/real.json": {"answer_rate": 0.5},
+        "../models/SmolLM2-135M-Instruct/source.json": {"from": "the Hub"},
+    }.items():
+        (run / path).parent.mkdir(parents=True, exist_ok=True)
+        (run / path).write_text(json.dumps(content))
+    (run / "logs").mkdir()
+    (arguments,) = parse(recipe.SmollmArguments, argv=given)
+    found = recipe.Smollm(arguments, [], run).results()
+    assert found["f1_difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0} and found["questions"] == 4
+    assert (found["em_before"], found["em_after"], found["steps"]) == (0.0, 1.0, 3)
+    assert (found["simulated_queries_in_training"], found["real_engine_queries_in_training"]) == (9, 0)
+    rates = {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1]}
+    assert (found["simulator"], found["real_engine"]) == (rates, {"answer_rate": 0.5})
