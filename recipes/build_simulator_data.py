@@ -17,9 +17,9 @@ from typing import Any
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import claim_output_dir, write_json, write_jsonl, write_text
+from zerosearch.files import claim_output_dir, sole_writer, write_json, write_jsonl
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
-from zerosearch.simulator.cards import create_repository, dataset_card, push_folder
+from zerosearch.simulator.cards import create_repository, push_folder, write_dataset_card
 from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.simulator.examples import simulator_example
 from zerosearch.simulator.judge import RULE, rule_verdicts
@@ -57,24 +57,25 @@ def main(argv: list[str] | None = None) -> None:
     sets = build_sets(traces, options)
     if not sets:
         raise UserError(f"no document of {arguments.traces} makes a set: see --judge and --min_documents")
-    directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir)
-    repository = arguments.push_to_hub and create_repository(arguments.push_to_hub, "dataset", arguments.private)
-    for name in MADE:
-        (directory / name).unlink(missing_ok=True)
-    for split in SPLITS:
-        if rows := [row for row in sets if row["split"] == split]:
-            write_jsonl(directory / f"{split}.jsonl", rows)
-    found = statistics(traces, sets, options.judge)
-    write_json(directory / "statistics.json", found)
-    about = {"traces": Path(arguments.traces).name, "prompt": arguments.prompt, **asdict(options)}
-    example = simulator_example(sets[0], PROMPT_SETS[arguments.prompt].simulator)
-    shown = "\n".join(message["content"] for message in [*example["prompt"][1:], *example["completion"]])
-    title = (repository or directory.resolve().name).split("/")[-1]
-    write_text(directory / "README.md", dataset_card(title, found, about, shown))
-    print(statistics_table(found))
-    print(f"dataset: {directory}; tune with: python recipes/sft_simulator.py --searches {directory}")
-    if repository:
-        print(f"pushed to {push_folder(directory, repository, 'dataset', 'Add simulator examples')}")
+    directory = Path(arguments.output_dir)
+    with sole_writer(directory):
+        claim_output_dir(directory, arguments.overwrite_output_dir)
+        repository = arguments.push_to_hub and create_repository(arguments.push_to_hub, "dataset", arguments.private)
+        for name in MADE:
+            (directory / name).unlink(missing_ok=True)
+        for split in SPLITS:
+            if rows := [row for row in sets if row["split"] == split]:
+                write_jsonl(directory / f"{split}.jsonl", rows)
+        found = statistics(traces, sets, options.judge)
+        write_json(directory / "statistics.json", found)
+        about = {"traces": Path(arguments.traces).name, "prompt": arguments.prompt, **asdict(options)}
+        example = simulator_example(sets[0], PROMPT_SETS[arguments.prompt].simulator)
+        shown = "\n".join(message["content"] for message in [*example["prompt"][1:], *example["completion"]])
+        write_dataset_card(directory, found, about, shown, repository)
+        print(statistics_table(found))
+        print(f"dataset: {directory}; tune with: python recipes/sft_simulator.py --searches {directory}")
+        if repository:
+            print(f"pushed to {push_folder(directory, repository, 'dataset', 'Add simulator examples')}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ with the real BM25 engine, which the policy has never met -> report.html.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,11 +18,10 @@ from typing import Any, Literal
 
 from zerosearch.checkpoints import clear
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir, sole_writer, write_json
 from zerosearch.report import summary_table, write_report
 from zerosearch.report.run import outcome
-from zerosearch.simulator.server import ServerDied, check_port_free, exit_on_signals, simulator_server
+from zerosearch.simulator.server import exit_on_signals, free_port, simulator_server
 from zerosearch.stages import Stages, training_status
 
 RECIPES = Path(__file__).resolve().parent
@@ -92,7 +90,7 @@ class Demo:
             with simulator_server(
                 str(self.simulator), port, max_model_len=1024, dtype="float32", num_threads=1
             ) as server:
-                self.stages.say(f"simulator ready at {server.base_url} ({server.startup_s:.0f} s)")
+                self.stages.say(f"simulator ready at {server.base_url}")
                 before.result()
                 self.evaluate("before", BASE_POLICY, "simulated", server.base_url)
                 train_seconds = self.train(server.base_url)
@@ -119,15 +117,11 @@ def main() -> None:
     exit_on_signals()  # so that no server outlives the demo
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
-    check_port_free("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
+    free_port("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
     with sole_writer(directory):
         clear(directory, MADE_BY_THE_DEMO)
         demo = Demo(directory, arguments.seed, arguments.generator)
-        try:
-            train_seconds = demo.run(arguments.port)
-        except ServerDied as error:
-            print(error, file=sys.stderr)
-            raise UserError("the simulator's server died; see above") from error
+        train_seconds = demo.run(arguments.port)
         outcome = results(directory, arguments, train_seconds, time.monotonic() - demo.stages.started)
         write_json(directory / "results.json", outcome)
         report = write_report(directory)

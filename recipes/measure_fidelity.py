@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.simulated import SimulatedEngine
@@ -30,10 +29,11 @@ from zerosearch.errors import UserError
 from zerosearch.http import redacted_url
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
-from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_recorded, measure_simulator
+from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, measure_simulator
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
-from zerosearch.simulator.held_out import HeldOutQuery, Rule, read_held_out
-from zerosearch.simulator.server import ServerDied, exit_on_signals, simulator_server
+from zerosearch.simulator.held_out import read_held_out
+from zerosearch.simulator.server import exit_on_signals, simulator_server
+from zerosearch.text import printable
 
 HEADLINE = ("useful_answer_rate", "noisy_leak_rate", "answer_rate", "max_noise_error")  # the last line printed
 
@@ -63,10 +63,6 @@ class RecipeArguments:
     dtype: str = field(default="auto", metadata={"help": "For model: its number format."})
     num_threads: int | None = field(default=None, metadata={"min": 1, "help": "For model, on a CPU: threads to use."})
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
-    rule: Rule | None = field(
-        default=None,
-        metadata={"help": "Documents answer a query if they hold its answer, or state its fact. Default: the set's."},
-    )
     temperature: float = field(default=0.8, metadata={"min": 0, "help": "The simulator's."})
     max_tokens: int = field(default=600, metadata={"min": 1, "help": "Longest reply, in tokens."})
     num_documents: int = field(default=5, metadata={"min": 1, "help": "Documents a search."})
@@ -80,47 +76,30 @@ class RecipeArguments:
             raise UserError(f"--api_key_variable names {self.api_key_variable}, which the environment lacks")
 
 
-def measure(
-    recipe: RecipeArguments, queries: list[HeldOutQuery], options: FidelityOptions, about: dict[str, Any]
-) -> Card:
-    """Measure the endpoint, or the model, which is served meanwhile."""
-    with ExitStack() as stack:
-        url = recipe.simulator_url
-        if recipe.model is not None:
-            exit_on_signals()
-            print(f"starting {recipe.model} ...", flush=True)
-            settings = {name: getattr(recipe, name) for name in ("max_model_len", "dtype", "num_threads")}
-            url = stack.enter_context(simulator_server(recipe.model, recipe.port, **settings)).base_url
-        engine = SimulatedEngine(
-            url,
-            recipe.simulator_model,
-            PROMPT_SETS[recipe.prompt].simulator,
-            temperature=recipe.temperature,
-            max_tokens=recipe.max_tokens,
-            num_documents=recipe.num_documents,
-            ask_leaks_again=recipe.ask_leaks_again,
-            api_key=os.environ[recipe.api_key_variable] if recipe.api_key_variable else None,
-        )
-        about |= {"model": recipe.model or recipe.simulator_model or redacted_url(recipe.simulator_url)}
-        about |= {"prompt": recipe.prompt, "temperature": recipe.temperature, "seed": options.seed}
-        about |= {"ask_leaks_again": recipe.ask_leaks_again}
-        return measure_simulator(engine, queries, options, about)
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the card, print it."""
     recipe, options = parse(RecipeArguments, FidelityOptions, argv=argv)
-    queries = read_held_out(recipe.queries, recipe.rule or PROMPT_SETS[recipe.prompt].rule)
+    prompts = PROMPT_SETS[recipe.prompt]
+    queries = read_held_out(recipe.queries, prompts.rule)
     about = {"queries": recipe.queries, "engine": recipe.engine}
-    try:
+    with ExitStack() as stack:
         if recipe.engine == "recorded":
             card = measure_recorded(queries, options, about)
         else:
-            card = measure(recipe, queries, options, about)
-    except ServerDied as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+            url = recipe.simulator_url
+            if recipe.model is not None:
+                exit_on_signals()
+                print(printable(f"starting {recipe.model} ..."), flush=True)
+                settings = {name: getattr(recipe, name) for name in ("max_model_len", "dtype", "num_threads")}
+                url = stack.enter_context(simulator_server(recipe.model, recipe.port, **settings)).base_url
+            asked = {name: getattr(recipe, name) for name in ("temperature", "max_tokens", "num_documents")}
+            asked |= {"ask_leaks_again": recipe.ask_leaks_again}
+            key = os.environ[recipe.api_key_variable] if recipe.api_key_variable else None
+            engine = SimulatedEngine(url, recipe.simulator_model, prompts.simulator, api_key=key, **asked)
+            about |= {"model": recipe.model or recipe.simulator_model or redacted_url(url)}
+            about |= {"prompt": recipe.prompt, "seed": options.seed, **asked}
+            card = measure_simulator(engine, queries, options, about)
     paths = [*write_card(card, Path(recipe.output)), write_fidelity_plot(card, Path(recipe.output))]
     print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
     print(json.dumps({name: round(card[name], 4) for name in HEADLINE if name in card}))

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trl import ModelConfig, SFTConfig
 
@@ -30,13 +30,13 @@ from zerosearch.files import write_json
 from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
-from zerosearch.simulator.cards import create_repository, push_folder
+from zerosearch.simulator.cards import create_repository, push_folder, write_simulator_card
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
-from zerosearch.simulator.held_out import HeldOutQuery, read_held_out
+from zerosearch.simulator.held_out import read_held_out
 from zerosearch.simulator.server import exit_on_signals
-from zerosearch.simulator.tuning import measure_tuned, tune, write_readme
+from zerosearch.simulator.tuning import measure_tuned, tune
 
 MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidelity.svg")  # beside the model
 
@@ -70,20 +70,8 @@ class RecipeArguments:
             raise UserError("--leave_out_held_out is for --measure_fidelity true, which names what is held out")
         if self.merge and self.tuning == "full":
             raise UserError("--merge is for --tuning lora or qlora: full tuning has no adapter to merge")
-        if self.tuning == "qlora" and find_spec("bitsandbytes") is None:
-            raise UserError("--tuning qlora needs bitsandbytes: pip install 'zerosearch[train]'")
         if self.measure_fidelity and find_spec("vllm") is None:
             raise UserError("measuring needs vLLM, which is not installed; --measure_fidelity false leaves it out")
-
-    def held_out_queries(self) -> list[HeldOutQuery]:
-        """Return what to measure with. Raises `UserError` if there is nothing."""
-        path = Path(self.held_out or Path(self.searches) / "test.jsonl")
-        if not path.is_file():
-            raise UserError(
-                f"there are no held-out searches in {path} to measure the simulator with; name some with --held_out, "
-                "or pass --measure_fidelity false"
-            )
-        return read_held_out(path, PROMPT_SETS[self.prompt].rule)
 
 
 @dataclass
@@ -104,59 +92,45 @@ class SimulatorConfig(SFTConfig):
         super().__post_init__()
 
 
-def choose_tuning(tuning: str, model: ModelConfig) -> None:
-    """Set TRL's own flags; they are refused by themselves, as they could contradict `--tuning`."""
-    if model.use_peft or model.load_in_4bit or model.load_in_8bit:
-        raise UserError("say --tuning lora instead of --use_peft, and --tuning qlora for 4-bit weights")
-    model.use_peft = tuning != "full"
-    model.load_in_4bit = tuning == "qlora"
-
-
-def finish(
-    recipe: RecipeArguments,
-    folder: Path,
-    made: dict[str, Any],
-    held_out: list[HeldOutQuery],
-    repository: str | None,
-    dtype: str,
-) -> None:
-    """Describe the simulator, measure it, and push it."""
-    template = PROMPT_SETS[recipe.prompt].simulator
-    write_json(folder / "simulator.json", made)
-    command = write_readme(folder, made, template, repository)
-    print(f"simulator saved to {folder}; serve it: {command}")
-    if recipe.measure_fidelity:
-        exit_on_signals()  # so that no server stays
-        about = {"model": str(folder), "prompt": recipe.prompt, "queries": recipe.held_out or recipe.searches}
-        options = FidelityOptions(num_queries=recipe.fidelity_queries)
-        card = measure_tuned(folder, held_out, options, template, dtype, about)
-        write_card(card, folder / "fidelity")
-        write_fidelity_plot(card, folder / "fidelity")
-        write_readme(folder, made, template, repository, card_markdown(card))
-        print(f"\n{card_markdown(card)}\n")
-    if repository:
-        print(f"pushed to {push_folder(folder, repository, 'model', 'Add the simulator')}")
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then tune, save, describe, measure and push."""
     recipe, training, model = parse(RecipeArguments, SimulatorConfig, ModelConfig, argv=argv)
-    choose_tuning(recipe.tuning, model)
+    if model.use_peft or model.load_in_4bit or model.load_in_8bit:  # these could contradict --tuning
+        raise UserError("say --tuning lora instead of --use_peft, and --tuning qlora for 4-bit weights")
+    model.use_peft, model.load_in_4bit = recipe.tuning != "full", recipe.tuning == "qlora"
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
-    held_out = recipe.held_out_queries() if recipe.measure_fidelity else []
+    prompts = PROMPT_SETS[recipe.prompt]
+    queries = Path(recipe.held_out or Path(recipe.searches, "test.jsonl"))
+    if recipe.measure_fidelity and not queries.is_file():
+        raise UserError(f"{queries} holds no searches to measure with: see --held_out and --measure_fidelity")
+    held_out = read_held_out(queries, prompts.rule) if recipe.measure_fidelity else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
-    examples = load_examples(recipe.searches, recipe.searches_split, PROMPT_SETS[recipe.prompt].simulator, left_out)
-    folder, repository, is_first = Path(training.output_dir), None, training.process_index == 0
+    examples = load_examples(recipe.searches, recipe.searches_split, prompts.simulator, left_out)
+    folder, repository = Path(training.output_dir), None
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
-        if training.push_to_hub and is_first:
+        if training.push_to_hub and training.process_index == 0:
             repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
         training.push_to_hub = False  # TRL would push a card of its own
-        about = {"base_model": model.model_name_or_path, "searches": recipe.searches, "prompt": recipe.prompt}
-        about |= {"tuning": recipe.tuning} | ({} if recipe.tuning == "full" else {"merged": recipe.merge})
-        made = about | tune(model, training, tokenizer, examples, checkpoint, recipe.merge)
-        if is_first:
-            finish(recipe, folder, made, held_out, repository, model.dtype or "auto")
+        made = {"base_model": model.model_name_or_path, "searches": recipe.searches, "prompt": recipe.prompt}
+        made |= {"tuning": recipe.tuning} | ({} if recipe.tuning == "full" else {"merged": recipe.merge})
+        made |= tune(model, training, tokenizer, examples, checkpoint, recipe.merge)
+        if training.process_index != 0:
+            return
+        write_json(folder / "simulator.json", made)
+        command = write_simulator_card(folder, made, prompts.simulator, repository)
+        print(f"simulator saved to {folder}; serve it: {command}")
+        if recipe.measure_fidelity:
+            exit_on_signals()  # so that no server stays
+            about = {"model": str(folder), "prompt": recipe.prompt, "queries": str(queries)}
+            options = FidelityOptions(num_queries=recipe.fidelity_queries)
+            card = measure_tuned(folder, held_out, options, prompts.simulator, model.dtype or "auto", about)
+            write_card(card, folder / "fidelity")
+            write_fidelity_plot(card, folder / "fidelity")
+            write_simulator_card(folder, made, prompts.simulator, repository, card_markdown(card))
+            print(f"\n{card_markdown(card)}\n")
+        if repository:
+            print(f"pushed to {push_folder(folder, repository, 'model', 'Add the simulator')}")
 
 
 if __name__ == "__main__":

@@ -441,7 +441,7 @@ def test_all_servers_down_is_a_search_error_after_bounded_retries(server: Server
         message = (
             f"the simulator at {server.url}/chat/completions, {other.url}/chat/completions failed, attempt 4 of 4"
         )
-        with pytest.raises(SearchError, match=f"{message}: .*out of memory.*--replicas 2"):
+        with pytest.raises(SearchError, match=f"{message}: .*out of memory.*serve_simulator"):
             search(engine, REQUEST)
         assert (len(server.requests), len(other.requests)) == (2, 2)
 

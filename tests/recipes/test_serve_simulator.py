@@ -1,64 +1,77 @@
-"""A simulator served by a real vLLM: its replies, its replicas, and how the recipe ends."""
+"""A LoRA simulator as the recipes tune and serve it, by a real vLLM: its replies, and what a SIGKILL leaves of it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
-import torch
 from http_servers import free_ports
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.engines import SearchError, SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
+from zerosearch.prompts import TINYWORLD_SIMULATOR_PROMPT, simulator_messages
 from zerosearch.protocol import split_documents
-from zerosearch.simulator import server as serving
-from zerosearch.simulator.server import SimulatorServer, simulator_server, simulator_servers
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes/serve_simulator.py"
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Give the signals back that a recipe in this process takes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+BASE = ROOT / "data/tinyworld/simulator"
+REQUEST = SearchRequest("Anna Vance hails from", "Where does Anna Vance hail from?", ("Port Alder",), key=(0,))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        ([], "there is no model '{folder}'"),
-        (["--max_model_len", "0"], "max_model_len is 0: it must be at least 1"),
-        (["--replicas", "0"], "replicas is 0: it must be at least 1"),
-        (["--adapter", "google"], "--adapter is 'google': it must be name=folder"),
-    ],
+    [([], "there is no model '{folder}'"), (["--max_model_len", "0"], "max_model_len is 0: it must be at least 1")],
 )
 def test_a_mistake_gets_one_sentence(
-    tmp_path: Path, flags: list[str], message: str, refusal: Callable[[str, list[str]], str]
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    refusal: Callable[[str, list[str]], str],
+    load_recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("zerosearch.simulator.server.exit_on_signals", lambda: None)  # it would be pytest's signals
     assert message.format(folder=tmp_path) in refusal("serve_simulator", ["--model", str(tmp_path), *flags])
 
 
 @pytest.fixture(scope="module")
-def server(random_model: Path) -> Iterator[SimulatorServer]:
-    with simulator_server(
-        str(random_model), free_ports(), max_model_len=1024, dtype="float32", num_threads=1
-    ) as running:
-        yield running
+def adapter(load_recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that the recipe has tuned, too fast to be any good."""
+    folder = tmp_path_factory.mktemp("adapter")
+    row = {"question": REQUEST.question, "golden_answers": ["Port Alder"], "query": REQUEST.query, "useful": True}
+    searches = folder.with_suffix(".jsonl")
+    searches.write_text(json.dumps({**row, "documents": ["Anna Vance hails from Port Alder."]}) + "\n")
+    flags = ["--model_name_or_path", str(BASE), "--searches", str(searches), "--output_dir", str(folder)]
+    flags += ["--prompt", "tinyworld", "--tuning", "lora", "--lora_target_modules", "all-linear", "--max_steps", "3"]
+    load_recipe("sft_simulator").main([*flags, "--learning_rate", "1e-2", "--measure_fidelity", "false"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(adapter: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Return the address of the adapter's server, and the process of the recipe that serves it."""
+    port = free_ports()
+    command = [sys.executable, str(ROOT / "recipes/serve_simulator.py"), "--model", str(adapter), "--port", str(port)]
+    command += ["--max_model_len", "1024", "--dtype", "float32", "--num_threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        ready = next(line for line in iter(process.stdout.readline, "") if "ready" in line)
+        url = f"http://127.0.0.1:{port}/v1"
+        assert ready == f"simulator ready at {url} (Ctrl-C ends it)\n"
+        yield url, process
+        process.kill()
 
 
 def search(engine: SimulatedEngine, *requests: SearchRequest) -> list[tuple[str, ...]]:
@@ -72,112 +85,64 @@ def search(engine: SimulatedEngine, *requests: SearchRequest) -> list[tuple[str,
 
 
 @pytest.mark.slow
-def test_a_served_simulator_answers_many_searches_and_repeats_itself_by_key(server: SimulatorServer) -> None:
-    engine = SimulatedEngine(server.base_url, max_tokens=40)
-    engine.check()
-    # Long enough that their prompts do not fit into one batch: with "chunked prefill" the seeds would end the server.
-    requests = [
-        SearchRequest(f"Emma {row} " * 90, "Who wrote Emma?", ("Jane Austen",), p_noise=0.5, key=(0, 1, row, 0, 0))
-        for row in range(48)
-    ]
-    replies = search(engine, *requests)
-    assert all(documents for documents in replies)
-    assert len(set(replies)) == 48  # each key its own seed
-    assert search(engine, requests[0]) == search(engine, requests[0])
-    assert server.process.poll() is None
+def test_a_tuned_adapter_is_served_as_it_is(served: tuple[str, subprocess.Popen[str]], adapter: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    messages = simulator_messages(
+        question=REQUEST.question,
+        golden_answers=REQUEST.golden_answers,
+        query=REQUEST.query,
+        noisy=False,
+        template=TINYWORLD_SIMULATOR_PROMPT,
+    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), adapter)
+    written = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = split_documents(tokenizer.decode(written, skip_special_tokens=True), 5)
+    settings = {"template": TINYWORLD_SIMULATOR_PROMPT, "temperature": 0.0, "max_tokens": 60}
+    engine = SimulatedEngine(served[0], **settings)
+    assert search(engine, REQUEST) == [expected]
+    assert engine.model == "simulator"  # the adapter, which is listed after its base
+    assert search(SimulatedEngine(served[0], str(BASE), **settings), REQUEST) != [expected]
 
 
 @pytest.mark.slow
-def test_a_reply_that_cannot_fit_is_refused_in_words(server: SimulatorServer) -> None:
-    engine = SimulatedEngine(server.base_url, max_tokens=2000)
+def test_it_answers_many_searches_and_repeats_itself_by_key(served: tuple[str, subprocess.Popen[str]]) -> None:
+    # Long enough that their prompts do not fit into one batch: with "chunked prefill" the seeds would end the server.
+    requests = [
+        SearchRequest(f"Emma {row} " * 60, "Who wrote Emma?", ("Jane Austen",), p_noise=0.5, key=(0, 1, row, 0, 0))
+        for row in range(48)
+    ]
+
+    def engine() -> SimulatedEngine:
+        return SimulatedEngine(served[0], str(BASE), TINYWORLD_SIMULATOR_PROMPT, temperature=1.5, max_tokens=40)
+
+    replies = search(engine(), *requests)
+    assert len(set(replies)) == 48  # each key its own seed
+    assert search(engine(), requests[0]) == replies[:1]
+
+
+@pytest.mark.slow
+def test_a_reply_that_cannot_fit_is_refused_in_words(served: tuple[str, subprocess.Popen[str]]) -> None:
+    engine = SimulatedEngine(served[0], max_tokens=2000)
     with pytest.raises(SearchError, match=r"attempt 1 of 6: HTTP status 400.*2000"):
         search(engine, SearchRequest("q", "Q?", ("a",), key=(1,)))
 
 
-@pytest.fixture(scope="module")
-def adapter(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter that changes what the random model writes."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(random_model)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False))
-    directory = tmp_path_factory.mktemp("adapter")
-    tuned.save_pretrained(directory)
-    return directory
-
-
-def greedy_of_peft(adapter: Path, base: Path, prompt: str, num_tokens: int) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        generated = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
-    return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 @pytest.mark.slow
-def test_replicas_of_an_adapter_share_the_work_and_outlive_one_of_them(adapter: Path, random_model: Path) -> None:
-    options = {"max_model_len": 512, "dtype": "float32", "num_threads": 1}
-    first = free_ports(2)
-    with (
-        pytest.raises(ZeroDivisionError),
-        simulator_servers(str(adapter), first, replicas=2, **options) as servers,
-    ):
-        assert [server.base_url for server in servers] == [f"http://127.0.0.1:{first + n}/v1" for n in range(2)]
-        engine = SimulatedEngine(
-            [server.base_url for server in servers], template="{query}", temperature=0.0, max_tokens=12
-        )
-        engine.check()
-        assert engine.model == "simulator"  # the adapter, which is listed after its base
-        expected = split_documents(greedy_of_peft(adapter, random_model, "Emma author", 12), 5)
-        requests = [SearchRequest("Emma author", "Q?", ("a",), key=(row,)) for row in range(8)]
-        assert search(engine, *requests) == [expected] * 8
-        assert engine.account.sent == 16  # each search was short, and asked for again
-
-        os.killpg(servers[0].process.pid, signal.SIGKILL)
-        servers[0].process.wait()
-        assert search(engine, *requests) == [expected] * 8
-        assert engine.account.retries >= 8  # every call that was first sent to the dead one
-        engines = subprocess.run(["pgrep", "-g", str(servers[1].process.pid)], capture_output=True, text=True)
-        assert len(engines.stdout.split()) >= 2  # the server and its engine
-        raise ZeroDivisionError
-    for server in servers:
-        assert not group_is_alive(server.process.pid)
-        serving.check_port_free("127.0.0.1", int(server.base_url.split(":")[2].split("/")[0]))
-    assert not servers[1].log_path.exists()
+def test_a_recipe_that_is_killed_leaves_no_vllm(served: tuple[str, subprocess.Popen[str]]) -> None:
+    _, process = served  # the last test that needs it
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    (group,) = map(int, children.stdout.split())
+    assert len(processes(group)) >= 2  # the server and its watcher
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while (left := processes(group)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
 
 
-def group_is_alive(group: int) -> bool:
-    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-    return any(int(line.split()[0]) == group and not line.split()[1].startswith("Z") for line in listed.splitlines())
-
-
-@pytest.mark.slow
-def test_the_recipe_says_when_it_is_ready_and_ends_with_a_signal(random_model: Path) -> None:
-    port = free_ports()
-    command = [sys.executable, str(RECIPE), "--model", str(random_model), "--port", str(port)]
-    command += ["--max_model_len", "512", "--dtype", "float32", "--num_threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        ready = next(line for line in iter(process.stdout.readline, "") if "ready" in line)
-        assert ready.startswith(f"simulator ready at http://127.0.0.1:{port}/v1 after ")
-        SimulatedEngine(f"http://127.0.0.1:{port}/v1").check()
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        group = int(children.stdout.split()[0])
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not group_is_alive(group)
-
-
-@pytest.mark.slow
-def test_the_recipe_ends_with_the_servers_last_words_when_it_dies(
-    load_recipe: Callable[[str], Any], random_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("serve_simulator").main(
-            ["--model", str(random_model), "--port", str(free_ports()), "--no-such-flag", "1"]
-        )
-    assert caught.value.code == 1
-    error = capsys.readouterr().err
-    assert "the simulator's server died" in error and "--no-such-flag" in error
-    os.unlink(error.split("its output: ")[1].split(")")[0])
+def processes(group: int) -> list[str]:
+    """Return the processes of a group that run, as `ps` lists them."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [args for pgid, state, args in lines if int(pgid) == group and not state.startswith("Z")]

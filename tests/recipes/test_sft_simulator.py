@@ -1,38 +1,31 @@
-"""The SFT recipe run as a user would: every weight, LoRA and QLoRA; what it saves is served by vLLM."""
+"""The SFT recipe run as a user would: every weight, LoRA and QLoRA; killed, measured and pushed."""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import multiprocessing
 import os
 import shutil
-import socket
-import subprocess
-import sys
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from chat_server import ChatServer
 from hub_stub import HubStub
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.command_line import parse
-from zerosearch.engines import SearchRequest
-from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.files import sole_writer
-from zerosearch.generation.loading import adapter_config_file
-from zerosearch.prompts import TINYWORLD_SIMULATOR_PROMPT, simulator_messages
-from zerosearch.protocol import split_documents
 from zerosearch.simulator import tuning
-from zerosearch.simulator.server import SimulatorServer, simulator_server
 
-pytest_plugins = ("recipe_modules", "hub_stub")  # fixtures
+pytest_plugins = ("chat_server", "hub_stub", "recipe_modules")  # fixtures
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "data/tinyworld/simulator"
@@ -80,14 +73,14 @@ def tuned(
     root = tmp_path_factory.mktemp("tuned")
     recipe = load_recipe("sft_simulator")
     # The second of its epochs ends after step 6.
-    recipe.main(arguments(searches, root / "full", max_steps=5, save_strategy="steps", save_steps=1))
+    saved = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    recipe.main(arguments(searches, root / "full", **saved))
     shutil.copytree(root / "full", root / "lora")
     (root / "lora/fidelity.json").write_text("{}")
     (root / "lora/checkpoint-notes.txt").write_text("mine")
-    recipe.main(arguments(searches, root / "lora", tuning="lora", overwrite_output_dir=True))
-    recipe.main(arguments(searches, root / "qlora", tuning="qlora"))
+    recipe.main(arguments(searches, root / "lora", **saved, tuning="lora", overwrite_output_dir=True))
     recipe.main(arguments(searches, root / "merged", tuning="qlora", merge=True))
-    yield {name: root / name for name in ("full", "lora", "qlora", "merged")}
+    yield {name: root / name for name in ("full", "lora", "merged")}
     shutil.rmtree(root)
 
 
@@ -101,55 +94,51 @@ def test_full_tuning_saves_a_model_that_has_learned(tuned: dict[str, Path]) -> N
     assert made["last_loss"] > 0 and made["batch_size"] == 2
 
 
+# Before the model was saved; while the last checkpoint was written, in the second epoch; of an adapter, with dropout.
 @pytest.mark.slow
-def test_a_killed_tuning_resumes_as_if_it_had_not_been(
+@pytest.mark.parametrize(("kind", "last"), [("full", 5), ("full", 4), ("lora", 4)])
+def test_a_tuning_resumes_as_if_it_had_not_been_killed(
+    load_recipe: LoadRecipe, searches: Path, tuned: dict[str, Path], tmp_path: Path, kind: str, last: int
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(tuned[kind], folder)
+    (weights_file,) = folder.glob("*model.safetensors")
+    weights_file.unlink()
+    if last == 4:
+        os.truncate(folder / "checkpoint-5/trainer_state.json", 300)
+    flags = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "tuning": kind}
+    load_recipe("sft_simulator").main(arguments(searches, folder, **flags, resume_from_checkpoint=True))
+    assert (folder / "simulator.json").read_bytes() == (tuned[kind] / "simulator.json").read_bytes()
+    assert weights_file.read_bytes() == (tuned[kind] / weights_file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_tuning_that_is_killed_resumes_by_the_same_command(
     load_recipe: LoadRecipe, searches: Path, tuned: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": True}
-    expected = weights(tuned["full"])
-    made = json.loads((tuned["full"] / "simulator.json").read_text())
-    # Not killed at all; before the model was saved; while the last checkpoint was written; in the second epoch.
-    for name, last, cut in (("finished", 5, 6), ("unsaved", 5, 6), ("half", 5, 5), ("epoch", 4, 5)):
-        folder = tmp_path / name
-        shutil.copytree(tuned["full"], folder)
-        for step in range(last + 1, 6):
-            shutil.rmtree(folder / f"checkpoint-{step}")
-        if cut == last:
-            os.truncate(folder / f"checkpoint-{cut}/trainer_state.json", 300)
-        if name != "finished":
-            (folder / "model.safetensors").unlink()
-            (folder / "simulator.json").unlink()
-        load_recipe("sft_simulator").main(arguments(searches, folder, **flags))
-        assert json.loads((folder / "simulator.json").read_text()) == made, name
-        resumed = weights(folder)
-        assert all(torch.equal(resumed[part], expected[part]) for part in expected), name
-
-
-@pytest.mark.slow
-def test_a_killed_tuning_of_an_adapter_draws_the_same_dropout(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path
-) -> None:
     recipe, folder = load_recipe("sft_simulator"), tmp_path / "out"
-    flags = {"tuning": "lora", "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
-    recipe.main(arguments(searches, folder, **flags))
-    expected = load_file(folder / "adapter_model.safetensors")
-    shutil.rmtree(folder / "checkpoint-5")
-    recipe.main(arguments(searches, folder, **flags, resume_from_checkpoint=True))
-    resumed = load_file(folder / "adapter_model.safetensors")
-    assert all(torch.equal(resumed[part], expected[part]) for part in expected)
+    flags = arguments(searches, folder, max_steps=5, save_strategy="steps", save_steps=1)
+    process = multiprocessing.get_context("fork").Process(target=recipe.main, args=(flags,))
+    process.start()
+    while not (folder / "checkpoint-2/trainer_state.json").exists():
+        assert process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (folder / "simulator.json").exists()
+    recipe.main([*flags, "--resume_from_checkpoint", "true"])
+    assert (folder / "model.safetensors").read_bytes() == (tuned["full"] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path], name: str) -> None:
-    folder = tuned[name]
+def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path]) -> None:
+    folder = tuned["lora"]
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(BASE) and settings["r"] == 16
     assert {"q_proj", "down_proj"} <= set(settings["target_modules"])
     card = (folder / "README.md").read_text()
     assert f"python recipes/serve_simulator.py --model {folder}\n" in card and "has not been measured" in card
-    assert adapter_config_file(str(folder)) is not None
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "peft" and "search-simulator" in header["tags"]
 
@@ -158,7 +147,8 @@ def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path]
 def test_overwriting_clears_what_the_recipe_makes_and_nothing_else(tuned: dict[str, Path]) -> None:
     names = {path.name for path in tuned["lora"].iterdir()}
     assert "checkpoint-notes.txt" in names
-    assert not names & {"checkpoint-1", "checkpoint-5", "fidelity.json", "config.json", "generation_config.json"}
+    assert not names & {"fidelity.json", "config.json", "generation_config.json"}
+    assert not (tuned["lora"] / "checkpoint-5/model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -177,139 +167,70 @@ def test_merging_puts_the_adapter_into_the_bases_own_weights(tuned: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_only_the_documents_are_learned(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    class Watched(tuning.Tuner):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append({name: value.clone() for name, value in inputs.items()})
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(tuning, "Tuner", Watched)
-    load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out"))
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    texts = {
-        tokenizer.decode(labels[labels != -100], skip_special_tokens=True).strip()
-        for inputs in seen
-        for labels in inputs["labels"]
-    }
-    expected = {f"Doc 1: {row['documents'][0]}" for row in SEARCHES}
-    assert len(seen) == 3 and texts and texts <= expected
-    ids = seen[0]["input_ids"][0]
-    assert "Write five" in tokenizer.decode(ids)
-
-
-@pytest.fixture(scope="module")
-def server(tuned: dict[str, Path]) -> Iterator[SimulatorServer]:
-    """Serve the base with both adapters as they are; one of them under the name that the recipe asks for."""
-    pytest.importorskip("vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    adapters = {"lora": str(tuned["lora"])}
-    options: dict[str, Any] = {"max_model_len": 1024, "dtype": "float32", "num_threads": 1, "adapters": adapters}
-    with simulator_server(str(tuned["qlora"]), port, **options) as running:
-        yield running
-
-
-REQUEST = SearchRequest("Anna Vance hails from", "Where does Anna Vance hail from?", ("Port Alder",), key=(0,))
-
-
-def search(base_url: str, model: str) -> tuple[str, ...]:
-    engine = SimulatedEngine(base_url, model, TINYWORLD_SIMULATOR_PROMPT, temperature=0.0, max_tokens=60)
-
-    async def one() -> tuple[str, ...]:
-        try:
-            return (await engine.search(REQUEST)).documents
-        finally:
-            await engine.aclose()
-
-    return asyncio.run(one())
-
-
-@pytest.mark.slow
-def test_adapters_are_served_as_they_are(tuned: dict[str, Path], server: SimulatorServer) -> None:
-    from peft import PeftModel
-
-    replies = {name: search(server.base_url, name) for name in (str(BASE), "lora", "simulator")}
-    assert len(set(replies.values())) == 3  # each adapter speaks for itself
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    messages = simulator_messages(
-        question=REQUEST.question,
-        golden_answers=REQUEST.golden_answers,
-        query=REQUEST.query,
-        noisy=False,
-        template=TINYWORLD_SIMULATOR_PROMPT,
-    )
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    model = PeftModel.from_pretrained(base, tuned["lora"])
-    written = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert replies["lora"] == split_documents(tokenizer.decode(written, skip_special_tokens=True), 5)
-
-
-@pytest.mark.slow
-def test_the_card_tells_the_fidelity_that_was_measured(
+def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was_measured(
     load_recipe: LoadRecipe,
     searches: Path,
     tmp_path: Path,
-    server: SimulatorServer,
+    chat_server: ChatServer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = load_recipe("sft_simulator")
-    served = []
+    recipe, served, learned = load_recipe("sft_simulator"), [], set()
+
+    class Watched(tuning.Tuner):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for labels in inputs["labels"]:
+                learned.add(self.processing_class.decode(labels[labels != -100], skip_special_tokens=True).strip())
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     @contextmanager
-    def already_there(model: str, port: int, **options: Any) -> Iterator[SimulatorServer]:
+    def already_there(model: str, **options: Any) -> Iterator[SimpleNamespace]:
         served.append(model)
-        yield server  # one vLLM for this file
+        yield SimpleNamespace(base_url=chat_server.url)
 
+    monkeypatch.setattr(tuning, "Tuner", Watched)
     monkeypatch.setattr(tuning, "simulator_server", already_there)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: True)
     monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
-    folder = tmp_path / "out"
-    held_out = tmp_path / "held_out.jsonl"
+    chat_server.write = lambda messages: "\n".join(
+        f"Doc {n}: Oscar Colby hails from Mount Kelso." for n in range(1, 6)
+    )
+    folder, held_out = tmp_path / "out", tmp_path / "held_out.jsonl"
     held_out.write_text("".join(searches.read_text().splitlines(keepends=True)[:4]))  # two of the three queries
     changes = {"measure_fidelity": True, "held_out": held_out, "fidelity_queries": 3, "tuning": "lora"}
     recipe.main(arguments(searches, folder, leave_out_held_out=True, **changes))
     assert json.loads((folder / "simulator.json").read_text())["examples"] == 2
+    assert learned == {f"Doc 1: {row['documents'][0]}" for row in SEARCHES[4:]}
     assert served == [str(folder)]
     card = json.loads((folder / "fidelity.json").read_text())
-    assert card["queries"] == 2 and card["rule"] == "statement" and 0 <= card["useful_answer_rate"] <= 1
+    assert (card["queries"], card["rule"], card["useful_answer_rate"]) == (2, "statement", 0.5)
+    assert "Write five" in chat_server.requests[0]["messages"][-1]["content"]
     readme = (folder / "README.md").read_text()
     assert "## Fidelity\n\n2 held-out queries; 2 of them" in readme and "has not been measured" not in readme
     assert "2 held-out queries" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_folder_is_pushed_with_its_card(hub: str, searches: Path, tmp_path: Path) -> None:
+def test_the_folder_is_pushed_with_its_card_and_without_the_token(
+    hub: str, load_recipe: LoadRecipe, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "")  # and given back
     folder = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "recipes/sft_simulator.py")]
-    command += arguments(searches, folder, max_steps=1, tuning="lora", push_to_hub=True, hub_model_id="someone/sim")
-    command += ["--hub_token", "hf_MARKER", "--save_strategy", "steps", "--save_steps", "1"]
-    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    changes = {"tuning": "lora", "push_to_hub": True, "hub_model_id": "someone/sim", "hub_token": "hf_MARKER"}
+    load_recipe("sft_simulator").main(
+        arguments(searches, folder, max_steps=1, save_strategy="steps", save_steps=1, **changes)
+    )
     assert HubStub.paths[0] == "/api/repos/create"
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "simulator.json"}
     assert names <= HubStub.committed.keys() and "training_args.bin" not in HubStub.committed
-    assert not any(b"hf_MARKER" in content for content in HubStub.committed.values())
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert folder / "checkpoint-1/training_args.bin" in files
-    assert not any(b"hf_MARKER" in path.read_bytes() for path in files)
+    written = [*HubStub.committed.values(), *(path.read_bytes() for path in files)]
+    assert not any(b"hf_MARKER" in content for content in written)
     assert HubStub.committed["README.md"] == (folder / "README.md").read_bytes()
     assert b"hf download someone/sim --local-dir out\npython recipes/serve" in HubStub.committed["README.md"]
-
-
-def test_without_held_out_searches_it_says_so_before_it_starts(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("vllm")
-    with pytest.raises(SystemExit):
-        load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out", measure_fidelity=True))
-    assert "name some with --held_out, or pass --measure_fidelity false" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -323,15 +244,14 @@ def test_without_held_out_searches_it_says_so_before_it_starts(
         ({"model_name_or_path": "/none"}, "there is no model '/none'"),
         ({"max_length": 20}, "examples do not fit into 20 tokens and would be cut"),
         ({"resume_from_checkpoint": True}, "there is no checkpoint to resume from"),
-        (
-            {"lora_target_modules": "q_poj", "tuning": "lora"},
-            "Target modules q_poj not found",
-        ),
-        ({"attn_implementation": "flash_attention_2"}, "these settings do not work: "),
+        ({"lora_target_modules": "q_poj", "tuning": "lora"}, "Target modules q_poj not found"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
         ({"model_init_kwargs": '{"attn_implementation": "nothing_of_the_kind"}'}, "nothing_of_the_kind"),
-        ({"eval_strategy": "steps"}, "these settings do not work: "),
-        ({"report_to": "wandb"}, "these settings do not work: WandbCallback requires wandb"),
+        ({"model_init_kwargs": '{"nothing": 1}'}, "nothing"),
+        ({"eval_strategy": "steps"}, "eval"),
+        ({"report_to": "wandb"}, "WandbCallback requires wandb"),
         ({"hub_revision": "v2"}, "--hub_revision has no effect"),
+        ({"measure_fidelity": True, "held_out": "none.jsonl"}, "none.jsonl holds no searches to measure with"),
     ],
 )
 def test_a_mistake_gets_one_sentence(
@@ -360,12 +280,11 @@ def test_a_checkpoint_of_another_tuning_is_refused(
 
 
 def test_a_second_run_in_a_folder_is_refused(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    searches: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
 ) -> None:
-    with sole_writer(tmp_path / "out"), pytest.raises(SystemExit) as caught:
-        load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out", overwrite_output_dir=True))
-    assert caught.value.code == 2
-    assert "another run is writing to" in capsys.readouterr().err
+    flags = arguments(searches, tmp_path / "out", overwrite_output_dir=True)
+    with sole_writer(tmp_path / "out"):
+        assert "another run is writing to" in refusal("sft_simulator", flags)
 
 
 def settings_of(recipe: ModuleType, config: str) -> Any:

@@ -109,7 +109,7 @@ def test_a_fidelity_card_is_drawn_with_its_rates_and_noise(tmp_path: Path) -> No
     card: dict[str, Any] = {"useful_answer_rate": 0.9, "useful_answer_rate_interval": [0.8, 1.0]}
     text = write_fidelity_plot(card, tmp_path / "a.v2").read_text()
     assert "that answer the query" in text and "requested noise" not in text
-    card["noise"] = [{"requested": 0.5, "coin": 0.5, "realised": 0.6, "realised_interval": [0.5, 0.7]}]
+    card["noise"] = [{"requested": 0.5, "realised": 0.6, "realised_interval": [0.5, 0.7]}]
     path = write_fidelity_plot(card, tmp_path / "a.v2")
     text = path.read_text()
     assert path == tmp_path / "a.v2.svg"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from hub_stub import HubStub
 
 from zerosearch.data import Passage
 from zerosearch.errors import UserError
+from zerosearch.files import sole_writer
 from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.simulator.dataset import SetOptions, build_sets, excerpt, split_of, statistics
 from zerosearch.simulator.examples import load_examples, simulator_example
@@ -249,7 +249,7 @@ def test_an_answer_in_an_odd_place_is_kept(passage: Passage, answer: str) -> Non
 def test_an_excerpt_of_anything_is_short_and_keeps_the_answer() -> None:
     rng, held = random.Random(0), 0.0
     words = [*"a b. c! The Dr. J. St. U.S. d? e, 1999 Über".split(), "  ", "\n"]
-    for _ in range(2000):
+    for _ in range(500):
         text = " ".join(rng.choices(words, k=rng.randint(1, 120)))
         if not text.strip():
             continue
@@ -260,16 +260,13 @@ def test_an_excerpt_of_anything_is_short_and_keeps_the_answer() -> None:
         assert 1 <= len(result.split()) <= 18 + 2
         held += holds_answer(passage.document, [answer])  # "The" alone counts as no word, so it occurs nowhere
         assert holds_answer(result, [answer]) == holds_answer(passage.document, [answer])
-    assert held > 1500
+    assert held > 375
 
 
 @real_data
 def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions() -> None:
-    traces = [{**row, "verdicts": {"rule": rule_verdicts(row)}} for row in read_traces(TRACES)]
+    traces = [{**row, "verdicts": {"rule": rule_verdicts(row)}} for row in read_traces(TRACES)[:500]]
     sets = build_sets(traces, SetOptions())
-    verdicts = Counter(verdict for row in traces for verdict in row["verdicts"]["rule"])
-    assert verdicts == {True: 1867, False: 8203, None: 810}  # normalised as for EM, 24 of the useful were noisy
-    assert len(sets) == 2999
     for row in sets:
         assert 1 <= len(row["documents"]) <= 5
         assert all(0 < len(text.split()) <= 38 for text in row["documents"])
@@ -278,9 +275,8 @@ def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions
         name: {normalize_answer(row["question"]) for row in sets if row["split"] == name} for name in ("train", "test")
     }
     assert asked["train"] and asked["test"] and not asked["train"] & asked["test"]
-    keys = [(normalize_answer(row["question"]), normalize_answer(row["query"]), row["useful"]) for row in sets]
-    assert len(set(keys)) == len(keys)
-    assert build_sets(traces[:200], SetOptions()) == build_sets(traces[:200], SetOptions())
+    keys = {(normalize_answer(row["question"]), normalize_answer(row["query"]), row["useful"]) for row in sets}
+    assert len(keys) == len(sets) > 500
 
 
 @pytest.fixture
@@ -291,11 +287,7 @@ def traces(tmp_path: Path) -> Path:
             "question": f"Who wrote book {n}?",
             "golden_answers": [f"Author {n}"],
             "query": f"book {n}",
-            "documents": [
-                {"title": f"Book {n}", "text": f"It is by Author {n}."},
-                "Rain: It rains.",
-                "Snow: It snows.",
-            ],
+            "documents": [{"title": f"Book {n}", "text": f"It is by Author {n}."}, "Rain: It rains.", "It snows."],
         }
         for n in range(30)
     ]
@@ -303,60 +295,60 @@ def traces(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def command(traces: Path, tmp_path: Path) -> list[str]:
+    return ["--traces", str(traces), "--output_dir", str(tmp_path / "sft")]
+
+
+LoadRecipe = Callable[[str], ModuleType]
+
+
 def test_the_recipe_makes_a_dataset_that_loads(
-    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_recipe: LoadRecipe, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sft"
-    load_recipe("build_simulator_data").main(["--traces", str(traces), "--output_dir", str(folder), "--p_test", "0.3"])
+    load_recipe("build_simulator_data").main([*command, "--p_test", "0.3"])
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert len(loaded["train"]) + len(loaded["test"]) == 60
     row = next(row for row in loaded["train"] if row["useful"])
     n = row["query"].split()[1]
-    assert "prompt" not in row, "the tuning recipe writes it"
+    assert (row["judge"], row["split"]) == ("rule", "train") and "prompt" not in row, "the tuning recipe writes it"
     example = simulator_example(row)
     assert example in load_examples(str(folder)).to_list()
-    assert example["prompt"] == [
-        {"role": "system", "content": ""},
-        {
-            "role": "user",
-            "content": "You are the Google search engine.\n"
-            "Given a query, you need to generate five useful documents for the query.\n\n"
-            f'The user is trying to answer the question: "Who wrote book {n}?" whose answer is Author {n}.\n'
-            "Each document should contain about 30 words, and these documents should contain useful information.\n\n"
-            f"Query: book {n}\nUseful Output:\n",
-        },
-    ]
+    assert f'"Who wrote book {n}?" whose answer is Author {n}.' in example["prompt"][1]["content"]
     assert example["completion"] == [{"role": "assistant", "content": f"Doc 1: Book {n}: It is by Author {n}."}]
-    assert (row["judge"], row["split"]) == ("rule", "train")
+    assert len(load_examples(str(folder), "test")) == len(loaded["test"])
     found = json.loads((folder / "statistics.json").read_text())
     assert found["documents"] == {"useful": 30, "noisy": 60, "no_verdict": 0}
     assert f"| train | {found['sets']['train']['useful']['sets']} useful |" in capsys.readouterr().out
     card = (folder / "README.md").read_text()
     assert "by a rule: a golden answer" in card and "Useful Output:\n\nDoc 1: Book" in card
-    assert len(load_examples(str(folder), "test")) == len(loaded["test"])
 
 
 def test_overwriting_clears_the_earlier_dataset_and_nothing_else(
-    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
+    load_recipe: LoadRecipe, command: list[str], tmp_path: Path, refusal: Callable[[str, list[str]], str]
 ) -> None:
     folder = tmp_path / "sft"
-    command = ["--traces", str(traces), "--output_dir", str(folder)]
     load_recipe("build_simulator_data").main([*command, "--p_test", "0.5"])
     (folder / "notes.txt").write_text("mine")
     assert "is not empty" in refusal("build_simulator_data", command)
-    load_recipe("build_simulator_data").main([*command, "--p_test", "0", "--overwrite_output_dir", "true"])
-    assert {path.name for path in folder.iterdir()} == {"train.jsonl", "statistics.json", "README.md", "notes.txt"}
+    command += ["--p_test", "0", "--overwrite_output_dir", "true"]
+    with sole_writer(folder):
+        assert "another run is writing to" in refusal("build_simulator_data", command)
+    assert (folder / "test.jsonl").exists()
+    load_recipe("build_simulator_data").main(command)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"train.jsonl", "statistics.json", "README.md", "notes.txt", ".lock"}
     assert len((folder / "train.jsonl").read_bytes().split(b"\n")) == 60 + 1
     assert "split: test" not in (folder / "README.md").read_text()
 
 
 def test_the_card_of_a_models_verdicts_names_the_model(
-    load_recipe: Callable[[str], ModuleType], traces: Path, tmp_path: Path
+    load_recipe: LoadRecipe, traces: Path, command: list[str], tmp_path: Path
 ) -> None:
     rows = [json.loads(line) | {"verdicts": {"qwen-max": [True, False, None]}} for line in traces.open()]
     traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["--traces", str(traces), "--output_dir", str(tmp_path / "sft"), "--judge", "qwen-max"]
-    load_recipe("build_simulator_data").main([*command, "--prompt", "tinyworld", "--p_test", "0"])
+    load_recipe("build_simulator_data").main([*command, "--judge", "qwen-max", "--prompt", "tinyworld"])
     card = (tmp_path / "sft/README.md").read_text()
     assert card.startswith("---\ntask_categories:\n- text-generation\n") and "split: train" in card
     assert "labelled by `qwen-max`, asked whether it alone suffices to answer the query" in card
@@ -366,9 +358,9 @@ def test_the_card_of_a_models_verdicts_names_the_model(
 
 def test_the_recipe_pushes_the_folder_with_its_card(
     hub: str,
-    load_recipe: Callable[[str], ModuleType],
+    load_recipe: LoadRecipe,
     refusal: Callable[[str, list[str]], str],
-    traces: Path,
+    command: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -376,8 +368,7 @@ def test_the_recipe_pushes_the_folder_with_its_card(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_stub")
-    folder = tmp_path / "sft"
-    command = ["--traces", str(traces), "--output_dir", str(folder), "--push_to_hub", "someone/sft"]
+    folder, command = tmp_path / "sft", [*command, "--push_to_hub", "someone/sft"]
     load_recipe("build_simulator_data").main(command)
     assert HubStub.paths[0] == "/api/repos/create"
     assert set(HubStub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
@@ -401,7 +392,6 @@ def test_the_recipe_pushes_the_folder_with_its_card(
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    refusal: Callable[[str, list[str]], str], traces: Path, tmp_path: Path, flags: list[str], message: str
+    refusal: Callable[[str, list[str]], str], command: list[str], flags: list[str], message: str
 ) -> None:
-    error = refusal("build_simulator_data", ["--traces", str(traces), "--output_dir", str(tmp_path / "o"), *flags])
-    assert message in error
+    assert message in refusal("build_simulator_data", [*command, *flags])

@@ -24,13 +24,14 @@ from zerosearch import http
 from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError
+from zerosearch.prompts import JUDGE_PROMPT
 from zerosearch.simulator.judge import (
-    Agreement,
     Judge,
+    JudgeOptions,
     Pair,
     Verdict,
-    agreement,
-    judge_pairs,
+    compare,
+    judge_traces,
     parse_verdict,
     rule_verdict,
 )
@@ -78,15 +79,13 @@ def test_agreement_of_two_judges() -> None:
     # Cohen (1960): 20 + 15 of 50 alike, chance (25/50)(30/50) + (25/50)(20/50) = 0.5, kappa (0.7 - 0.5) / 0.5.
     first: list[Verdict] = [True] * 25 + [False] * 25 + [None, True]
     second: list[Verdict] = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True, None]
-    found = agreement(first, second)
-    assert (found.num_documents, found.both_useful, found.both_noisy) == (50, 20, 15)
-    assert (found.only_first_useful, found.only_second_useful) == (5, 10)
-    assert found.share == 0.7 and found.kappa == pytest.approx(0.4)
-
-
-def test_kappa_is_not_defined_where_judges_cannot_differ() -> None:
-    assert agreement([True, True], [True, True]) == Agreement(2, 2, 0, 0, 0, 1.0, None)
-    assert agreement([None], [True]) == Agreement(0, 0, 0, 0, 0, None, None)
+    assert compare(first, second) == {
+        **{"num_documents": 50, "both_useful": 20, "both_noisy": 15, "only_first_useful": 5, "only_second_useful": 10},
+        **{"share": 0.7, "kappa": pytest.approx(0.4)},
+    }
+    for one, other, share in (([True, True], [True, True], 1.0), ([None], [True], None)):  # judges cannot differ
+        found = compare(one, other)
+        assert (found["share"], found["kappa"]) == (share, None)
 
 
 @dataclass
@@ -144,13 +143,23 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
     cache.close()
 
 
-PAIRS = [("Emma author", "Emma is by Jane Austen."), ("Emma author", "It rains."), ("rain", "It rains.")]
+SEARCHES = [
+    {"query": "Emma author", "documents": ["Emma is by Jane Austen.", "It rains."]},
+    {"query": "rain", "documents": ["It rains."]},
+]
 
 
-def test_the_judge_is_asked_about_each_document_alone(server: JudgeServer, cache: Cache) -> None:
-    judge = Judge(server.url, "judge-1", "secret")
-    verdicts = judge_pairs([*PAIRS, PAIRS[0]], judge, cache)
-    assert list(map(verdicts.get, PAIRS)) == [True, False, True]
+def make_judge(server: JudgeServer, model: str = "judge-1", template: str = JUDGE_PROMPT, **options: Any) -> Judge:
+    named = {f"judge_{name}": value for name, value in options.items()}
+    return Judge(JudgeOptions(judge_url=server.url, judge_model=model, **named), template)
+
+
+def test_the_judge_is_asked_about_each_document_alone(
+    server: JudgeServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOST_KEY", "secret")
+    judge = make_judge(server, api_key_variable="HOST_KEY")
+    assert judge_traces([*SEARCHES, SEARCHES[0]], judge, cache) == [[True, False], [True], [True, False]]
     assert len(server.requests) == 3 and set(server.keys) == {"Bearer secret"}
     (request,) = [request for request in server.requests if "Emma is" in request["messages"][0]["content"]]
     assert request == {
@@ -172,95 +181,73 @@ def test_the_judge_is_asked_about_each_document_alone(server: JudgeServer, cache
             }
         ],
     }
-    assert judge.counts.prompt_tokens == 300 and judge.counts.completion_tokens == 12
+    assert judge.counts == {
+        **{"judged": 3, "from_cache": 0, "asked_again": 0, "without_verdict": 0},
+        **{"prompt_tokens": 300, "completion_tokens": 12},
+    }
 
 
 def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(server: JudgeServer, cache: Cache) -> None:
-    first = judge_pairs(PAIRS, Judge(server.url, "judge-1"), cache)
-    judge = Judge(server.url, "judge-1")
-    assert judge_pairs(PAIRS, judge, cache) == first
-    assert len(server.requests) == 3 and judge.counts.from_cache == judge.counts.judged == 3
-    judge_pairs(PAIRS[:1], Judge(server.url, "judge-2"), cache)
-    judge_pairs(
-        PAIRS[:1], Judge(server.url, "judge-1", template="Query: {query}\n<document>\n{document}\n</document>"), cache
-    )
+    first = judge_traces(SEARCHES, make_judge(server), cache)
+    judge = make_judge(server)
+    assert judge_traces(SEARCHES, judge, cache) == first
+    assert len(server.requests) == 3 and judge.counts["from_cache"] == judge.counts["judged"] == 3
+    judge_traces(SEARCHES[1:], make_judge(server, "judge-2"), cache)
+    other = "Query: {query}\n<document>\n{document}\n</document>"
+    judge_traces(SEARCHES[1:], make_judge(server, template=other), cache)
     assert len(server.requests) == 5
 
 
 def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, cache: Cache) -> None:
     server.answer = lambda n, messages: reply_of("It depends.") if n == 0 else verdict_of(messages)
-    judge = Judge(server.url, "judge-1")
-    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
-    assert (judge.counts.asked_again, judge.counts.without_verdict) == (1, 0)
+    judge = make_judge(server)
+    assert judge_traces(SEARCHES[1:], judge, cache) == [[True]]
+    assert (judge.counts["asked_again"], judge.counts["without_verdict"]) == (1, 0)
     first, second = (request["messages"] for request in server.requests)
     assert second[:1] == first and second[1]["content"] == "It depends." and "no verdict" in second[2]["content"]
 
 
 def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, cache: Cache) -> None:
     server.answer = lambda n, messages: reply_of("It depends.")
-    judge = Judge(server.url, "judge-1")
-    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: None}
-    assert (judge.counts.asked_again, judge.counts.without_verdict, len(server.requests)) == (1, 1, 2)
-    assert judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache) == {PAIRS[0]: None}
-    assert len(server.requests) == 2
+    for _ in range(2):
+        judge = make_judge(server)
+        assert judge_traces(SEARCHES[1:], judge, cache) == [[None]]
+        assert (judge.counts["judged"], len(server.requests)) == (1, 2)
+    assert judge.counts["from_cache"] == 1
 
 
 @pytest.mark.parametrize(
     "reply",
     [
         "<think>Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient",
-        "Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient",  # the chat template opened the thought
         [{"type": "thinking", "thinking": "Verdict: sufficient"}, {"type": "text", "text": "Verdict: insufficient"}],
     ],
 )
 def test_what_a_judge_thinks_is_not_its_verdict(server: JudgeServer, cache: Cache, reply: Any) -> None:
     server.answer = lambda n, messages: reply_of(reply)
-    judge = Judge(server.url, "judge-1")
-    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: False}
-    assert judge.counts.asked_again == 0
+    judge = make_judge(server)
+    assert judge_traces(SEARCHES[1:], judge, cache) == [[False]]
+    assert judge.counts["asked_again"] == 0
 
 
 def test_a_thought_that_is_cut_off_holds_no_verdict_and_is_not_sent_back(server: JudgeServer, cache: Cache) -> None:
     server.answer = lambda n, messages: reply_of("<think>\nVerdict: sufficient\n")
-    assert judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache) == {PAIRS[0]: None}
+    assert judge_traces(SEARCHES[1:], make_judge(server), cache) == [[None]]
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "(nothing)"}
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
-        (429, "slow down"),
-        (500, "oops"),
-        (503, ""),
-        (200, '{"choices": [{"mess'),
-        (200, "[]"),
-        (200, '{"choices": []}'),
-    ],
-)
+@pytest.mark.parametrize("failure", [(429, "slow down"), (500, "oops"), (200, '{"choices": [{"mess')])
 def test_what_may_pass_is_tried_again(server: JudgeServer, cache: Cache, failure: tuple[int, str]) -> None:
     server.answer = lambda n, messages: failure if n < 2 else verdict_of(messages)
-    judge = Judge(server.url, "judge-1")
-    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
+    judge = make_judge(server)
+    assert judge_traces(SEARCHES[1:], judge, cache) == [[True]]
     assert judge.client.counts["retries"] == 2
-
-
-def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: Cache) -> None:
-    judge = Judge(server.url, "judge-1", timeout_s=0.3)
-
-    def hold(n: int) -> bool:
-        judge.client.timeout_s = 30.0  # from the second call on, so that a busy machine may take its time
-        return n == 0
-
-    server.hold = hold
-    assert judge_pairs(PAIRS[:1], judge, cache) == {PAIRS[0]: True}
-    assert judge.client.counts["retries"] >= 1
 
 
 @pytest.mark.parametrize(
     ("failure", "calls", "message"),
     [
         ((401, '{"error": {"message": "Incorrect API key provided"}}'), 1, "401.*Incorrect API key"),
-        ((402, '{"error": {"message": "Insufficient Balance"}}'), 1, "402.*Insufficient Balance"),
         ((429, '{"error": {"code": "insufficient_quota"}}'), 1, "429.*insufficient_quota"),
         ((500, "oops"), 3, "500.*oops"),
     ],
@@ -268,20 +255,18 @@ def test_a_judge_that_is_late_is_asked_again(server: JudgeServer, cache: Cache) 
 def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_nothing(
     server: JudgeServer, cache: Cache, failure: tuple[int, str], calls: int, message: str
 ) -> None:
-    judge_pairs(PAIRS[:1], Judge(server.url, "judge-1"), cache)
+    judge_traces(SEARCHES[1:], make_judge(server), cache)
     server.answer = lambda n, messages: failure
-    with pytest.raises(UserError, match=f"{message}.*verdicts so far are kept") as caught:
-        judge_pairs(PAIRS[:2], Judge(server.url, "judge-1", "key-123", max_retries=2), cache)
-    assert len(server.requests) == 1 + calls and "key-123" not in str(caught.value)
-    judge = Judge(server.url, "judge-1")
-    server.answer = lambda n, messages: verdict_of(messages)
-    judge_pairs(PAIRS[:2], judge, cache)
-    assert judge.counts.from_cache == 1
+    judge = make_judge(server, concurrency=1)
+    judge.client.max_retries = 2
+    with pytest.raises(UserError, match=f"{message}.*verdicts so far are kept"):
+        judge_traces(SEARCHES, judge, cache)
+    assert len(server.requests) == 1 + calls
+    assert cache.get(judge.cached_as(("rain", "It rains.")))["verdict"] is True
 
 
 def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cache: Cache) -> None:
-    pairs = [("q", f"document {n}") for n in range(20)]
-    judge = Judge(server.url, "judge-1", max_concurrency=4)
+    judge = make_judge(server, concurrency=4)
     verdict, failed = judge.verdict, Event()
 
     async def watched_verdict(pair: Pair) -> tuple[Verdict, str]:
@@ -295,8 +280,8 @@ def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cac
     server.answer = lambda n, messages: (401, "no") if "document 0" in str(messages) else verdict_of(messages)
     server.hold = lambda n: "document 0" not in str(server.requests[n]) and not failed.is_set()
     with pytest.raises(UserError, match="401"):
-        judge_pairs(pairs, judge, cache)
-    assert cache.get(judge.cached_as(pairs[1])) and cache.get(judge.cached_as(pairs[3]))
+        judge_traces([{"query": "q", "documents": [f"document {n}" for n in range(20)]}], judge, cache)
+    assert all(cache.get(judge.cached_as(("q", f"document {n}"))) for n in (1, 2, 3))
     assert len(server.requests) == 4  # and nothing more was asked
 
 
@@ -304,20 +289,15 @@ def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache
     together: set[int] = set()
 
     def hold(n: int) -> bool:
-        """Let calls go once 32 of them are there, and never more than that."""
+        """Let calls go once 16 of them are there, and never more than that."""
         together.add(server.held)
-        return max(together) < 32
+        return max(together) < 16
 
     server.hold = hold
-    pairs = [("q", f"document {n}") for n in range(64)]
-    assert len(judge_pairs(pairs, Judge(server.url, "judge-1", max_concurrency=32), cache)) == 64
-    assert max(together) == 32
-
-
-def test_a_cache_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("hello " * 1000)
-    with pytest.raises(UserError, match=r"the cache .*cache cannot be used"):
-        Cache(tmp_path / "cache")
+    judge_traces(
+        [{"query": "q", "documents": [f"document {n}" for n in range(32)]}], make_judge(server, concurrency=16), cache
+    )
+    assert max(together) == 16
 
 
 def write_traces(path: Path, num_searches: int) -> Path:
@@ -361,30 +341,20 @@ def test_both_judges_in_one_run_and_their_agreement(
     assert "agree on 1.000 of 38 documents; Cohen's kappa 1.000" in capsys.readouterr().out
 
 
-def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(
-    server: JudgeServer, load_recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     monkeypatch.setenv("HOST_KEY", "sk-host")
-    recipe = load_recipe("judge_traces")
-    command = ["--traces", str(write_traces(tmp_path / "traces.jsonl", 1)), "--judges", "llm"]
-    command += ["--judge_url", server.url, "--judge_model", "judge-1", "--output_dir"]
-    recipe.main([*command, str(tmp_path / "a")])
-    recipe.main([*command, str(tmp_path / "b"), "--judge_api_key_variable", "HOST_KEY"])
-    assert server.keys == [None, None, "Bearer sk-host", "Bearer sk-host"]
-    assert recipe.api_key("https://api.openai.com/v1", None) == "sk-openai"
+    assert JudgeOptions().api_key() == "sk-openai"
+    assert JudgeOptions("http://127.0.0.1:9/v1", judge_api_key_variable="HOST_KEY").api_key() == "sk-host"
     for url in ("http://api.openai.com/v1", "https://api.openai.com.example.org/v1", "https://api.openai.com@b.org/"):
-        assert recipe.api_key(url, None) is None
+        assert JudgeOptions(url).api_key() is None
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--judges", "llm"], "--judges llm needs --judge_model"),
-        (
-            ["--judges", "llm", "--judge_model", "rule", "--judge_url", "http://127.0.0.1:9/v1"],
-            "a judge cannot be called 'rule'",
-        ),
+        (["--judges", "llm", "--judge_model", "rule"], "a judge cannot be called 'rule'"),
         (
             ["--judges", "llm", "--judge_model", "m", "--judge_api_key_variable", "NO_SUCH_KEY"],
             "the judge's key is to be in the environment variable NO_SUCH_KEY, which is not set",
@@ -393,22 +363,13 @@ def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(
         (["--judge_concurrency", "0"], "judge_concurrency is 0"),
         (["--traces", "none.jsonl"], "there is no file none.jsonl"),
         (["--output_dir", __file__], f"the output folder {__file__} is a file"),
-        (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    load_recipe: Callable[[str], ModuleType],
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[[str, list[str]], str], tmp_path: Path, flags: list[str], message: str
 ) -> None:
     traces = write_traces(tmp_path / "traces.jsonl", 1)
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("judge_traces").main(["--traces", str(traces), "--output_dir", str(tmp_path / "out"), *flags])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert message in refusal("judge_traces", ["--traces", str(traces), "--output_dir", str(tmp_path / "out"), *flags])
 
 
 @pytest.mark.slow

@@ -101,8 +101,7 @@ class SimulatedEngine:
             port = urlsplit(self.base_urls[0]).port or 6001
         except ValueError:
             port = 6001
-        replicas = f" --replicas {len(self.base_urls)}" if len(self.base_urls) > 1 else ""
-        return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}{replicas}"
+        return f"python recipes/serve_simulator.py --model {self.model or 'SIMULATOR'} --port {port}"
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it writes none."""

@@ -219,9 +219,8 @@ def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
         low, high = zip(*(point["realised_interval"] for point in points), strict=True)
         noise.plot([0, 1], [0, 1], color=COLOURS["rule"], linewidth=1)
         noise.fill_between(requested, low, high, color=COLOURS["orange"], alpha=0.2, linewidth=0)
-        realised, coin = ([point[key] for point in points] for key in ("realised", "coin"))
+        realised = [point["realised"] for point in points]
         noise.plot(requested, realised, "o-", color=COLOURS["orange"], label="realised, by the documents")
-        noise.plot(requested, coin, "x", color=COLOURS["blue"], label="the coin's share")
         noise.set_xlabel("requested noise")
         noise.legend(frameon=False)
     path = prefix.with_name(f"{prefix.name}.svg")

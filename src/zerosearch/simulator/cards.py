@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from zerosearch.errors import UserError
+from zerosearch.files import write_text
+from zerosearch.generation.loading import base_of_adapter
+from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.dataset import SPLITS, statistics_table
 
 NOT_PUSHED = (".lock", "*.draft", "checkpoint-*/**", "training_args.bin", "logs/**")
+TEMPLATES = Path(__file__).parent  # in jinja2's language, filled in by the Hub's classes
 
 
 def create_repository(repo_id: str, kind: Literal["model", "dataset"], private: bool | None = None) -> str:
@@ -45,65 +49,71 @@ def push_folder(folder: Path, repo_id: str, kind: Literal["model", "dataset"], m
     return str(commit.repo_url)
 
 
-def dataset_card(title: str, found: Mapping[str, Any], about: Mapping[str, Any], example: str) -> str:
-    """Describe a dataset of document sets.
+def write_dataset_card(
+    folder: Path, found: Mapping[str, Any], about: Mapping[str, Any], example: str, repository: str | None
+) -> None:
+    """Describe a dataset of document sets in README.md.
 
     `found` is its `statistics`, `about` what it was made with, `example` as text what is learnt from one row.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    splits = [split for split in SPLITS if found["sets"][split]["questions"]]
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS if found["sets"][split]["questions"]]
     header = DatasetCardData(
         task_categories=["text-generation"],
         tags=["zerosearch", "search-simulator"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"{split}.jsonl"} for split in splits],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    parts: dict[str, Any] = {
-        "title": title,
-        "found": found,
-        "table": statistics_table(found),
-        "example": example,
-        "about": about,
-    }
-    parts["made_with"] = _json(about)
-    return str(DatasetCard.from_template(header, template_path=_template("dataset"), **parts)) + "\n"
+    card = DatasetCard.from_template(
+        header,
+        template_path=str(TEMPLATES / "dataset_card.md"),
+        title=_title(folder, repository),
+        found=found,
+        table=statistics_table(found),
+        example=example,
+        about=about,
+        made_with=_json(about),
+    )
+    write_text(folder / "README.md", f"{card}\n")
 
 
-def simulator_card(
-    title: str,
-    base_model: str | None,
-    prompt: str,
-    about: Mapping[str, Any],
-    fidelity: str = "",
-    serve: Sequence[str] = (),
-    adapter: bool = False,
+def write_simulator_card(
+    folder: Path, made: Mapping[str, Any], template: SimulatorTemplate, repository: str | None, fidelity: str = ""
 ) -> str:
-    """Describe a simulator.
+    """Describe a simulator in README.md, and return the command that serves it: from the Hub if it goes there.
 
-    `prompt` is the template it was tuned with, `about` what else it was made with, `fidelity` its measurement as
-    Markdown, `serve` the commands that serve it.
+    `made` says how it was made, `base_model` included; `fidelity` is its measurement as Markdown.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    is_adapter = base_of_adapter(str(folder)) is not None
+    serve = [f"python recipes/serve_simulator.py --model {repository or folder}"]
+    if repository and is_adapter:  # vLLM serves an adapter from a folder
+        serve = [
+            f"hf download {repository} --local-dir {folder.name}",
+            f"python recipes/serve_simulator.py --model {folder.name}",
+        ]
     header = ModelCardData(
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["zerosearch", "search-simulator", "trl", "sft"],
-        base_model=base_model,
+        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
     )
-    parts: dict[str, Any] = {"title": title, "prompt": prompt, "fidelity": fidelity, "serve": serve}
-    parts["made_with"] = _json(about)
-    return str(ModelCard.from_template(header, template_path=_template("simulator"), **parts)) + "\n"
+    card = ModelCard.from_template(
+        header,
+        template_path=str(TEMPLATES / "simulator_card.md"),
+        title=_title(folder, repository),
+        prompt=template if isinstance(template, str) else template.useful,
+        fidelity=fidelity,
+        serve=serve,
+        made_with=_json(made),
+    )
+    write_text(folder / "README.md", f"{card}\n")
+    return serve[-1]
 
 
-def _template(kind: str) -> str:
-    """Return the path of a card's template, in jinja2's language; the Hub's classes fill it in."""
-    return str(Path(__file__).with_name(f"{kind}_card.md"))
+def _title(folder: Path, repository: str | None) -> str:
+    return (repository or folder.resolve().name).split("/")[-1]
 
 
 def _json(about: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -22,45 +21,34 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from zerosearch.command_line import check_bounds
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchError, SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError, run_in_background
-from zerosearch.intervals import INTERVAL, NUM_RESAMPLES, mean_with_interval
-from zerosearch.noise import NoiseSchedule, keyed_uniform
+from zerosearch.intervals import INTERVAL, NUM_RESAMPLES, mean_with_interval, resampled_means
 from zerosearch.simulator.held_out import WHY_LEFT_OUT, HeldOutQuery, choose
 
 Card = dict[str, Any]
 Documents = tuple[str, ...]
+Samples = Mapping[str, Sequence[Sequence[Documents]]]  # quality to (queries, replies)
+
 QUALITIES = ("useful", "noisy")
-TOTAL_STEPS = 200  # of the paper's run, over which the schedule is laid
-NUM_COINS = 64_000  # as many searches as the paper's run makes (Table 8)
+NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)  # the requested noise that is compared with what is realised
 
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """How much to measure: of each query, samples of either quality, and searches at points of a noise schedule."""
+    """How much to measure."""
 
     num_queries: int | None = field(
         default=None,
         metadata={"min": 2, "help": "Held-out queries. Default: 300, or all recorded ones."},
     )
     num_samples: int = field(default=2, metadata={"min": 1, "help": "Replies to each query, of either quality."})
-    noise_start: float = field(default=0.0, metadata={"min": 0, "max": 1})
-    noise_end: float = field(default=1.0, metadata={"min": 0, "max": 1})
-    noise_base: float = field(default=4.0, metadata={"min": 1})  # Eq. 1
-    noise_points: int = field(default=9, metadata={"min": 2, "help": "Steps at which noise is measured."})
-    noise_samples: int = field(default=1, metadata={"min": 1, "help": "Searches of each query at each of them."})
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_bounds(self)
-
-    def schedule(self) -> list[tuple[int, float]]:
-        """Return the points at which noise is measured: optimizer step and noise probability."""
-        noise = NoiseSchedule(self.noise_start, self.noise_end, self.noise_base)
-        steps = np.linspace(1, TOTAL_STEPS, self.noise_points).round().astype(int).tolist()
-        return [(step, noise.p_noise(step, TOTAL_STEPS)) for step in steps]
 
 
 def measure_simulator(
@@ -69,46 +57,38 @@ def measure_simulator(
     options: FidelityOptions | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Card:
-    """Ask a simulator for documents of either quality and over a noise schedule, and return its fidelity card.
+    """Ask a simulator for documents of either quality, and return its fidelity card.
 
     `about` goes into the card as it is. The engine is closed at the end.
     Raises `UserError` if fewer than two queries are decidable, or the endpoint fails for good.
     """
     options = options or FidelityOptions()
-    chosen, decidable = _chosen(queries, options.num_queries or 300, options.seed)
+    chosen = _chosen(queries, options.num_queries or 300, options.seed)
     engine.check()
     requests = [
-        _request(query, float(noisy), (options.seed, 0, row, sample, int(noisy)))
+        SearchRequest(
+            query.query, query.question, query.golden_answers, float(noisy), (options.seed, 0, row, sample, int(noisy))
+        )
         for row, query in enumerate(chosen)
         for noisy in (False, True)
         for sample in range(options.num_samples)
     ]
-    at_noise = [
-        _request(query, p_noise, (options.seed, step, row, sample, 0))
-        for step, p_noise in options.schedule()
-        for row, query in enumerate(decidable)
-        for sample in range(options.noise_samples)
-    ]
-    results = _search(engine, [*requests, *at_noise])
-    replies = iter([result.documents for result in results[: len(requests)]])
+    replies = iter(_search(engine, requests))
     by_query = [[[next(replies) for _ in range(options.num_samples)] for _ in QUALITIES] for _ in chosen]
     samples = {quality: [both[noisy] for both in by_query] for noisy, quality in enumerate(QUALITIES)}
     rng = np.random.default_rng(options.seed)
     counts = engine.counts
     return {
-        **_head(chosen, decidable, about),
+        **_head(chosen, about),
         **_answer_rates(chosen, samples, rng),
-        **_noise(decidable, options, results[len(requests) :], rng),
+        **_noise(chosen, samples, rng),
         "format": {
             **_share("valid_format_rate", counts.well_formed_replies, counts.replies, rng),
             **_share("short_reply_rate", counts.short_replies, counts.replies, rng),
             "replies": counts.replies,
             "failed_searches": counts.failed_searches,
         },
-        "documents": {
-            **{quality: _lengths(rows, rng) for quality, rows in samples.items()},
-            **{f"real {quality}": _lengths(rows, rng) for quality, rows in _recorded(chosen).items()},
-        },
+        "documents": {**_lengths(samples, rng), **_lengths(_recorded(chosen), rng)},
     }
 
 
@@ -125,76 +105,64 @@ def measure_recorded(
     """
     options = options or FidelityOptions()
     found = [query for query in queries if any(query.real.values())]
-    chosen, decidable = _chosen(found, options.num_queries or len(found), options.seed)
+    chosen = _chosen(found, options.num_queries or len(found), options.seed)
     rng = np.random.default_rng(options.seed)
     samples = _recorded(chosen)
-    return {
-        **_head(chosen, decidable, about),
-        **_answer_rates(chosen, samples, rng),
-        "documents": {f"real {quality}": _lengths(rows, rng) for quality, rows in samples.items()},
-    }
+    rates = _answer_rates(chosen, {name.removeprefix("real "): replies for name, replies in samples.items()}, rng)
+    return {**_head(chosen, about), **rates, "documents": _lengths(samples, rng)}
 
 
-def _chosen(queries: Sequence[HeldOutQuery], count: int, seed: int) -> tuple[list[HeldOutQuery], list[HeldOutQuery]]:
-    """Return the queries to measure with, and those of them for which documents can be scored by rule."""
+def _chosen(queries: Sequence[HeldOutQuery], count: int, seed: int) -> list[HeldOutQuery]:
+    """Return the queries to measure with, of which two or more can be scored by rule."""
     chosen = choose(queries, count, seed)
-    decidable = [query for query in chosen if not query.left_out]
-    if len(decidable) < 2:
+    decidable = sum(not query.left_out for query in chosen)
+    if decidable < 2:
         raise UserError(
-            f"of {len(chosen)} held-out queries {len(decidable)} can tell whether documents answer them, and two must"
+            f"of {len(chosen)} held-out queries {decidable} can tell whether documents answer them, and two must"
         )
-    return chosen, decidable
+    return chosen
 
 
-def _request(query: HeldOutQuery, p_noise: float, key: tuple[int, ...]) -> SearchRequest:
-    return SearchRequest(query.query, query.question, query.golden_answers, p_noise, key)
+def _search(engine: SimulatedEngine, requests: Sequence[SearchRequest]) -> list[Documents]:
+    """Return the documents of every search, none where the simulator wrote none."""
 
-
-def _search(engine: SimulatedEngine, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-    """Return the result of every search; one for which the simulator wrote nothing has no documents."""
-
-    async def one(request: SearchRequest, bar: tqdm) -> SearchResult:
+    async def one(request: SearchRequest, bar: tqdm) -> Documents:
         try:
-            return await engine.search(request)
+            return (await engine.search(request)).documents
         except SearchError as error:
             if isinstance(error.__cause__, ServiceError):
                 raise
-            return SearchResult((), noisy=None)
+            return ()
         finally:
             bar.update()
 
-    async def together() -> list[SearchResult]:
-        tasks = []
+    async def together() -> list[Documents]:
         try:
             with tqdm(total=len(requests), desc="searching") as bar:
-                tasks = [asyncio.create_task(one(request, bar)) for request in requests]
-                return await asyncio.gather(*tasks)
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(request, bar)) for request in requests]
+            return [task.result() for task in tasks]
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await engine.aclose()
 
     try:
         return run_in_background(together())
-    except SearchError as error:
-        raise UserError(f"the measurement stopped: {error}") from error
+    except* SearchError as failures:
+        raise UserError(f"the measurement stopped: {failures.exceptions[0]}") from failures
 
 
-def _head(chosen: Sequence[HeldOutQuery], decidable: Sequence[HeldOutQuery], about: Mapping[str, Any] | None) -> Card:
-    left_out = Counter(query.left_out for query in chosen if query.left_out)
+def _head(chosen: Sequence[HeldOutQuery], about: Mapping[str, Any] | None) -> Card:
+    left_out = Counter(query.left_out for query in chosen)
     return {
         "about": dict(about or {}),
         "rule": chosen[0].rule,
         "queries": len(chosen),
-        "decidable": len(decidable),
+        "decidable": left_out[""],
         "left_out": {why: left_out[why] for why in WHY_LEFT_OUT},
     }
 
 
-def _answer_rates(
-    chosen: Sequence[HeldOutQuery], samples: Mapping[str, Sequence[Sequence[Documents]]], rng: np.random.Generator
-) -> Card:
+def _answer_rates(chosen: Sequence[HeldOutQuery], samples: Samples, rng: np.random.Generator) -> Card:
     """Return the shares of replies that answer or leak, over decidable queries; a query is the mean of its samples."""
     rates: Card = {}
     for quality, name in (("useful", "useful_answer_rate"), ("noisy", "noisy_leak_rate"), ("all", "answer_rate")):
@@ -212,87 +180,57 @@ def _answer_rates(
     return rates
 
 
-def _noise(
-    decidable: Sequence[HeldOutQuery],
-    options: FidelityOptions,
-    results: Sequence[SearchResult],
-    rng: np.random.Generator,
-) -> Card:
-    """Return requested against realised noise, from results in the order points, queries, samples.
+def _noise(chosen: Sequence[HeldOutQuery], samples: Samples, rng: np.random.Generator) -> Card:
+    """Return requested against realised noise.
 
-    `coin` is the share of NUM_COINS searches for which the keyed coin falls on noisy. `realised` is what the documents
-    come to: the share of searches that do not answer their query, those asked to be noisy and those asked to be useful
-    weighted by the coin. `observed` is that share in the searches made here, where few coins were tossed.
+    Realised noise is the share of searches whose documents do not answer their query. Where noise p is requested, a
+    search is noisy with probability p: the noisy replies weigh p, the useful ones 1 - p.
     """
-    schedule, size = options.schedule(), len(decidable)
-    made = np.zeros((size, 2, len(schedule)))  # useful and noisy
-    unanswered = np.zeros_like(made)
-    for place, result in enumerate(results):
-        point, row = divmod(place // options.noise_samples, size)
-        quality = int(bool(result.noisy))
-        made[row, quality, point] += 1
-        unanswered[row, quality, point] += not decidable[row].is_answered_by(result.documents)
-    requested = np.array([p_noise for _, p_noise in schedule])
-    coins = np.array([_coin_share(options.seed, step, p_noise) for step, p_noise in schedule])
-
-    def realised_by(weights: np.ndarray) -> np.ndarray:
-        """Return the realised noise, (..., points), with each query counted `weights` times, (..., queries)."""
-        asked = np.tensordot(weights, made, axes=1)  # (..., 2, points)
-        missed = np.tensordot(weights, unanswered, axes=1)
-        # Where the coin never fell on one side, that side's share at the other points.
-        overall = missed.sum(axis=-1, keepdims=True) / np.maximum(asked.sum(axis=-1, keepdims=True), 1)
-        shares = np.where(asked > 0, missed / np.maximum(asked, 1), overall)
-        return coins * shares[..., 1, :] + (1 - coins) * shares[..., 0, :]
-
-    realised = realised_by(np.ones(size))  # (points,)
-    resampled = realised_by(rng.multinomial(size, np.full(size, 1 / size), NUM_RESAMPLES))  # (resamples, points)
-    intervals = np.percentile(resampled, INTERVAL, axis=0)  # (2, points)
-    errors = np.abs(resampled - requested).max(axis=1)  # (resamples,)
-    searches = size * options.noise_samples
+    missed = np.array(
+        [
+            [fmean(not query.is_answered_by(documents) for documents in samples[name][row]) for name in QUALITIES]
+            for row, query in enumerate(chosen)
+            if not query.left_out
+        ]
+    )  # (queries, 2)
+    weights = np.array([[1 - p_noise, p_noise] for p_noise in NOISE]).T  # (2, points)
+    realised = missed.mean(axis=0) @ weights  # (points,)
+    resampled = resampled_means(missed, rng) @ weights  # (resamples, points)
+    low, high = np.percentile(resampled, INTERVAL, axis=0)
+    errors = np.abs(resampled - NOISE).max(axis=1)  # (resamples,)
     return {
-        "max_noise_error": float(np.abs(realised - requested).max()),
+        "max_noise_error": float(np.abs(realised - NOISE).max()),
         "max_noise_error_interval": np.percentile(errors, INTERVAL).tolist(),
-        "max_coin_error": float(np.abs(coins - requested).max()),
         "noise": [
             {
-                "step": step,
                 "requested": p_noise,
-                "coin": float(coins[point]),
                 "realised": float(realised[point]),
-                "realised_interval": intervals[:, point].tolist(),
-                "observed": float(unanswered[:, :, point].sum() / searches),
-                "searches": searches,
+                "realised_interval": [float(low[point]), float(high[point])],
             }
-            for point, (step, p_noise) in enumerate(schedule)
+            for point, p_noise in enumerate(NOISE)
         ],
     }
 
 
-@cache
-def _coin_share(seed: int, step: int, p_noise: float) -> float:
-    """Return how often the coin of a search falls on noisy."""
-    return fmean(keyed_uniform(seed, step, row, 0, 0) < p_noise for row in range(NUM_COINS))
-
-
-def _lengths(samples: Sequence[Sequence[Documents]], rng: np.random.Generator) -> Card:
+def _lengths(samples: Samples, rng: np.random.Generator) -> Card:
     """Return how many documents a reply has, and how many words a document; the unit of the means is a query."""
-    asked = [replies for replies in samples if replies]
-    words = [[len(text.split()) for documents in replies for text in documents] for replies in asked]
-    described = _mean("documents", [fmean(map(len, replies)) for replies in asked], rng)
-    if any(words):
-        described |= _mean("words", [fmean(row) for row in words if row], rng)
-        percentiles = np.percentile([length for row in words for length in row], (5, 50, 95)).tolist()
-        described["word_percentiles"] = dict(zip(("5", "50", "95"), percentiles, strict=True))
+    described: Card = {}
+    for name, rows in samples.items():
+        asked = [replies for replies in rows if replies]
+        words = [[len(text.split()) for documents in replies for text in documents] for replies in asked]
+        described[name] = _mean("documents", [fmean(map(len, replies)) for replies in asked], rng)
+        if any(words):
+            described[name] |= _mean("words", [fmean(row) for row in words if row], rng)
     return described
 
 
 def _recorded(chosen: Sequence[HeldOutQuery]) -> dict[str, list[list[Documents]]]:
     """Return recorded documents as if they were one reply a query, by quality."""
     found = {
-        quality: [[query.real[quality]] if query.real.get(quality) else [] for query in chosen]
+        f"real {quality}": [[query.real[quality]] if query.real.get(quality) else [] for query in chosen]
         for quality in (*QUALITIES, "all")
     }
-    return {quality: rows for quality, rows in found.items() if any(rows)}
+    return {name: rows for name, rows in found.items() if any(rows)}
 
 
 def _mean(name: str, values: Sequence[float], rng: np.random.Generator) -> Card:

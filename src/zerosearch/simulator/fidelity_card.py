@@ -16,20 +16,11 @@ RATES = (
     ("noisy_leak_rate", "noisy replies that leak the answer"),
     ("answer_rate", "searches that answer the query"),
     ("max_noise_error", "largest difference of realised and requested noise"),
-    ("max_coin_error", "largest difference of the coin's share and requested noise"),
 )
 SUFFIXES = (
     ("", ""),
     ("_where_the_answer_is_asked", ", where the query asks for the question's answer"),
     ("_where_another_fact_is_asked", ", where it asks for another fact"),
-)
-FORMAT_RATES = (
-    ("valid_format_rate", 'replies that are "Doc 1: ..." to the last and nothing else'),
-    ("short_reply_rate", "replies with too few documents, asked for again"),
-)
-DOCUMENT_ROWS = (
-    ("documents", "documents a reply"),
-    ("words", "words a document"),
 )
 
 
@@ -58,37 +49,28 @@ def card_markdown(card: Card) -> str:
         for suffix, where in SUFFIXES:
             if f"{name}{suffix}" in card:
                 lines.append(f"| {words}{where} | {_shown(card, name + suffix)} |")
-    for name, words in FORMAT_RATES:
-        if "format" in card:
-            lines.append(f"| {words} | {_shown(card['format'], name)} |")
     if "format" in card:
-        lines.append(f"| searches that got no documents | {card['format']['failed_searches']:,} |")
+        form = card["format"]
+        lines += [
+            f'| replies that are "Doc 1: ..." to the last and nothing else | {_shown(form, "valid_format_rate")} |',
+            f"| replies with too few documents, asked for again | {_shown(form, 'short_reply_rate')} |",
+            f"| searches that got no documents | {form['failed_searches']:,} |",
+        ]
     if "noise" in card:
-        lines += ["", *_noise_table(card)]
-    columns = {name: part for name, part in card["documents"].items() if part}
-    lines += ["", f"| mean of | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for name, words in DOCUMENT_ROWS:
-        if any(name in part for part in columns.values()):
-            cells = [_shown(part, name, digits=2) if name in part else "" for part in columns.values()]
-            lines.append(f"| {words} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "Realised noise: the share of searches whose documents do not answer the query, where a reply is noisy "
+            "with the requested probability.",
+            "",
+            "| requested | realised |",
+            "|---|---|",
+            *(f"| {point['requested']:.2f} | {_shown(point, 'realised')} |" for point in card["noise"]),
+        ]
+    lines += ["", "| mean of | documents a reply | words a document |", "|---|---|---|"]
+    for name, part in card["documents"].items():
+        words = _shown(part, "words", digits=2) if "words" in part else ""
+        lines.append(f"| {name} | {_shown(part, 'documents', digits=2)} | {words} |")
     return "\n".join(lines)
-
-
-def _noise_table(card: Card) -> list[str]:
-    lines = [
-        "Realised noise: the share of searches whose documents do not answer the query, those asked to be noisy and "
-        "those asked to be useful weighted by the share of the keyed coin in 64,000 searches; observed: the plain "
-        "share in the searches made.",
-        "",
-        "| step | requested | coin | realised | observed | searches |",
-        "|---|---|---|---|---|---|",
-    ]
-    for point in card["noise"]:
-        lines.append(
-            f"| {point['step']} | {point['requested']:.3f} | {point['coin']:.3f} | {_shown(point, 'realised')} "
-            f"| {point['observed']:.3f} | {point['searches']:,} |"
-        )
-    return lines
 
 
 def _shown(part: Mapping[str, Any], name: str, digits: int = 3) -> str:

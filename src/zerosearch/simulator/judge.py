@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -29,6 +32,7 @@ Pair = tuple[str, str]  # a query and a document
 
 RULE = "rule"
 NOT_FOUND_IN_TEXT = {"yes", "no", "true", "false"}  # answers that a document gives without saying them
+TIMEOUT_S = 600.0  # a model that thinks takes its time
 EMPTY_BALANCE = ("insufficient_quota", "insufficient_balance", "Insufficient Balance", "Arrearage")
 
 
@@ -67,48 +71,59 @@ def parse_verdict(reply: str) -> Verdict:
 
 
 @dataclass
-class JudgeCounts:
-    """What judging took: documents asked about or found in the cache, and what the asking came to."""
+class JudgeOptions:
+    """A language model that judges, on the command line. A recipe's parser takes this class beside its own."""
 
-    judged: int = 0
-    from_cache: int = 0
-    asked_again: int = 0  # the first reply held no verdict
-    without_verdict: int = 0  # nor did the second
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    judge_url: str = field(
+        default="https://api.openai.com/v1", metadata={"help": "For llm: an OpenAI-style endpoint."}
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "For llm: the model to ask (paper: Qwen-Max)."})
+    judge_api_key_variable: str | None = field(
+        default=None,
+        metadata={
+            "help": "For llm: the environment variable that holds the key. Default: OPENAI_API_KEY for OpenAI's own "
+            "address; no key is sent to another one."
+        },
+    )
+    judge_max_tokens: int = field(
+        default=256, metadata={"min": 1, "help": "For llm: longest reply; a model that thinks needs more."}
+    )
+    judge_concurrency: int = field(default=32, metadata={"min": 1, "help": "For llm: calls in flight."})
+
+    def api_key(self) -> str | None:
+        """Return the key to send, if any. Raises `UserError` if the variable that should hold it is not set."""
+        is_openai = self.judge_url.startswith("https://api.openai.com/")
+        variable = self.judge_api_key_variable or ("OPENAI_API_KEY" if is_openai else None)
+        if variable and not os.environ.get(variable):
+            raise UserError(f"the judge's key is to be in the environment variable {variable}, which is not set")
+        return os.environ[variable] if variable else None
 
 
-@dataclass
 class Judge:
     """A language model behind an OpenAI-style endpoint that says whether a document suffices to answer a query.
 
-    A reply without a verdict is asked for once more, in the same conversation, and then counted.
+    A reply without a verdict is asked for once more, in the same conversation, and then counted. `counts` says what
+    judging took. Raises `UserError` without a model or a key.
     """
 
-    base_url: str
-    model: str
-    api_key: str | None = None
-    template: str = JUDGE_PROMPT
-    max_tokens: int = 256
-    timeout_s: float = 120.0
-    max_retries: int = 5
-    max_concurrency: int = 32
-    counts: JudgeCounts = field(default_factory=JudgeCounts)
-
-    def __post_init__(self) -> None:
-        if self.model == RULE:
+    def __init__(self, options: JudgeOptions, template: str = JUDGE_PROMPT) -> None:
+        if options.judge_model is None:
+            raise UserError("--judges llm needs --judge_model, the name of the model to ask")
+        if options.judge_model == RULE:
             raise UserError(f"a judge cannot be called {RULE!r}: verdicts of that name are those of the free rule")
-        self.base_url = self.base_url.rstrip("/")
+        self.options, self.model, self.template = options, options.judge_model, template
+        self.base_url = options.judge_url.rstrip("/")
         self.client = HTTPClient(
             "the judge",
             remedy="verdicts so far are kept: put it right and run the same command again",
-            api_key=self.api_key,
+            api_key=options.api_key(),
             final_signs=EMPTY_BALANCE,
-            timeout_s=self.timeout_s,
-            max_retries=self.max_retries,
-            max_concurrency=self.max_concurrency,
+            timeout_s=TIMEOUT_S,
+            max_concurrency=options.judge_concurrency,
             trust_env=True,
         )
+        names = ("judged", "from_cache", "asked_again", "without_verdict", "prompt_tokens", "completion_tokens")
+        self.counts = dict.fromkeys(names, 0)
 
     def cached_as(self, pair: Pair) -> dict[str, str]:
         """Return what a verdict is cached by."""
@@ -122,42 +137,44 @@ class Judge:
         reply = await self._reply(messages)
         verdict = parse_verdict(reply)
         if verdict is None:
-            self.counts.asked_again += 1
+            self.counts["asked_again"] += 1
             again = [{"role": "assistant", "content": reply or "(nothing)"}]
             again.append({"role": "user", "content": JUDGE_AGAIN_PROMPT})
             reply = await self._reply(messages + again)
             verdict = parse_verdict(reply)
-        self.counts.without_verdict += verdict is None
+        self.counts["without_verdict"] += verdict is None
         return verdict, reply
 
     async def _reply(self, messages: list[dict[str, str]]) -> str:
-        body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self.max_tokens}
+        body = {"model": self.model, "messages": messages, "temperature": 0.0}
+        body["max_tokens"] = self.options.judge_max_tokens
         url = f"{self.base_url}/chat/completions"
         reply, _ = await self.client.request("POST", url, json=body, read=read_chat)
-        self.counts.prompt_tokens += reply.prompt_tokens or 0
-        self.counts.completion_tokens += reply.completion_tokens or 0
+        self.counts["prompt_tokens"] += reply.prompt_tokens or 0
+        self.counts["completion_tokens"] += reply.completion_tokens or 0
         return without_thoughts(reply.text)
 
 
-def judge_pairs(pairs: Iterable[Pair], judge: Judge, cache: Cache) -> dict[Pair, Verdict]:
-    """Return the judge's verdict on every pair, asking only what the cache does not hold.
+def judge_traces(traces: Sequence[Mapping[str, Any]], judge: Judge, cache: Cache) -> list[list[Verdict]]:
+    """Return the judge's verdict on every document of every search, asking only what the cache does not hold.
 
     Raises `UserError` when the judge fails for good; every verdict given so far is in the cache by then.
     """
+    pairs = [[(trace["query"], text) for text in document_texts(trace)] for trace in traces]
     verdicts: dict[Pair, Verdict] = {}
     missing = []
-    for pair in dict.fromkeys(pairs):
+    for pair in dict.fromkeys(chain.from_iterable(pairs)):
         found = cache.get(judge.cached_as(pair))
         if found is None:
             missing.append(pair)
         else:
             verdicts[pair] = found["verdict"]
-    judge.counts.from_cache += len(verdicts)
-    judge.counts.judged += len(verdicts)
+    judge.counts["from_cache"] += len(verdicts)
     failures = run_in_background(_ask_all(missing, judge, cache, verdicts))
+    judge.counts["judged"] += len(verdicts)
     if failures:
         raise UserError(str(failures[0])) from failures[0]
-    return verdicts
+    return [[verdicts[pair] for pair in pairs_of_trace] for pairs_of_trace in pairs]
 
 
 async def _ask_all(
@@ -177,42 +194,33 @@ async def _ask_all(
                     return
                 cache.put(judge.cached_as(pair), {"verdict": verdict, "reply": reply})
                 verdicts[pair] = verdict
-                judge.counts.judged += 1
                 bar.update()
 
         try:
-            await asyncio.gather(*(ask_in_turn() for _ in range(min(judge.max_concurrency, len(missing)))))
+            await asyncio.gather(*(ask_in_turn() for _ in range(min(judge.client.max_concurrency, len(missing)))))
         finally:
             await judge.client.aclose()
     return failures
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How two judges agree on the documents on which both have a verdict; `kappa` is Cohen's.
+def compare(first: Iterable[Verdict], second: Iterable[Verdict]) -> dict[str, Any]:
+    """Return how two judges agree on the documents on which both have a verdict, in the same order.
 
-    `kappa` is `None` where it is not defined: both gave one and the same verdict throughout, or there is none.
+    `share` of them, and Cohen's `kappa`, which is `None` where it is not defined: both gave one and the same verdict
+    throughout, or there is none.
     """
-
-    num_documents: int
-    both_useful: int
-    both_noisy: int
-    only_first_useful: int
-    only_second_useful: int
-    share: float | None
-    kappa: float | None
-
-
-def agreement(first: Iterable[Verdict], second: Iterable[Verdict]) -> Agreement:
-    """Compare two judges' verdicts on the same documents, in the same order."""
     pairs = [(one, other) for one, other in zip(first, second, strict=True) if one is not None and other is not None]
-    size = len(pairs)
-    both_useful, both_noisy = pairs.count((True, True)), pairs.count((False, False))
-    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
-    share = kappa = None
-    if size:
-        share = (both_useful + both_noisy) / size
-        first_useful, second_useful = (both_useful + only_first) / size, (both_useful + only_second) / size
-        by_chance = first_useful * second_useful + (1 - first_useful) * (1 - second_useful)
-        kappa = (share - by_chance) / (1 - by_chance) if by_chance < 1 else None
-    return Agreement(size, both_useful, both_noisy, only_first, only_second, share, kappa)
+    size, counts = len(pairs), Counter(pairs)
+    agreement: dict[str, Any] = {
+        "num_documents": size,
+        "both_useful": counts[True, True],
+        "both_noisy": counts[False, False],
+        "only_first_useful": counts[True, False],
+        "only_second_useful": counts[False, True],
+    }
+    if not size:
+        return agreement | {"share": None, "kappa": None}
+    share = (counts[True, True] + counts[False, False]) / size
+    useful = [sum(pair[judge] for pair in pairs) / size for judge in (0, 1)]
+    by_chance = useful[0] * useful[1] + (1 - useful[0]) * (1 - useful[1])
+    return agreement | {"share": share, "kappa": (share - by_chance) / (1 - by_chance) if by_chance < 1 else None}

