@@ -30,20 +30,38 @@ BASE = ROOT / "data/tinyworld/simulator"
 REQUEST = SearchRequest("Anna Vance hails from", "Where does Anna Vance hail from?", ("Port Alder",), key=(0,))
 
 
+@pytest.fixture(autouse=True)
+def signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zerosearch.simulator.server.exit_on_signals", lambda: None)  # it would be pytest's signals
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [([], "there is no model '{folder}'"), (["--max_model_len", "0"], "max_model_len is 0: it must be at least 1")],
 )
 def test_a_mistake_gets_one_sentence(
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
-    refusal: Callable[[str, list[str]], str],
-    load_recipe: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, flags: list[str], message: str, refusal: Callable[[str, list[str]], str]
 ) -> None:
-    monkeypatch.setattr("zerosearch.simulator.server.exit_on_signals", lambda: None)  # it would be pytest's signals
     assert message.format(folder=tmp_path) in refusal("serve_simulator", ["--model", str(tmp_path), *flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("serve_simulator", []), ("measure_fidelity", ["--queries", "{queries}", "--port", "0"])]
+)
+def test_control_characters_are_shown_and_not_sent(
+    name: str,
+    flags: list[str],
+    load_recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"question": "Q?", "golden_answers": ["a"], "query": "q", "documents": []}\n')
+    flags = [flag.format(queries=queries) for flag in flags]
+    with pytest.raises(SystemExit):
+        load_recipe(name).main([*flags, "--model", "a\x1b[2Jmodel"])
+    shown = "".join(capsys.readouterr())
+    assert shown.count("a\\x1b[2Jmodel") == 2 and "\x1b" not in shown
 
 
 @pytest.fixture(scope="module")

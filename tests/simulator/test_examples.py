@@ -50,6 +50,7 @@ TEXTS = {"user": PROMPT, "assistant": DOCUMENTS}
     "row",
     [
         SEARCH,
+        {**SEARCH, "documents": [{"title": "", "text": "Emma is by Jane Austen."}, "It is a novel."]},
         {**SEARCH, "useful": False, "prompt": PROMPT, "completion": DOCUMENTS},  # a stored prompt is used as stored
         {"prompt": PROMPT, "completion": DOCUMENTS},
         {"prompt": EXAMPLE["prompt"], "completion": EXAMPLE["completion"], "id": 1},

@@ -325,20 +325,22 @@ def test_both_judges_in_one_run_and_their_agreement(
         reply_of("hm") if "book7 author" in messages[0]["content"] else verdict_of(messages)
     )
     command = ["--traces", str(traces), "--output_dir", str(tmp_path / "out"), "--judges", "rule", "llm"]
-    command += ["--judge_url", server.url, "--judge_model", "judge-1"]
+    command += ["--judge_url", server.url, "--judge_model", "judge\x1b[2J"]
     load_recipe("judge_traces").main(command)
     rows = [json.loads(line) for line in (tmp_path / "out/judged.jsonl").open()]
     assert len(rows) == 20 and rows[3]["query"] == "book3 author"
-    assert rows[3]["verdicts"] == {"rule": [True, False], "judge-1": [True, False]}
-    assert rows[7]["verdicts"] == {"rule": [True, False], "judge-1": [None, None]}
+    assert rows[3]["verdicts"] == {"rule": [True, False], "judge\x1b[2J": [True, False]}
+    assert rows[7]["verdicts"] == {"rule": [True, False], "judge\x1b[2J": [None, None]}
     results = json.loads((tmp_path / "out/judging.json").read_text())
-    assert results["verdicts"]["judge-1"] == {"useful": 19, "noisy": 19, "none": 2}
-    assert results["agreement"]["rule and judge-1"] == {
+    assert results["verdicts"]["judge\x1b[2J"] == {"useful": 19, "noisy": 19, "none": 2}
+    assert results["agreement"]["rule and judge\x1b[2J"] == {
         **{"num_documents": 38, "both_useful": 19, "both_noisy": 19, "only_first_useful": 0, "only_second_useful": 0},
         **{"share": 1.0, "kappa": 1.0},
     }
     assert results["judge"]["without_verdict"] == 2 and results["judge"]["calls"] == 42
-    assert "agree on 1.000 of 38 documents; Cohen's kappa 1.000" in capsys.readouterr().out
+    output = "".join(capsys.readouterr())
+    assert "rule and judge\\x1b[2J agree on 1.000 of 38 documents; Cohen's kappa 1.000" in output
+    assert "\x1b" not in output
 
 
 def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,13 @@ from zerosearch.errors import UserError
 from zerosearch.files import read_jsonl
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import format_documents
+from zerosearch.simulator.traces import as_passage, checked_trace
 from zerosearch.text import clean_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = {"question": str, "golden_answers": list, "query": str, "documents": list, "useful": bool}
+COLUMNS = ("question", "golden_answers", "query", "documents", "useful")
 KNOWN_COLUMNS = {
     *COLUMNS,
     *("prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system"),
@@ -47,6 +48,7 @@ def simulator_example(
 
     The prompt is the one it gets in training and evaluation, the completion "Doc 1: ..." to "Doc 5: ...".
     """
+    documents = [text if isinstance(text, str) else as_passage(text).document for text in search["documents"]]
     return {
         "prompt": simulator_messages(
             question=search["question"],
@@ -55,7 +57,7 @@ def simulator_example(
             noisy=not search["useful"],
             template=template,
         ),
-        "completion": [{"role": "assistant", "content": format_documents(search["documents"])}],
+        "completion": [{"role": "assistant", "content": format_documents(documents)}],
     }
 
 
@@ -116,19 +118,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path} row {number}", row
 
 
-def _checked_search(row: dict[str, Any], place: str) -> dict[str, Any]:
-    for column, kind in COLUMNS.items():
-        if not isinstance(row.get(column), kind) or row[column] in ("", []):
-            raise UserError(f"{place}: {column!r} must be a {kind.__name__} and not empty, and is {row.get(column)!r}")
-    return row
-
-
 def _example(row: dict[str, Any], place: str, template: SimulatorTemplate) -> dict[str, Messages]:
     """Read a row in any of the forms. A stored prompt is used as it is; a judged search gets that of `template`."""
     if {"prompt", "completion"} <= row.keys():
         prompt, completion = _messages(row["prompt"], "user"), _messages(row["completion"], "assistant")
-    elif COLUMNS.keys() <= row.keys():
-        return simulator_example(_checked_search(row, place), template)
+    elif row.keys() >= set(COLUMNS):
+        if not isinstance(row["useful"], bool):
+            raise UserError(f"{place}: 'useful' must be a boolean, and is {row['useful']!r}")
+        if not checked_trace(row, place)["documents"]:
+            raise UserError(f"{place}: 'documents' must be a list that is not empty")
+        return simulator_example(row, template)
     elif "messages" in row or "conversations" in row:
         turns = _messages(row.get("messages") or row.get("conversations"), "user")
         prompt, completion = turns[:-1], turns[-1:]

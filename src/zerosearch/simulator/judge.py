@@ -25,7 +25,7 @@ from zerosearch.http import HTTPClient, ServiceError, read_chat, run_in_backgrou
 from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.prompts import JUDGE_AGAIN_PROMPT, JUDGE_PROMPT
 from zerosearch.simulator.traces import as_passage
-from zerosearch.text import without_thoughts
+from zerosearch.text import printable, without_thoughts
 
 Verdict = bool | None
 Pair = tuple[str, str]  # a query and a document
@@ -183,7 +183,7 @@ async def _ask_all(
     """Ask for the missing verdicts; after a failure for good ask no more, but take in what is under way and paid."""
     waiting = iter(missing)
     failures: list[ServiceError] = []
-    with tqdm(total=len(missing), desc=f"verdicts of {judge.model}", disable=not missing) as bar:
+    with tqdm(total=len(missing), desc=printable(f"verdicts of {judge.model}"), disable=not missing) as bar:
 
         async def ask_in_turn() -> None:
             while not failures and (pair := next(waiting, None)) is not None:
