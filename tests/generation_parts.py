@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 from peft import LoraConfig, get_peft_model
+from scripted_rollouts import ScriptedEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.engines import SearchRequest
 from zerosearch.generation import Generator, RemoteGenerator, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.loading import load_model
 from zerosearch.generation.transformers_engine import TransformersGenerator
@@ -22,16 +23,9 @@ from zerosearch.rollout.trajectory import Trajectory
 PROMPTS = ["Who wrote Emma?", "Where was Jane Austen born, and when?", "x"]
 
 
-class RainEngine:
+def rain(request: SearchRequest) -> list[str]:
     """Always the same weather, in a length that depends on the query."""
-
-    name, max_concurrency = "rain", 16
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        return SearchResult(tuple(f"It rains {request.query[:place]}." for place in range(1, 6)))
-
-    async def aclose(self) -> None:
-        pass
+    return [f"It rains {request.query[:place]}." for place in range(1, 6)]
 
 
 def listens_beyond_loopback(pid: int | None = None) -> list[str]:
@@ -42,10 +36,10 @@ def listens_beyond_loopback(pid: int | None = None) -> list[str]:
     return sorted(address for address in listening if not address.startswith(("127.", "::1:")))
 
 
-def load(directory: Path, num_slots: int = 256) -> TransformersGenerator:
+def load(directory: Path) -> TransformersGenerator:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return TransformersGenerator(lambda: nullcontext(model), tokenizer, [tokenizer.eos_token_id], 2048, num_slots)
+    return TransformersGenerator(lambda: nullcontext(model), tokenizer, [tokenizer.eos_token_id], 2048)
 
 
 def save_adapter(directory: Path, output: Path) -> Path:
@@ -85,14 +79,14 @@ def sample_remotely(
 
 
 def roll_out(
-    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_turns: int = 3
+    generator: Generator | RemoteGenerator, count: int = 24, temperature: float = 1.0, max_live: int | None = None
 ) -> list[Trajectory]:
     rows = [
         {"prompt": PROMPTS[n % 3], "question": PROMPTS[n % 3], "golden_answers": ["rain"], "id": str(n)}
         for n in range(count)
     ]
-    settings = RolloutSettings(max_turns, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
-    return run_rollouts(rows, generator, RainEngine(), settings)
+    settings = RolloutSettings(3, max_turn_tokens=40, max_observation_tokens=90, temperature=temperature)
+    return run_rollouts(rows, generator, ScriptedEngine(rain), settings, max_live=max_live)
 
 
 def recomputed_logprobs(directory: Path, trajectory: Trajectory) -> torch.Tensor:

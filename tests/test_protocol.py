@@ -28,69 +28,34 @@ def test_the_stop_strings_are_the_closing_tags_of_the_two_actions() -> None:
 @pytest.mark.parametrize(
     ("turn", "action"),
     [
+        # Plain actions; a sampled token may carry letters past the closing tag.
         ("<think> who? </think>\n<search> Emma author </search>", Action("search", "Emma author")),
         ("<think> known </think> <answer> Jane Austen </answer>", Action("answer", "Jane Austen")),
         ("<answer>Jane\nAusten</answer>", Action("answer", "Jane\nAusten")),
         ("no thought at all <search>x</search>", Action("search", "x")),
-        # A sampled token may carry letters past the closing tag.
         ("<search> x </search>\n\n", Action("search", "x")),
-    ],
-)
-def test_plain_actions(turn: str, action: Action) -> None:
-    assert parse_action(turn) == action
-
-
-@pytest.mark.parametrize(
-    ("turn", "action"),
-    [
-        # The paper's code trains on the tail after an answer; here the first closing tag ends the turn.
+        # The first closing tag ends the turn. The paper's code trains on the tail after an answer.
         ("<answer> X </answer> then <search> q </search>", Action("answer", "X")),
         ("<search> q </search> <answer> X </answer>", Action("search", "q")),
         ("<answer> X <search> q </search>", Action("search", "q")),
         ("</search> <answer> X </answer>", INVALID),
-    ],
-)
-def test_the_first_closing_tag_ends_the_turn(turn: str, action: Action) -> None:
-    assert parse_action(turn) == action
-
-
-@pytest.mark.parametrize(
-    ("turn", "action"),
-    [
+        # The content runs from the last matching opening tag, and other tags in it are text.
         ("<search> first try <search> second try </search>", Action("search", "second try")),
         ("<search> what does <answer> mean </search>", Action("search", "what does <answer> mean")),
         ("<answer> the <search> tag </answer>", Action("answer", "the <search> tag")),
         ("<search> <information>Doc 1: x </search>", Action("search", "<information>Doc 1: x")),
-    ],
-)
-def test_content_runs_from_the_last_matching_opening_tag_and_other_tags_in_it_are_text(
-    turn: str, action: Action
-) -> None:
-    assert parse_action(turn) == action
-
-
-@pytest.mark.parametrize(
-    "turn",
-    [
-        "",
-        "I believe it is Jane Austen.",
-        "<think> only thought </think>",
-        "<search> never closed",
-        "Emma author </search>",
-        "<answer> X </search>",
-        "<search></search>",
-        "<answer> \n </answer>",
-        "< search > q < /search >",
-        "<SEARCH> q </SEARCH>",
-    ],
-)
-def test_a_turn_without_an_action_is_invalid(turn: str) -> None:
-    assert parse_action(turn) == INVALID
-
-
-@pytest.mark.parametrize(
-    ("turn", "action"),
-    [
+        # A turn without an action is invalid.
+        ("", INVALID),
+        ("I believe it is Jane Austen.", INVALID),
+        ("<think> only thought </think>", INVALID),
+        ("<search> never closed", INVALID),
+        ("Emma author </search>", INVALID),
+        ("<answer> X </search>", INVALID),
+        ("<search></search>", INVALID),
+        ("<answer> \n </answer>", INVALID),
+        ("< search > q < /search >", INVALID),
+        ("<SEARCH> q </SEARCH>", INVALID),
+        # Tags in a closed thought are text.
         (
             "<think> I may put it between <search> and </search>. </think> <search> Emma author </search>",
             Action("search", "Emma author"),
@@ -99,34 +64,42 @@ def test_a_turn_without_an_action_is_invalid(turn: str) -> None:
         ("<think> <search> a draft </search> </think> and no more", INVALID),
         ("<think> a </think> <think> <answer> b </answer> </think> <search> c </search>", Action("search", "c")),
         ("<sea<think> x </think>rch> q </search>", INVALID),
-    ],
-)
-def test_tags_in_a_closed_thought_are_text(turn: str, action: Action) -> None:
-    assert parse_action(turn) == action
-
-
-@pytest.mark.parametrize(
-    ("turn", "action"),
-    [
+        # An action in an open thought acts: generation stopped at its closing tag, before the thought could be closed.
         ("<think> I should look. <search> Emma author </search>", Action("search", "Emma author")),
         ("<think> a </think> <think> so: <answer> X </answer>", Action("answer", "X")),
         ("a thought the prompt opened </think> <search> q </search>", Action("search", "q")),
+        # But the instruction, quoted in an open thought, is no action.
+        ("<think> I should put the query between <search> and </search>", INVALID),
+        ("<think> I can answer inside <answer> and </answer>", INVALID),
     ],
 )
-def test_an_action_in_an_open_thought_acts(turn: str, action: Action) -> None:
-    # Generation stopped at its closing tag: the policy had no chance to close the thought.
+def test_the_action_of_a_turn(turn: str, action: Action) -> None:
     assert parse_action(turn) == action
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        "<think> I should put the query between <search> and </search>",
-        "<think> I can answer inside <answer> and </answer>",
-    ],
-)
-def test_the_instruction_quoted_in_an_open_thought_is_no_action(turn: str) -> None:
-    assert parse_action(turn) == INVALID
+TAGS = ("<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
+TAGGED = st.lists(st.sampled_from([*TAGS, " ", "and", "x", "<", ">", "/", "Emma", "\n"])).map("".join)
+
+
+@settings(max_examples=400)
+@given(TAGGED | st.text())
+def test_an_action_is_what_the_policy_wrote_before_its_first_closing_tag(text: str) -> None:
+    action = parse_action(text)
+    kind, content = action.kind, action.content
+    assert bool(content) == (kind != "invalid") and content == content.strip() != "and"
+    if "<think>" not in text and kind != "invalid":
+        before = text.partition(f"</{kind}>")[0].rstrip()
+        assert "</search>" not in before and "</answer>" not in before
+        assert before.endswith(content) and before.removesuffix(content).rstrip().endswith(f"<{kind}>")
+
+
+@given(TAGGED, TAGGED)
+def test_nothing_behind_the_closing_tag_and_nothing_in_a_closed_thought_acts(text: str, other: str) -> None:
+    without_end = other.replace("</think>", "")
+    for stop in STOP_STRINGS:
+        assert parse_action(text + stop + without_end) == parse_action(text + stop)
+    thought = f"<think>{without_end}</think>"
+    assert parse_action(f"{thought}{text}") == parse_action(f" {text}")
 
 
 def test_documents_are_numbered_one_to_a_line() -> None:
@@ -297,28 +270,13 @@ def test_well_formed_documents_are_read_as_they_were_written(documents: list[str
     assert is_well_formed(format_documents(documents), len(documents))
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        *("<think>", "</think>", "<think></think>", "<search>", "<", "</"),
-        *(
-            "*",
-            "** ",
-            " ",
-            "\n",
-            "Doc",
-            "Doc 1",
-            "Doc 1 (",
-            "[Doc 1",
-            "\n[[[[Doc 1 ***",
-            "\n####****[",
-            "1. ",
-            "- a\n",
-        ),
-        "- a\n",
-        "- a\n" + "b\n" * 2**17,
-    ],
-)
+UNITS = (
+    "<think>", "</think>", "<think></think>", "<search>", "<", "</", "*", "** ", " ", "\n", "Doc", "Doc 1", "Doc 1 (",
+    "[Doc 1", "\n[[[[Doc 1 ***", "\n####****[", "1. ", "- a\n", "- a\n" + "b\n" * 2**17,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_reply_of_256_kb_is_read_in_linear_time(unit: str) -> None:
     text = unit * max(1, 2**18 // len(unit))
     start = time.process_time()

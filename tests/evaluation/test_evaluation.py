@@ -23,7 +23,7 @@ from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import evaluate
 from zerosearch.generation import loading
-from zerosearch.generation.chat_endpoint import EndpointGenerator
+from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions
 from zerosearch.generation.loading import load_generator, model_identity
 from zerosearch.http import run_in_background
 from zerosearch.prompts import PAPER
@@ -339,7 +339,8 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
     made = []
 
     def pay(limit: float | None) -> dict[str, Any]:
-        made.append(EndpointGenerator(chat_server.url, "m", usd_written=1e6, max_concurrency=1))
+        options = EndpointOptions(chat_server.url, endpoint_usd_written=1e6, endpoint_concurrency=1)
+        made.append(EndpointGenerator(options, "m"))
         limits = Limits(usd=limit)
         return evaluate(
             asked(12), made[-1], Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True, limits=limits, max_live=2

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_rollouts import ScriptedEngine
 
-from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
 from zerosearch.generation.chat_endpoint import (
@@ -17,7 +19,6 @@ from zerosearch.generation.chat_endpoint import (
     EndpointOptions,
     PieceTokenizer,
     as_turn,
-    make_endpoint,
 )
 from zerosearch.http import ChatReply, run_in_background
 from zerosearch.prompts import INVALID_ACTION_HINT
@@ -32,17 +33,9 @@ MakeGenerator = Callable[..., EndpointGenerator]
 SETTINGS = RolloutSettings(max_turns=2, temperature=0.0)
 
 
-class Library:
-    """Finds one document about whatever it is asked."""
-
-    name = "library"
-    max_concurrency = 8
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        return SearchResult((f"All about {request.query}.",))
-
-    async def aclose(self) -> None:
-        pass
+def library() -> ScriptedEngine:
+    """Return an engine that finds one document about whatever it is asked."""
+    return ScriptedEngine(lambda request: [f"All about {request.query}."])
 
 
 def rows(count: int = 1) -> list[dict[str, Any]]:
@@ -56,8 +49,9 @@ def generator(chat_server: ChatServer) -> Iterator[MakeGenerator]:
     """Return what makes generators on the server, and close them all in the end."""
     made = []
 
-    def make(**options: Any) -> EndpointGenerator:
-        made.append(EndpointGenerator(chat_server.url, **options))
+    def make(model: str | None = None, **options: Any) -> EndpointGenerator:
+        named = {f"endpoint_{name}": value for name, value in options.items()}
+        made.append(EndpointGenerator(EndpointOptions(chat_server.url, **named), model))
         return made[-1]
 
     yield make
@@ -65,14 +59,13 @@ def generator(chat_server: ChatServer) -> Iterator[MakeGenerator]:
         run_in_background(one.aclose(), 30)
 
 
-def test_text_goes_to_pieces_and_back_without_loss() -> None:
+@given(st.text() | st.just("Łódź?\n\n<search> 東京 🙂 </search>\t\x00\x00\ud800"))
+def test_text_goes_to_pieces_and_back_without_loss(text: str) -> None:
     tokenizer = PieceTokenizer()
-    text = "Where is Łódź?\n\n<search> 東京 🙂 </search>\t"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert tokenizer("Who wrote Emma?")["input_ids"] == tokenizer("Who wrote Emma?")["input_ids"]
+    assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id]) == text
     assert len(tokenizer("Who wrote Emma?")["input_ids"]) == 4  # "Who ", "wrot", "e Em", "ma?"
-    assert tokenizer.decode([tokenizer.eos_token_id]) == ""
 
 
 @pytest.mark.parametrize("tells_stop_string", [False, True])
@@ -85,7 +78,7 @@ def test_a_trajectory_is_a_conversation(
         return turns[len(messages) // 2]
 
     chat_server.write, chat_server.tells_stop_string = write, tells_stop_string
-    (trajectory,) = run_rollouts(rows(), generator(), Library(), SETTINGS)
+    (trajectory,) = run_rollouts(rows(), generator(), library(), SETTINGS)
     assert (trajectory.answer, trajectory.outcome, trajectory.searches) == ("yes", "answered", 1)
     searched = "<think> a < b </think>\n<search> Łódź </search>"
     assert [turn.text for turn in trajectory.turns] == ["Hm.", searched, "<answer> yes </answer>"]
@@ -110,25 +103,25 @@ def test_conversations_of_many_trajectories_do_not_mix(chat_server: ChatServer, 
         return f"<answer> {subject} </answer>" if len(messages) > 2 else f"<search> {subject} </search>"
 
     chat_server.write = write
-    trajectories = run_rollouts(rows(40), generator(), Library(), SETTINGS)
+    trajectories = run_rollouts(rows(40), generator(), library(), SETTINGS)
     assert [trajectory.answer for trajectory in trajectories] == [f"{n}?" for n in range(40)]
 
 
 def test_a_turn_cut_by_its_limit_is_a_turn(chat_server: ChatServer, generator: MakeGenerator) -> None:
     chat_server.write = lambda messages: "<answer> yes </answer>" if len(messages) > 1 else "word " * 30
     settings = RolloutSettings(max_turns=2, max_turn_tokens=20, temperature=0.0)
-    (trajectory,) = run_rollouts(rows(), generator(), Library(), settings)
+    (trajectory,) = run_rollouts(rows(), generator(), library(), settings)
     assert [turn.kind for turn in trajectory.turns] == ["invalid", "answer"]
 
 
 def test_usage_and_cost_are_the_servers_own_or_an_estimate(chat_server: ChatServer, generator: MakeGenerator) -> None:
     policy = generator(usd_read=1e6, usd_written=2e6)  # a dollar a token, and two
-    run_rollouts(rows(), policy, Library(), SETTINGS)  # reads "Question 0?", writes "<answer> yes"
+    run_rollouts(rows(), policy, library(), SETTINGS)  # reads "Question 0?", writes "<answer> yes"
     assert (policy.usage.replies, policy.usage.tokens_read, policy.usage.tokens_written) == (1, 2, 2)
     assert policy.cost_usd == 2 * 1 + 2 * 2
     assert policy.usage_of([0]) == policy.usage and policy.usage_of([1]).replies == 0
     chat_server.tells_usage = False
-    run_rollouts(rows(), policy, Library(), SETTINGS)
+    run_rollouts(rows(), policy, library(), SETTINGS)
     assert (policy.usage.replies, policy.usage.estimated) == (2, 1)
     assert (policy.usage.tokens_read, policy.usage.tokens_written) == (2 + 3, 2 + 6)  # pieces of four characters
     assert policy.usage_of([0]).replies == 1  # of the rollout under way
@@ -138,18 +131,21 @@ def test_the_body_can_be_changed_for_servers_that_refuse_a_field(
     chat_server: ChatServer, generator: MakeGenerator
 ) -> None:
     sampled = RolloutSettings(temperature=0.7, top_p=0.9)
-    run_rollouts(rows(), generator(model="m", body={"stop": None, "user": "u"}), Library(), sampled)
+    run_rollouts(rows(), generator(model="m", body='{"stop": null, "user": "u"}'), library(), sampled)
     request = chat_server.requests[0]
     assert (request["model"], request["temperature"], request["top_p"], request["user"]) == ("m", 0.7, 0.9, "u")
     assert "stop" not in request and request["seed"] < 2**31
 
 
-def test_the_key_is_sent_and_never_shown(chat_server: ChatServer, generator: MakeGenerator) -> None:
+def test_the_key_is_sent_and_never_shown(
+    chat_server: ChatServer, generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret-key")
     chat_server.write = lambda messages: 401
     with pytest.raises(
         GenerationError, match=r"HTTP status 401.*check its address, model and key, and resume"
     ) as caught:
-        run_rollouts(rows(), generator(model="m", api_key="secret-key"), Library(), SETTINGS)
+        run_rollouts(rows(), generator(model="m", key_env="SOME_KEY"), library(), SETTINGS)
     assert chat_server.keys == ["Bearer secret-key"]
     assert "secret-key" not in str(caught.value)
 
@@ -157,22 +153,22 @@ def test_the_key_is_sent_and_never_shown(chat_server: ChatServer, generator: Mak
 def test_what_may_pass_is_asked_again(chat_server: ChatServer, generator: MakeGenerator) -> None:
     replies: list[str | int] = [503, 429, "<answer> yes </answer>"]
     chat_server.write = lambda messages: replies[len(chat_server.requests) - 1]
-    (trajectory,) = run_rollouts(rows(), generator(model="m"), Library(), SETTINGS)
+    (trajectory,) = run_rollouts(rows(), generator(model="m"), library(), SETTINGS)
     assert trajectory.answer == "yes" and len(chat_server.requests) == 3
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    policy = EndpointGenerator("http://127.0.0.1:9/v1", max_retries=0)
+    policy = EndpointGenerator(EndpointOptions("http://127.0.0.1:9/v1"), max_retries=0)
     with pytest.raises(GenerationError, match=r"the endpoint at http://127.0.0.1:9/v1/models failed"):
-        run_rollouts(rows(), policy, Library(), SETTINGS)
+        run_rollouts(rows(), policy, library(), SETTINGS)
     run_in_background(policy.aclose(), 30)
 
 
 def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "k")
     options = EndpointOptions("http://x/v1/", "SOME_KEY", 1.5, 6.0, '{"stop": null}', 3)
-    policy = make_endpoint(options, "m")
-    assert (policy.base_url, policy.model, policy.usd_read, policy.usd_written) == ("http://x/v1", "m", 1.5, 6.0)
+    policy = EndpointGenerator(options, "m")
+    assert (policy.base_url, policy.model) == ("http://x/v1", "m")
     assert (policy.body, policy.max_concurrency) == ({"stop": None}, 3)
     assert policy.client.headers == {"Authorization": "Bearer k"}
 
@@ -190,7 +186,7 @@ def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_options_that_cannot_work_are_refused(options: EndpointOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_endpoint(options, "m")
+        EndpointGenerator(options, "m")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +217,8 @@ def test_a_reply_of_nothing_but_open_thoughts_takes_linear_time() -> None:
 
 def test_a_key_is_stripped_and_a_password_in_the_address_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "k\n")
-    policy = make_endpoint(EndpointOptions("http://user:p4ss@x/v1", "SOME_KEY"), "m")
+    policy = EndpointGenerator(EndpointOptions("http://user:p4ss@x/v1", "SOME_KEY"), "m")
     assert policy.client.headers == {"Authorization": "Bearer k"} and policy.name == "the endpoint http://***@x/v1"
     monkeypatch.setenv("SOME_KEY", "one\ntwo")
     with pytest.raises(UserError, match="the key of SOME_KEY holds a space, a line break or another"):
-        make_endpoint(EndpointOptions("http://x/v1", "SOME_KEY"), "m")
+        EndpointGenerator(EndpointOptions("http://x/v1", "SOME_KEY"), "m")

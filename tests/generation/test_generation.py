@@ -1,16 +1,11 @@
-"""Turns end where they should, ids and log-probabilities are the model's own, on transformers and on real vLLM."""
+"""Turns of a transformers model end where they should, ids and log-probabilities are its own; models load by name."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -31,12 +26,17 @@ from zerosearch.generation import SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.loading import load_generator, load_model, load_tokenizer, longest_context, whole_model
 from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
 from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.rollout.trajectory import Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
 def generator(tiny_policy_dir: Path) -> TransformersGenerator:
     return load(tiny_policy_dir)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `grpo.py --use_peft true` saves, of the tiny policy."""
+    return save_adapter(tiny_policy_dir, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_what_else_is_in_the_batch_changes_nothing(generator: TransformersGenera
     assert len({tuple(turn.token_ids) for turn in together.values()}) > 6, "other seeds, other turns"
 
 
-def test_trajectories_wait_for_a_free_slot(tiny_policy_dir: Path, generator: TransformersGenerator) -> None:
-    few, many = roll_out(load(tiny_policy_dir, num_slots=3)), roll_out(generator)
+def test_how_many_trajectories_are_under_way_changes_nothing(generator: TransformersGenerator) -> None:
+    few, many = roll_out(generator, max_live=3), roll_out(generator)
     assert [trajectory.completion_ids for trajectory in few] == [trajectory.completion_ids for trajectory in many]
 
 
@@ -261,96 +261,3 @@ def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
     synced = ["sync weights"] if weights_sleeping else []
     assert engine.told == [*synced, "wake up ['kv_cache']", "rollout", "sleep 2"]
     assert engine._llm_weights_sleeping
-
-
-VLLM_SCRIPT = """
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-from generation_parts import listens_beyond_loopback, roll_out
-from zerosearch.generation.loading import load_generator, load_model
-from zerosearch.generation.vllm_workarounds import weights_in_place
-
-adapter, negated_dir, result_path = sys.argv[1:]
-with weights_in_place():
-    generator = load_generator(adapter, "vllm", 1024)
-
-def records(trajectories):
-    return [asdict(trajectory) for trajectory in trajectories]
-
-result = {"greedy": records(roll_out(generator, temperature=0.0)), "sampled": records(roll_out(generator))}
-result["again"] = records(roll_out(generator))
-result["listens"] = listens_beyond_loopback()
-# A weight sync as TRL does it, of every weight negated: what the engine then says must be the new model's.
-model = load_model(adapter)
-negated = {name: -weight for name, weight in model.state_dict().items()}
-for item in negated.items():
-    generator.engine.model_executor.driver_worker.model_runner.model.load_weights([item])
-generator.llm.reset_prefix_cache()
-result["synced"] = records(roll_out(generator, count=4))
-model.load_state_dict(negated)
-model.save_pretrained(negated_dir)
-Path(result_path).write_text(json.dumps(result))
-"""
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `grpo.py --use_peft true` saves, of the tiny policy."""
-    return save_adapter(tiny_policy_dir, tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture(scope="module")
-def vllm_rollouts(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Roll out an adapter with real vLLM, in a process of its own: it leaves its mark on torch and the environment."""
-    pytest.importorskip("vllm")
-    directory = tmp_path_factory.mktemp("vllm")
-    result = directory / "result.json"
-    done = subprocess.run(
-        [sys.executable, "-c", VLLM_SCRIPT, str(adapter), str(directory / "negated"), str(result)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rollouts = json.loads(result.read_text())
-    return {"negated": directory / "negated", "listens": rollouts.pop("listens")} | {
-        name: [Trajectory(**record | {"turns": [Turn(**turn) for turn in record["turns"]]}) for record in records]
-        for name, records in rollouts.items()
-    }
-
-
-@pytest.mark.slow
-def test_vllm_gives_the_same_greedy_trajectories_as_transformers(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
-    expected = roll_out(load_generator(str(adapter), "transformers", 2048), temperature=0.0)
-    for ours, theirs in zip(vllm_rollouts["greedy"], expected, strict=True):
-        assert (ours.prompt_ids, ours.completion_ids) == (theirs.prompt_ids, theirs.completion_ids)
-        assert (ours.env_mask, ours.outcome, ours.answer) == (theirs.env_mask, theirs.outcome, theirs.answer)
-
-
-@pytest.mark.slow
-def test_log_probabilities_of_vllm_are_those_of_a_forward_pass(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
-    trajectories = vllm_rollouts["sampled"]
-    assert sum(trajectory.searches for trajectory in trajectories) > 10
-    assert largest_difference(adapter, trajectories) < 1e-4
-    assert {turn.kind for trajectory in trajectories for turn in trajectory.turns} == {"search", "answer", "invalid"}
-
-
-@pytest.mark.slow
-def test_an_engine_in_this_process_is_reached_from_this_machine_alone(vllm_rollouts: dict[str, Any]) -> None:
-    assert vllm_rollouts["listens"] == []
-
-
-@pytest.mark.slow
-def test_vllm_samples_by_the_key_of_each_turn(vllm_rollouts: dict[str, Any]) -> None:
-    first, second = vllm_rollouts["sampled"], vllm_rollouts["again"]
-    assert [one.completion_ids for one in first] == [one.completion_ids for one in second]
-    assert len({tuple(one.completion_ids) for one in first}) > len(first) // 2
-
-
-@pytest.mark.slow
-def test_a_weight_sync_reaches_every_weight_that_vllm_uses(vllm_rollouts: dict[str, Any], adapter: Path) -> None:
-    assert largest_difference(vllm_rollouts["negated"], vllm_rollouts["synced"]) < 1e-4
-    assert largest_difference(adapter, vllm_rollouts["synced"]) > 0.1

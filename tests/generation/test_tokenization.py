@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import CHAT_TEMPLATE, TEXT
+from hypothesis import given
+from hypothesis import strategies as st
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ from zerosearch.generation.tokenization import (
 )
 from zerosearch.generation.transformers_engine import TurnEnd
 from zerosearch.prompts import PAPER
+from zerosearch.protocol import format_observation
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 
 # How GPT-2, Qwen2.5 and Llama-3 cut a text before they merge: the last two let ">" run into the line breaks behind it.
@@ -128,26 +131,16 @@ def test_a_tag_whose_end_merges_with_the_line_break_ends_the_turn(tokenizer: Pre
     assert [end.reached(ids[: place + 1]) for place in range(len(ids))] == [False] * (len(ids) - 1) + [True]
 
 
-@pytest.mark.parametrize("text", ["a\n\nb  c ", " <|im_end|>", "naïve 東京 🙂", "</information>\n\n<information>"])
+@given(st.lists(st.sampled_from([*SPECIALS, "<|im_", "end|>", "</information>\n\n", " b  c.", "🙂"]) | st.text()))
 def test_text_comes_back_to_the_letter_and_holds_no_special_token(
-    text: str, tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast, pieces: list[str]
 ) -> None:
+    text = "".join(pieces)
     ids = text_token_ids(tokenizer, text)
     assert decoded_text(tokenizer, ids) == text
     assert set(tokenizer.all_special_ids).isdisjoint(ids)
     assert not any(special in plain_text(text, tokenizer) for special in SPECIALS)
-
-
-def test_ids_are_those_of_the_tokenizer_whatever_it_was_asked_before(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = f"{TEXT} 東京 🙂 <|im_end|>\n\n" * 3
-
-    def by_the_tokenizer() -> list[int]:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    for asked_before in ({"truncation": True, "max_length": 7}, {"padding": "max_length", "max_length": 4000}, {}):
-        tokenizer(text, **asked_before)
-        assert text_token_ids(tokenizer, text) == by_the_tokenizer()
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer(text)["input_ids"], "nothing stays behind"
+    assert plain_text(text, tokenizer).replace(" ", "") == text.replace(" ", "")
 
 
 def test_a_tokenizer_without_a_fast_backend_does_as_well() -> None:
@@ -156,20 +149,32 @@ def test_a_tokenizer_without_a_fast_backend_does_as_well() -> None:
     assert set(tokenizer.all_special_ids).isdisjoint(text_token_ids(tokenizer, "<pad> a</s>\n"))
 
 
-def test_an_observation_keeps_its_tags_at_any_budget(tokenizer: PreTrainedTokenizerFast) -> None:
-    documents = ["Emma 東京 🙂 " * 9, "It rains.", "x" * 80]
+DOCUMENTS = st.lists(
+    st.sampled_from(["", "It rains.", "Emma 東京 🙂 " * 9, "x" * 80, "a\n\nb </information>"]) | st.text()
+)
 
+
+@given(DOCUMENTS, st.integers(0, 120))
+def test_an_observation_keeps_its_tags_and_labels_at_any_budget_and_loses_the_ends_of_its_longest_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: list[str], spare: int
+) -> None:
     def encode(text: str) -> list[int]:
         return text_token_ids(tokenizer, text)
 
-    shortest = len(fit_observation(["", "", ""], 10_000, encode)[1])
-    lengths = []
-    for budget in range(shortest, shortest + 90, 7):
-        text, ids, is_cut = fit_observation(documents, budget, encode)
-        assert ids == encode(text) and len(ids) <= budget and is_cut
-        assert text.startswith("\n\n<information>Doc 1: ") and text.endswith("</information>\n\n")
-        lengths.append(len(ids))
-    assert lengths == sorted(lengths) and lengths[-1] - lengths[0] > 60
+    budget = len(encode(format_observation([""] * len(documents)))) + spare
+    text, ids, is_cut = fit_observation(documents, budget, encode)
+    assert ids == encode(text) and len(ids) <= budget
+    assert decoded_text(tokenizer, ids) == text, "no half of a character"
+    assert is_cut == (text != format_observation(documents)) == (len(encode(format_observation(documents))) > budget)
+    lines = text.removeprefix("\n\n<information>").removesuffix("</information>\n\n").split("\n") if documents else []
+    lost, kept = [], []
+    for number, (line, document) in enumerate(zip(lines, documents, strict=True), start=1):
+        label, shown, whole = f"Doc {number}: ", line[len(f"Doc {number}: ") :], " ".join(document.split())
+        assert line.startswith(label) and whole.startswith(shown)
+        (kept if shown == whole else lost).append(len(shown))
+    assert len({*lost}) < 3 and max(kept, default=0) <= min(lost, default=9**9) + 1, (
+        "cut to one length, but for a space"
+    )
 
 
 # Chat models as they are laid out on the Hub: their special added tokens, those that are not special, their template,

@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerFast
 
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.vllm_server import VLLMServerGenerator, read_turn, serve_arguments, serve_command
-from zerosearch.http import CallFailed
 
 MODELS = {"object": "list", "data": [{"id": "policy", "max_model_len": 512}]}
 
@@ -114,21 +113,6 @@ def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
     assert read_turn(completion([1], reason, stop_reason), 0).finish == finish
 
 
-@pytest.mark.parametrize(
-    ("reply", "is_final", "message"),
-    [
-        ({"choices": [{"text": "no ids"}]}, True, "its reply is not a completion with token ids"),
-        ([], True, "its reply is not a completion with token ids"),
-        (completion([1, 2], "abort", None), False, "gave the turn up: 2 tokens, finish_reason 'abort'"),
-        (completion([], "stop", None), False, "gave the turn up: 0 tokens"),
-    ],
-)
-def test_a_reply_without_a_turn_is_none(reply: Any, is_final: bool, message: str) -> None:
-    with pytest.raises(CallFailed, match=message) as caught:
-        read_turn(reply, 0)
-    assert caught.value.is_final is is_final
-
-
 def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     server = CompletionServer(lambda body: completion([5]), gathers=40)
     with server.serving() as url:
@@ -146,19 +130,30 @@ def test_a_turn_that_fails_on_its_way_is_asked_for_again(tiny_tokenizer: PreTrai
     assert [body["seed"] for body in server.bodies] == [11, 11]
 
 
-@pytest.mark.parametrize("status", [400, 500])
+def fails(status: int) -> web.Response:
+    return web.Response(status=status, text="no memory left")
+
+
+@pytest.mark.parametrize(
+    ("reply", "message", "attempts"),
+    [
+        (lambda body: fails(400), "HTTP status 400: no memory left", 1),  # final
+        (lambda body: fails(500), "HTTP status 500: no memory left", 2),
+        (lambda body: {"choices": [{"text": "no ids"}]}, "its reply is not of the form expected", 2),
+        (lambda body: completion([1, 2], "abort", None), "it gave the turn up: 2 tokens, finish_reason 'abort'", 2),
+        (lambda body: completion([], "stop", None), "it gave the turn up: 0 tokens", 2),
+    ],
+)
 def test_a_server_that_fails_for_good_is_named_with_its_remedy(
-    status: int, tiny_tokenizer: PreTrainedTokenizerFast
+    reply: Callable[[Any], Any], message: str, attempts: int, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    server = CompletionServer(lambda body: web.Response(status=status, text="no memory left"))
+    server = CompletionServer(reply)
     with (
         server.serving() as url,
-        pytest.raises(
-            GenerationError, match=rf"the vLLM server at {url}.*HTTP status {status}: no memory left"
-        ) as caught,
+        pytest.raises(GenerationError, match=rf"the vLLM server at {url}.*{message}") as caught,
     ):
         sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)])
-    assert len(server.bodies) == (2 if status == 500 else 1), "400 is final"
+    assert len(server.bodies) == attempts
     assert serve_command(url, gpu=False) in str(caught.value)
 
 

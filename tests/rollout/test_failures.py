@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,35 +55,3 @@ def test_a_simulator_that_starts_failing_stops_the_run_with_a_checkpoint_and_the
     queries = json.loads((Path(trainer.args.output_dir) / "engine_queries.json").read_text())
     # Those asked in vain, and asked again, are counted too; what got no further than a probe of its health is not.
     assert queries["simulated"] == len(chat_server.requests)
-
-
-def test_failures_below_the_limit_are_counted_and_the_run_goes_on(
-    make_trainer: Callable[..., SearchTrainer], chat_server: ChatServer
-) -> None:
-    trainer = make_trainer(max_failed_search_share=1.0, max_steps=2)
-    first_of: dict[str, int] = {}
-
-    def write(messages: list[dict[str, str]]) -> str | int:
-        """Fail half of the searches for good, and every other one once."""
-        text = messages[-1]["content"]
-        first_of[text] = first_of.get(text, 0) + 1
-        return 503 if len(text) % 2 or first_of[text] == 1 else DOCUMENTS
-
-    chat_server.write = write
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "search/failed_search" in entry]
-    assert len(logs) == 2
-    assert all(0 < entry["search/failed_search"] < 1 and entry["search/retries"] > 0 for entry in logs)
-
-
-def test_a_simulator_that_never_answers_is_given_up_in_time(
-    make_trainer: Callable[..., SearchTrainer], chat_server: ChatServer
-) -> None:
-    trainer = make_trainer(search_timeout_s=0.5)
-    chat_server.write = lambda messages: DOCUMENTS
-    reply = chat_server.reply
-    chat_server.reply = lambda body: time.sleep(1.5) or reply(body)  # type: ignore[method-assign]
-    start = time.monotonic()
-    with pytest.raises(SearchError, match=r"lost a search.*the engine simulated gave no reply within 0.5 s"):
-        trainer.train()
-    assert time.monotonic() - start < 30

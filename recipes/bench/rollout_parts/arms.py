@@ -6,21 +6,17 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rollout_parts.world import CONTEXT_TOKENS, TURN_TOKENS, Cell, DelayedEngine, World
-from zerosearch.generation import Generator, SampledTurn, Sampling, TurnRequest
+from rollout_parts.world import CONTEXT_TOKENS, Cell, DelayedEngine, World
 from zerosearch.generation.tokenization import prompt_token_ids
 from zerosearch.generation.vllm_colocated import VLLMGenerator
 from zerosearch.protocol import STOP_STRINGS, format_documents, format_observation, parse_action
-from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from zerosearch.rollout.loop import RolloutClock, RolloutSettings, run_rollouts
 
 ARMS = ("lockstep10", "lockstep", "trl_tools", "ours")
 
@@ -108,8 +104,11 @@ class Arms:
         return Measurement(seconds, generating_s, self.engine_steps - steps_before, completions)
 
     def _ours(self, cell: Cell, world: World) -> tuple[float, list[list[int]]]:
-        clock = RolloutClock()
-        trajectories = ours(self.generator, cell, world, clock)
+        """Roll out by the loop of training; temperature 1 and a seed for each turn, as there."""
+        rows, clock = [world.row(row) for row in range(cell.trajectories)], RolloutClock()
+        settings = RolloutSettings(max_turns=cell.turns, max_trajectory_tokens=CONTEXT_TOKENS)
+        keys = [(0, world.run, row, 0) for row in range(cell.trajectories)]
+        trajectories = run_rollouts(rows, self.generator, DelayedEngine(world), settings, keys=keys, clock=clock)
         return clock.generating_s, [trajectory.completion_ids for trajectory in trajectories]
 
     def _lockstep(
@@ -199,43 +198,3 @@ def at_once(seconds: list[float]) -> None:
         await asyncio.gather(*map(asyncio.sleep, seconds))
 
     asyncio.run(wait())
-
-
-def ours(generator: Generator, cell: Cell, world: World, clock: RolloutClock) -> list[Trajectory]:
-    """Roll out a cell by the loop of training; temperature 1 and a seed for each turn, as there."""
-    rows = [world.row(row) for row in range(cell.trajectories)]
-    settings = RolloutSettings(max_turns=cell.turns, max_trajectory_tokens=CONTEXT_TOKENS)
-    keys = [(0, world.run, row, 0) for row in range(cell.trajectories)]
-    return run_rollouts(rows, generator, DelayedEngine(world), settings, keys=keys, clock=clock)
-
-
-class InstantGenerator:
-    """Return the turn that the counting policy would sample, at no cost: what is left is the loop's own work."""
-
-    max_context_tokens = CONTEXT_TOKENS
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.submitted: list[TurnRequest] = []
-        self.turns = {}
-        for length in range(TURN_TOKENS[0], TURN_TOKENS[1] + 1):
-            text = "".join(f" t{number}" for number in range(length - 1, 2, -1)) + "<search> query</search>"
-            for cue in (f" t{length}", f" t{length}</information>\n\n"):
-                self.turns[tokenizer.convert_tokens_to_ids(cue)] = tokenizer(text)["input_ids"]
-
-    def session(self, sampling: Sampling) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def submit(self, request: TurnRequest) -> None:
-        self.submitted.append(request)
-
-    def step(self) -> list[SampledTurn]:
-        requests, self.submitted = self.submitted, []
-        turns = [self.turns[request.context_ids[-1]] for request in requests]
-        return [
-            SampledTurn(request.trajectory, list(turn), [0.0] * len(turn), "stop")
-            for request, turn in zip(requests, turns, strict=True)
-        ]
-
-    def release(self, trajectory: int) -> None:
-        pass

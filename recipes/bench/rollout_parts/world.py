@@ -12,7 +12,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from pathlib import Path
 from statistics import NormalDist
@@ -52,6 +52,9 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.latency}, {self.turns} x {self.trajectories}"
+
+    def without_latency(self) -> Cell:
+        return replace(self, latency="none")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from os import environ
 from typing import Any
 
@@ -25,33 +25,26 @@ from zerosearch.http import ChatReply, HTTPClient, ServiceError, checked_key, re
 from zerosearch.protocol import END_OF_TURN, STOP_STRINGS, without_closed_thoughts
 
 PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
+TIMEOUT_S = 600.0  # of one call
 OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
 
 
 class PieceTokenizer:
-    """Text to ids and back without loss: a piece is up to four ASCII characters, or one other; ids as they come up."""
+    """Text to ids and back without loss: a piece is up to four ASCII characters, or one other; its id, its bytes."""
 
     eos_token_id = 0  # stands for no text
     chat_template = None
     all_special_tokens: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        self.pieces = [""]
-        self.ids: dict[str, int] = {}
-
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         """Return `{"input_ids": ids}`. There are no special tokens, so a tokenizer's options mean nothing here."""
-        return {"input_ids": [self._id(piece) for piece in PIECE.findall(text)]}
+        pieces = (piece.encode("utf-8", "surrogatepass") for piece in PIECE.findall(text))
+        return {"input_ids": [int.from_bytes(b"\x01" + piece, "big") for piece in pieces]}  # the 1 keeps zeros
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         """Return the text of ids."""
-        return "".join(self.pieces[token_id] for token_id in token_ids)
-
-    def _id(self, piece: str) -> int:
-        if piece not in self.ids:
-            self.ids[piece] = len(self.pieces)
-            self.pieces.append(piece)
-        return self.ids[piece]
+        pieces = (token_id.to_bytes(5, "big").lstrip(b"\x00")[1:] for token_id in token_ids)
+        return b"".join(pieces).decode("utf-8", "surrogatepass")
 
 
 @dataclass
@@ -66,6 +59,9 @@ class Usage:
     tokens_written: int = 0
     estimated: int = 0
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
 
 @dataclass
 class Conversation:
@@ -76,37 +72,61 @@ class Conversation:
     usage: Usage = field(default_factory=Usage)
 
 
-@dataclass(eq=False, repr=False)
-class EndpointGenerator:
-    """Have turns written by a model behind `base_url` (".../v1"), any server that speaks OpenAI's chat completions.
+@dataclass
+class EndpointOptions:
+    """An endpoint on the command line. A recipe's parser takes this class beside its own."""
 
-    `model` None: the first that the server lists. `body` is put over each request; a field set to `None` is left out,
-    for servers that refuse it. Prices are dollars for a million tokens. Log-probabilities are NaN, as the endpoint
-    gives none, so this generator cannot be trained with.
+    endpoint_url: str | None = field(default=None, metadata={"help": 'Its address, up to "/v1".'})
+    endpoint_key_env: str | None = field(
+        default=None, metadata={"help": "The environment variable that holds its key. Default: no key is sent."}
+    )
+    endpoint_usd_read: float = field(
+        default=0.0, metadata={"help": "Price of a million tokens read, in dollars.", "min": 0, "max": 1e9}
+    )
+    endpoint_usd_written: float = field(
+        default=0.0, metadata={"help": "Price of a million tokens written.", "min": 0, "max": 1e9}
+    )
+    endpoint_body: str | None = field(
+        default=None, metadata={"help": 'JSON to put over each request; a null leaves a field out: {"stop": null}.'}
+    )
+    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once.", "min": 1})
+
+
+class EndpointGenerator:
+    """Have turns written by a model behind an address, any server that speaks OpenAI's chat completions.
+
+    `model` None: the first that the server lists. Log-probabilities are NaN, as the endpoint gives none, so this
+    generator cannot be trained with. Raises `UserError` for an option that cannot work.
     """
 
-    base_url: str
-    model: str | None = None
-    api_key: str | None = None
-    usd_read: float = 0.0
-    usd_written: float = 0.0
-    body: Mapping[str, Any] = field(default_factory=dict)
-    max_context_tokens: int = 1_000_000
-    timeout_s: float = 600.0
-    max_retries: int = 5
-    max_concurrency: int = 16
+    max_context_tokens = 1_000_000
 
-    def __post_init__(self) -> None:
-        self.base_url = self.base_url.rstrip("/")
+    def __init__(self, options: EndpointOptions, model: str | None = None, max_retries: int = 5) -> None:
+        if options.endpoint_url is None:
+            raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
+        check_bounds(options)
+        variable = options.endpoint_key_env
+        api_key = checked_key(environ.get(variable), variable) if variable else None
+        if api_key == "":
+            raise UserError(f"there is no key: the environment variable {variable} is not set")
+        try:
+            self.body = json.loads(options.endpoint_body or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"endpoint_body is not JSON: {error}") from None
+        if not isinstance(self.body, dict):
+            raise UserError(f"endpoint_body is {options.endpoint_body}: it must be a JSON object")
+        self.options, self.model = options, model
+        self.base_url = options.endpoint_url.rstrip("/")
         self.address = redacted_url(self.base_url)
         self.name = f"the endpoint {self.address}"
+        self.max_concurrency = options.endpoint_concurrency
         self.tokenizer: Any = PieceTokenizer()
         self.client = HTTPClient(
             "the endpoint",
             remedy="check its address, model and key, and resume the run",
-            api_key=self.api_key,
-            timeout_s=self.timeout_s,
-            max_retries=self.max_retries,
+            api_key=api_key,
+            timeout_s=TIMEOUT_S,
+            max_retries=max_retries,
             max_concurrency=self.max_concurrency,
             trust_env=True,
         )
@@ -116,7 +136,8 @@ class EndpointGenerator:
     @property
     def cost_usd(self) -> float:
         """Return what this generator's replies have cost."""
-        return (self.usage.tokens_read * self.usd_read + self.usage.tokens_written * self.usd_written) / 1e6
+        read, written = self.options.endpoint_usd_read, self.options.endpoint_usd_written
+        return (self.usage.tokens_read * read + self.usage.tokens_written * written) / 1e6
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
@@ -133,11 +154,14 @@ class EndpointGenerator:
         reply = await self._reply(messages, request)
         text, finish = as_turn(reply)
         token_ids = self.tokenizer(text)["input_ids"]
-        for usage in (self.usage, conversation.usage):
-            usage.replies += 1
-            usage.estimated += reply.completion_tokens is None
-            usage.tokens_read += len(request.context_ids) if reply.prompt_tokens is None else reply.prompt_tokens
-            usage.tokens_written += len(token_ids) if reply.completion_tokens is None else reply.completion_tokens
+        used = Usage(
+            replies=1,
+            tokens_read=len(request.context_ids) if reply.prompt_tokens is None else reply.prompt_tokens,
+            tokens_written=len(token_ids) if reply.completion_tokens is None else reply.completion_tokens,
+            estimated=int(reply.completion_tokens is None),
+        )
+        self.usage += used
+        conversation.usage += used
         conversation.messages = [*messages, {"role": "assistant", "content": text}]
         conversation.num_ids = len(request.context_ids) + len(token_ids)
         return SampledTurn(request.trajectory, token_ids, [math.nan] * len(token_ids), finish)
@@ -145,7 +169,7 @@ class EndpointGenerator:
     def usage_of(self, trajectories: Sequence[int]) -> Usage:
         """Return what these trajectories of the rollout under way have used so far."""
         usages = [self.conversations[number].usage for number in trajectories if number in self.conversations]
-        return Usage(*(sum(getattr(usage, name) for usage in usages) for name in Usage.__dataclass_fields__))
+        return sum(usages, Usage())
 
     async def _reply(self, messages: list[dict[str, str]], request: TurnRequest) -> ChatReply:
         try:
@@ -171,52 +195,6 @@ class EndpointGenerator:
     async def aclose(self) -> None:
         """Close the connections."""
         await self.client.aclose()
-
-
-@dataclass
-class EndpointOptions:
-    """An endpoint on the command line. A recipe's parser takes this class beside its own."""
-
-    endpoint_url: str | None = field(default=None, metadata={"help": 'Its address, up to "/v1".'})
-    endpoint_key_env: str | None = field(
-        default=None, metadata={"help": "The environment variable that holds its key. Default: no key is sent."}
-    )
-    endpoint_usd_read: float = field(
-        default=0.0, metadata={"help": "Price of a million tokens read, in dollars.", "min": 0, "max": 1e9}
-    )
-    endpoint_usd_written: float = field(
-        default=0.0, metadata={"help": "Price of a million tokens written.", "min": 0, "max": 1e9}
-    )
-    endpoint_body: str | None = field(
-        default=None, metadata={"help": 'JSON to put over each request; a null leaves a field out: {"stop": null}.'}
-    )
-    endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once.", "min": 1})
-
-
-def make_endpoint(options: EndpointOptions, model: str | None) -> EndpointGenerator:
-    """Return a generator for the endpoint of the options. Raises `UserError` for an option that cannot work."""
-    if options.endpoint_url is None:
-        raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
-    check_bounds(options)
-    variable = options.endpoint_key_env
-    api_key = checked_key(environ.get(variable), variable) if variable else None
-    if api_key == "":
-        raise UserError(f"there is no key: the environment variable {variable} is not set")
-    try:
-        body = json.loads(options.endpoint_body or "{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"endpoint_body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise UserError(f"endpoint_body is {options.endpoint_body}: it must be a JSON object")
-    return EndpointGenerator(
-        options.endpoint_url,
-        model,
-        api_key=api_key,
-        usd_read=options.endpoint_usd_read,
-        usd_written=options.endpoint_usd_written,
-        body=body,
-        max_concurrency=options.endpoint_concurrency,
-    )
 
 
 def as_turn(reply: ChatReply) -> tuple[str, FinishReason]:

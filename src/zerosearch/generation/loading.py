@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
-from zerosearch.generation.chat_endpoint import EndpointOptions, make_endpoint
-from zerosearch.generation.vllm_workarounds import engine_options, loopback_process_group
-from zerosearch.http import CLOSE_TIMEOUT_S, redacted_url, run_in_background
+from zerosearch.generation.chat_endpoint import EndpointGenerator, EndpointOptions
+from zerosearch.generation.vllm_workarounds import local_engine
+from zerosearch.http import CLOSE_TIMEOUT_S, run_in_background
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -149,14 +149,14 @@ def open_generator(
 ) -> Iterator[LoadedModel]:
     """Yield what runs a model to answer questions, and which model it is; close its connections at the end.
 
-    Raises `UserError` as `load_generator` and `make_endpoint` do.
+    Raises `UserError` for a model or an endpoint that cannot work.
     """
     if kind != "endpoint":
         yield load_generator(model, kind, max_context_tokens), model_identity(model)
         return
-    generator = make_endpoint(endpoint, model)
+    generator = EndpointGenerator(endpoint, model)
     try:
-        yield generator, {"model": model, "endpoint": redacted_url(endpoint.endpoint_url or "")}
+        yield generator, {"model": model, "endpoint": generator.address}
     finally:
         run_in_background(generator.aclose(), CLOSE_TIMEOUT_S)
 
@@ -172,21 +172,14 @@ def load_generator(model: str, kind: Literal["vllm", "transformers"], max_contex
     config = model_config(model)
     max_context_tokens = longest_context(config, max_context_tokens)
     tokenizer = load_tokenizer(model)
-    if kind == "transformers":
-        return _transformers_generator(model, tokenizer, max_context_tokens)
-    dtype = "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return _vllm_generator(model, tokenizer, max_context_tokens, dtype)
-
-
-def _transformers_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int) -> Generator:
-    """Load a transformers model onto the accelerator, if there is one."""
+    if kind == "vllm":
+        dtype = str(config.dtype or "auto").removeprefix("torch.")
+        return _vllm_generator(model, tokenizer, max_context_tokens, dtype)
     import torch
 
     from zerosearch.generation.transformers_engine import TransformersGenerator
 
-    loaded = load_model(model)
-    if torch.accelerator.is_available():
-        loaded = loaded.to(torch.accelerator.current_accelerator())
+    loaded = load_model(model).to(torch.accelerator.current_accelerator() or "cpu")
     ends = end_token_ids(loaded.generation_config, tokenizer)
     return TransformersGenerator(lambda: nullcontext(loaded), tokenizer, ends, max_context_tokens)
 
@@ -205,13 +198,10 @@ def _vllm_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_
 
     from zerosearch.generation.vllm_colocated import VLLMGenerator
 
-    loopback_process_group()
     with TemporaryDirectory() as folder:
-        llm = LLM(
-            model=whole_model(model, Path(folder)),
-            generation_config="vllm",  # the rollout's settings alone decide how to sample, not a file of the model's
-            **engine_options(dtype, max_context_tokens),
-        )
+        # The rollout's settings alone decide how to sample, not a file of the model's.
+        options = {"model": whole_model(model, Path(folder)), "generation_config": "vllm"}
+        llm = local_engine(LLM, dtype, max_context_tokens, **options)
     return VLLMGenerator(llm, tokenizer)
 
 

@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 class TurnEnd:
     """Tell when a turn's text holds a stop string, by decoding as little as possible."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = STOP_STRINGS) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.stop_strings = tuple(stop_strings)
-        self.last_characters = {text[-1] for text in stop_strings}
+        self.last_characters = {text[-1] for text in STOP_STRINGS}
         # A token holds at least one byte, so the stop string lies within this many tokens of the end.
-        self.tail_tokens = max(len(text) for text in stop_strings)
+        self.tail_tokens = max(map(len, STOP_STRINGS))
         self.may_close: dict[int, bool] = {}
 
     def reached(self, token_ids: Sequence[int]) -> bool:
@@ -44,7 +43,7 @@ class TurnEnd:
         if not self.may_close[last]:
             return False
         tail = decoded_text(self.tokenizer, token_ids[-self.tail_tokens :])
-        return any(text in tail for text in self.stop_strings)
+        return any(text in tail for text in STOP_STRINGS)
 
 
 class SlotCache:
@@ -62,16 +61,14 @@ class SlotCache:
 
     def reserve(self, slots: int, columns: int) -> None:
         """Make room for this many slots and columns; columns double, so that copies stay rare."""
-        if slots <= self.slots and columns <= self.columns:
-            return
         if columns > self.columns:
             columns = max(columns, 2 * self.columns, 128)
-        old_slots, old_columns = self.slots, self.columns
-        self.slots, self.columns = max(slots, old_slots), max(columns, old_columns)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros((self.slots, old.shape[1], self.columns + 1, old.shape[3]))
-                tensors[layer][:old_slots, :, :old_columns] = old[:, :, :old_columns]
+        more_slots, more_columns = max(slots - self.slots, 0), max(columns - self.columns, 0)
+        if more_slots or more_columns:
+            self.slots, self.columns = self.slots + more_slots, self.columns + more_columns
+            padding = (0, 0, 0, more_columns + 1, 0, 0, 0, more_slots)
+            for tensors in (self.keys, self.values):
+                tensors[:] = [torch.nn.functional.pad(old[:, :, :-1], padding) for old in tensors]
 
     def aim(self, slots: torch.Tensor | None, columns: torch.Tensor, visible: int) -> None:
         """Say where the next forward pass writes: `slots` (B,), or None for the first B, and `columns` (B, T)."""
@@ -113,8 +110,7 @@ class ActiveTurn:
 class TransformersGenerator:
     """Decode with a transformers model, many trajectories at once, keys and values kept from turn to turn.
 
-    `load` yields the model for one rollout (gathered, if it is sharded). At most `num_slots` trajectories are under
-    way; the others wait for a free slot.
+    `load` yields the model for one rollout (gathered, if it is sharded).
     """
 
     PREFILL_TOKENS = 16_384  # padded tokens in one forward pass over new context
@@ -125,13 +121,11 @@ class TransformersGenerator:
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Sequence[int],
         max_context_tokens: int,
-        num_slots: int = 256,
     ) -> None:
         self.load = load
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_context_tokens = max_context_tokens
-        self.num_slots = num_slots
         self.turn_end = TurnEnd(tokenizer)
 
     @contextmanager
@@ -143,12 +137,11 @@ class TransformersGenerator:
             model.eval()
             self.model, self.sampling = model, sampling
             self.cache = SlotCache()
-            self.waiting: list[TurnRequest] = []  # for a slot, or for the next forward pass over new context
+            self.waiting: list[TurnRequest] = []  # for the next forward pass over new context
             self.active: list[ActiveTurn] = []
-            self.sampled: list[ActiveTurn] = []  # those that the last forward pass gave a token
             self.slot_of: dict[int, int] = {}
-            self.lengths = [0] * self.num_slots  # tokens in the cache, by slot
-            self.free_slots = list(range(self.num_slots))[::-1]
+            self.lengths: list[int] = []  # tokens in the cache, by slot
+            self.free_slots: list[int] = []
             try:
                 yield
             finally:
@@ -156,91 +149,67 @@ class TransformersGenerator:
                 del self.model, self.cache
 
     def submit(self, request: TurnRequest) -> None:
+        if request.trajectory not in self.slot_of:
+            if not self.free_slots:
+                self.free_slots.append(len(self.lengths))
+                self.lengths.append(0)
+            self.slot_of[request.trajectory] = self.free_slots.pop()
         self.waiting.append(request)
 
     def release(self, trajectory: int) -> None:
-        slot = self.slot_of.pop(trajectory, None)
-        if slot is not None:
+        if trajectory in self.slot_of:
+            slot = self.slot_of.pop(trajectory)
             self.lengths[slot] = 0
             self.free_slots.append(slot)
 
     def step(self) -> list[SampledTurn]:
-        arrivals = self._admit()
-        if arrivals:
-            self._prefill(arrivals)
-        elif self.active:
-            self._decode()
-        return self._finished()
+        if self.waiting:
+            return self._finished(self._prefill())
+        return self._finished(self._decode()) if self.active else []
 
-    def _admit(self) -> list[ActiveTurn]:
-        """Give waiting turns a slot, the shortest new context first, up to one forward pass."""
-        if not self.waiting:
-            return []
-        if not self.active and not self.free_slots:
-            self._take_slots_back()
-        if not self.free_slots and all(request.trajectory not in self.slot_of for request in self.waiting):
-            return []
-        self.waiting.sort(key=self._num_new_tokens)
-        admitted: list[ActiveTurn] = []
-        queued: list[TurnRequest] = []
-        for request in self.waiting:
-            width = self._num_new_tokens(request)
-            full = admitted and width * (len(admitted) + 1) > self.PREFILL_TOKENS
-            if full or (request.trajectory not in self.slot_of and not self.free_slots):
-                queued.append(request)
-                continue
-            slot = self.slot_of.get(request.trajectory)
-            if slot is None:
-                slot = self.slot_of[request.trajectory] = self.free_slots.pop()
-            admitted.append(ActiveTurn(request, slot, Random(request.seed)))
-        self.waiting = queued
-        self.active += admitted
-        return admitted
+    def _prefill(self) -> list[ActiveTurn]:
+        """Read new context, the shortest first, up to one forward pass; return the turns that begin.
 
-    def _take_slots_back(self) -> None:
-        """Free slots when nothing can be decoded because trajectories at their searches hold all; they read again."""
-        waiting = {request.trajectory for request in self.waiting}
-        if waiting.isdisjoint(self.slot_of):
-            for trajectory in list(self.slot_of)[: len(waiting)]:
-                self.release(trajectory)
-
-    def _num_new_tokens(self, request: TurnRequest) -> int:
-        slot = self.slot_of.get(request.trajectory)
-        return len(request.context_ids) - (0 if slot is None else self.lengths[slot])
-
-    def _prefill(self, turns: list[ActiveTurn]) -> None:
-        """Read new context, padded on the left, so that the last column of each row predicts the next token."""
-        new_ids = [turn.request.context_ids[self.lengths[turn.slot] :] for turn in turns]
-        width = max(map(len, new_ids))
-        self.cache.reserve(1 + max(self.slot_of.values()), max(len(turn.request.context_ids) for turn in turns))
-        spare = self.cache.columns
-        ids, positions, columns = [], [], []
-        for turn, new in zip(turns, new_ids, strict=True):
-            padding, end = width - len(new), len(turn.request.context_ids)
-            placed = range(end - len(new), end)
-            ids.append([0] * padding + list(new))
+        Rows are padded on the left, so that the last column of each predicts the next token.
+        """
+        self.waiting.sort(key=self._num_new)
+        count = 1
+        while count < len(self.waiting) and self._num_new(self.waiting[count]) * (count + 1) <= self.PREFILL_TOKENS:
+            count += 1
+        requests, self.waiting = self.waiting[:count], self.waiting[count:]
+        width = self._num_new(requests[-1])
+        self.cache.reserve(len(self.lengths), max(len(request.context_ids) for request in requests))
+        turns, ids, positions, columns = [], [], [], []
+        for request in requests:
+            slot, end = self.slot_of[request.trajectory], len(request.context_ids)
+            placed = range(self.lengths[slot], end)
+            padding = width - len(placed)
+            ids.append([0] * padding + list(request.context_ids[placed.start :]))
             positions.append([0] * padding + list(placed))
-            columns.append([spare] * padding + list(placed))
-            self.lengths[turn.slot] = end
+            columns.append([self.cache.columns] * padding + list(placed))
+            self.lengths[slot] = end
+            turns.append(ActiveTurn(request, slot, Random(request.seed)))
         self._forward(turns, [turn.slot for turn in turns], ids, positions, columns)
+        self.active += turns
+        return turns
 
-    def _decode(self) -> None:
-        """Feed each active turn its last token. Most slots active: run over all of them and save copying the cache."""
+    def _num_new(self, request: TurnRequest) -> int:
+        return len(request.context_ids) - self.lengths[self.slot_of[request.trajectory]]
+
+    def _decode(self) -> list[ActiveTurn]:
+        """Feed each active turn its last token; return them. Where most slots are active, run over all of them."""
         turns = self.active
-        used_slots = max(turn.slot for turn in turns) + 1
-        self.cache.reserve(used_slots, max(self.lengths[turn.slot] for turn in turns) + 1)
-        if 2 * len(turns) < used_slots:
-            positions = [[self.lengths[turn.slot]] for turn in turns]
-            ids = [[turn.token_ids[-1]] for turn in turns]
-            self._forward(turns, [turn.slot for turn in turns], ids, positions, positions)
-        else:
-            ids, positions, columns = ([[value] for _ in range(used_slots)] for value in (0, 0, self.cache.columns))
-            for turn in turns:
-                ids[turn.slot] = [turn.token_ids[-1]]
-                positions[turn.slot] = columns[turn.slot] = [self.lengths[turn.slot]]
-            self._forward(turns, None, ids, positions, columns)
-        for turn in turns:
+        self.cache.reserve(len(self.lengths), max(self.lengths[turn.slot] for turn in turns) + 1)
+        slots = None if 2 * len(turns) >= len(self.lengths) else [turn.slot for turn in turns]
+        rows = len(self.lengths) if slots is None else len(slots)
+        ids, positions, columns = ([[value] for _ in range(rows)] for value in (0, 0, self.cache.columns))
+        for place, turn in enumerate(turns):
+            row = turn.slot if slots is None else place
+            ids[row] = [turn.token_ids[-1]]
+            positions[row] = columns[row] = [self.lengths[turn.slot]]
             self.lengths[turn.slot] += 1
+        self._forward(turns, slots, ids, positions, columns)
+        return turns
 
     def _forward(
         self,
@@ -250,7 +219,10 @@ class TransformersGenerator:
         positions: list[list[int]],
         columns: list[list[int]],
     ) -> None:
-        """Run the model, and draw a token for each turn; `slots` None means that row b is slot b."""
+        """Run the model, and draw a token for each turn; `slots` None means that row b is slot b.
+
+        A view of all slots saves copying the keys and values of some.
+        """
         device = self.model.device
         position_ids = torch.tensor(positions, device=device)  # (B, T)
         visible = int(position_ids.max()) + 1
@@ -274,16 +246,15 @@ class TransformersGenerator:
         for turn, token_id, logprob in zip(turns, token_ids.tolist(), logprobs.tolist(), strict=True):
             turn.token_ids.append(token_id)
             turn.logprobs.append(logprob)
-        self.sampled = turns
 
-    def _finished(self) -> list[SampledTurn]:
-        """Return the turns that their last token ended; the others stay active."""
-        ended = {turn.slot: reason for turn in self.sampled if (reason := self._finish_reason(turn))}
-        finished = [turn for turn in self.active if turn.slot in ended]
-        self.active = [turn for turn in self.active if turn.slot not in ended]
-        self.sampled = []
+    def _finished(self, sampled: list[ActiveTurn]) -> list[SampledTurn]:
+        """Return those of the turns that their last token ended; the others stay active."""
+        reasons = {turn.slot: self._finish_reason(turn) for turn in sampled}
+        self.active = [turn for turn in self.active if reasons.get(turn.slot) is None]
         return [
-            SampledTurn(turn.request.trajectory, turn.token_ids, turn.logprobs, ended[turn.slot]) for turn in finished
+            SampledTurn(turn.request.trajectory, turn.token_ids, turn.logprobs, reason)
+            for turn in sampled
+            if (reason := reasons[turn.slot])
         ]
 
     def _finish_reason(self, turn: ActiveTurn) -> FinishReason | None:

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 
+# Of every turn that vLLM samples, in this process or behind its server.
+TURN_OPTIONS = {
+    "stop": list(STOP_STRINGS),
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,  # or else a special token inside a tag would close it
+    "spaces_between_special_tokens": False,
+    "logprobs": 0,  # of the sampled token alone
+}
+
+
 class VLLMGenerator:
     """Drive a vLLM engine that lives in this process: a turn is admitted the moment it is submitted."""
 
@@ -40,11 +50,7 @@ class VLLMGenerator:
             SamplingParams,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            stop=list(STOP_STRINGS),
-            include_stop_str_in_output=True,
-            logprobs=0,  # of the sampled token alone
-            skip_special_tokens=False,  # or else a special token inside a tag would close it
-            spaces_between_special_tokens=False,
+            **TURN_OPTIONS,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         sleeps = self.colocated is not None and self.colocated.enable_sleep_mode
@@ -86,8 +92,12 @@ class VLLMGenerator:
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
         logprobs = [entry[token_id].logprob for entry, token_id in zip(completion.logprobs, token_ids, strict=True)]
-        finish: FinishReason = "length"
-        if completion.finish_reason == "stop":
-            # At an end of sequence the reason is None or an id, not a string.
-            finish = "stop" if isinstance(completion.stop_reason, str) else "eos"
+        finish = finish_of(completion.finish_reason, completion.stop_reason)
         return SampledTurn(request.trajectory, token_ids, logprobs, finish)
+
+
+def finish_of(finish_reason: str, stop_reason: str | int | None) -> FinishReason:
+    """Return how a turn ended, from what vLLM says; at an end of sequence its `stop_reason` is None or an id."""
+    if finish_reason != "stop":
+        return "length"
+    return "stop" if isinstance(stop_reason, str) else "eos"

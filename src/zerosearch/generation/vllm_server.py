@@ -13,6 +13,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,10 +24,10 @@ from safetensors.torch import save_file
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
-from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.vllm_colocated import TURN_OPTIONS, finish_of
 from zerosearch.generation.vllm_workarounds import cpu_server_arguments
 from zerosearch.http import CLOSE_TIMEOUT_S, CallFailed, HTTPClient, ServiceError, redacted_url, run_in_background
-from zerosearch.protocol import STOP_STRINGS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +39,7 @@ Content = TypeVar("Content")
 
 CHECK_TIMEOUT_S, SESSION_TIMEOUT_S = 60.0, 900.0
 HEALTH_TIMEOUT_S, CALL_TIMEOUT_S = 60.0, 1800.0  # of TRL's client
-# Without these a server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
+# Without these the server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
 WHOLE_DISTRIBUTION = {
     "top_k": 0,
     "min_p": 0.0,
@@ -104,31 +105,28 @@ class VLLMServerGenerator:
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "seed": request.seed,
-            "stop": list(STOP_STRINGS),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,  # or else a special token inside a tag would close it
-            "spaces_between_special_tokens": False,
-            "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
+            **TURN_OPTIONS,
             **WHOLE_DISTRIBUTION,
         }
-
-        def read(reply: Any) -> SampledTurn:
-            return read_turn(reply, request.trajectory)
-
-        try:
-            turn, _ = await self.client.request("POST", f"{self.base_url}/v1/completions", json=body, read=read)
-        except ServiceError as error:
-            raise GenerationError(str(error)) from error
-        return turn
+        read = partial(read_turn, trajectory=request.trajectory)
+        return await self._request("POST", "v1/completions", read, json=body)
 
     async def _check(self) -> None:
         """Read what is served. Raises `GenerationError` if these settings cannot be sampled with there."""
-        self.model, longest = await self._get("v1/models", {}, read_served_model)
+
+        def served(reply: Any) -> tuple[str, int]:
+            return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
+
+        def logprobs_mode(reply: Any) -> str:
+            return str(reply["vllm_config"]["model_config"]["logprobs_mode"])
+
+        self.model, longest = await self._request("GET", "v1/models", served, timeout_s=CHECK_TIMEOUT_S)
         self.max_context_tokens = min(self.max_context_tokens, longest)
         if self.sampling.temperature in (0.0, 1.0) and self.sampling.top_p == 1.0:
             return
-        mode = await self._get("server_info", {"config_format": "json"}, read_logprobs_mode)
+        params = {"config_format": "json"}
+        mode = await self._request("GET", "server_info", logprobs_mode, params=params, timeout_s=CHECK_TIMEOUT_S)
         if mode != "processed_logprobs":
             raise GenerationError(
                 f"{self.name} reports {mode}, which are not those of the distribution that is sampled from at "
@@ -136,46 +134,21 @@ class VLLMServerGenerator:
                 f"{self.start_command()}"
             )
 
-    async def _get(self, path: str, params: dict[str, str], read: Callable[[Any], Content]) -> Content:
-        url = f"{self.base_url}/{path}"
+    async def _request(self, method: str, path: str, read: Callable[[Any], Content], **content: Any) -> Content:
         try:
-            content, _ = await self.client.request("GET", url, params=params, read=read, timeout_s=CHECK_TIMEOUT_S)
+            read_content, _ = await self.client.request(method, f"{self.base_url}/{path}", read=read, **content)
         except ServiceError as error:
             raise GenerationError(str(error)) from error
-        return content
+        return read_content
 
 
 def read_turn(reply: Any, trajectory: int) -> SampledTurn:
-    """Return the turn in a completion's reply. Raises `CallFailed` for one that holds none."""
-    try:
-        choice = reply["choices"][0]
-        token_ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        reason, stop_reason = choice["finish_reason"], choice["stop_reason"]
-    except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is not a completion with token ids: {reply}", is_final=True) from None
+    """Return the turn in a completion's reply. Raises `CallFailed` for a completion without one."""
+    choice = reply["choices"][0]
+    token_ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
     if reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
         raise CallFailed(f"it gave the turn up: {len(token_ids)} tokens, finish_reason {reason!r}")
-    finish: FinishReason = "length"
-    if reason == "stop":
-        # At an end of sequence the stop reason is None or an id, not a string.
-        finish = "stop" if isinstance(stop_reason, str) else "eos"
-    return SampledTurn(trajectory, token_ids, logprobs, finish)
-
-
-def read_served_model(reply: Any) -> tuple[str, int]:
-    """Return name and longest context of the model that a vLLM server lists first. Raises `CallFailed`."""
-    try:
-        return reply["data"][0]["id"], int(reply["data"][0]["max_model_len"])
-    except (KeyError, IndexError, TypeError):
-        raise CallFailed(f"its reply is not a vLLM server's list of models: {reply}", is_final=True) from None
-
-
-def read_logprobs_mode(reply: Any) -> str:
-    """Return which log-probabilities a vLLM server reports. Raises `CallFailed`."""
-    try:
-        return str(reply["vllm_config"]["model_config"]["logprobs_mode"])
-    except (KeyError, TypeError):
-        raise CallFailed(f"its reply is not a vLLM server's configuration: {reply}", is_final=True) from None
+    return SampledTurn(trajectory, token_ids, logprobs, finish_of(reason, choice["stop_reason"]))
 
 
 def server_url(config: GRPOConfig) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,24 +45,26 @@ def cpu_cache_space() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}  # GiB
 
 
-def engine_options(dtype: str, max_model_len: int) -> dict[str, Any]:
-    """Return the options of an engine in this process.
+def local_engine(make: Callable[..., LLM], dtype: str, max_model_len: int, **options: Any) -> LLM:
+    """Have vLLM's `LLM` make an engine in this process, with `options` of its own.
 
     By itself vLLM turns float32 weights into half precision, and then its log-probabilities are not the trainer's:
     hence `dtype`. With prefix caching a later turn of a trajectory costs its new tokens only.
     """
     import torch
 
-    options: dict[str, Any] = {"dtype": dtype, "enable_prefix_caching": True, "max_model_len": max_model_len}
+    options |= {"dtype": dtype, "enable_prefix_caching": True, "max_model_len": max_model_len}
     if not torch.accelerator.is_available():
         os.environ |= cpu_cache_space()
         options |= cpu_engine_options(max_model_len)
-    return options
+        multiply_by_weights_in_place()
+    loopback_process_group()
+    return make(**options)
 
 
 @contextmanager
 def colocated_engine_options(dtype: str) -> Iterator[None]:
-    """Let TRL create its colocated engine with `engine_options`, with a context no longer than the model's, and whole.
+    """Let TRL create its colocated engine by `local_engine`, with a context no longer than the model's, and whole.
 
     Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes.
     """
@@ -77,14 +79,12 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
 
     def engine(**options: Any) -> LLM:
         config = model_config(options["model"], trust_remote_code=options["trust_remote_code"])
-        longest = longest_context(config, options["max_model_len"])
-        loopback_process_group()
-        return original(**options | engine_options(dtype, longest) | {"quantization": None})
+        longest = longest_context(config, options.pop("max_model_len"))
+        return local_engine(original, dtype, longest, **options | {"quantization": None})
 
     vllm_generation.LLM = engine
     try:
-        with weights_in_place():
-            yield
+        yield
     finally:
         vllm_generation.LLM = original
 
@@ -102,34 +102,19 @@ def loopback_process_group() -> None:
         distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)
 
 
-@contextmanager
-def weights_in_place() -> Iterator[None]:
-    """Let `multiply_by_weights_in_place` hold for engines that are made in this block."""
-    from vllm.model_executor.layers import utils
-
-    original = utils.dispatch_cpu_unquantized_gemm
-    multiply_by_weights_in_place()
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = original
-
-
 def multiply_by_weights_in_place() -> None:
-    """On a CPU, make vLLM multiply by the weights it was given instead of packed copies of them.
+    """Make vLLM on a CPU multiply by the weights it was given instead of packed copies of them.
 
     It packs every linear layer once, when it loads, and drops the original: a later weight sync then fails. The head
     keeps its original, so a sync reaches that, and generation goes on with the old copy, unnoticed.
     """
     import torch
     from vllm.model_executor.layers import utils
-    from vllm.platforms import current_platform
 
     def multiply_by_the_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
-    if current_platform.is_cpu():
-        utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
+    utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
 
 
 def let_quantized_policy_learn(model: torch.nn.Module) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from zerosearch.engines import SearchEngine
+from zerosearch.engines import SearchEngine, SearchError, SearchResult
 from zerosearch.http import CLOSE_TIMEOUT_S, background_loop, run_in_background
 
 GRACE_S = 60.0  # beyond the time limit of what is under way, before its loop is taken for dead
@@ -37,28 +37,24 @@ class TimedOut(Exception):
 
 
 class InFlight:
-    """Searches and turns under way; a result is had by `done` or `wait`, once each."""
+    """Searches and turns under way: `limits` says how many of each kind at once, and how many seconds each may take.
 
-    def __init__(self) -> None:
+    A result is had by `done` or `wait`, once each.
+    """
+
+    def __init__(self, limits: Mapping[ArrivalKind, tuple[int, float]]) -> None:
+        self.slots = {kind: asyncio.Semaphore(number) for kind, (number, _) in limits.items()}
+        self.timeouts_s = {kind: timeout_s for kind, (_, timeout_s) in limits.items()}
         self.finished: SimpleQueue[Arrival] = SimpleQueue()
         self.to_start: deque[Coroutine[Any, Any, None]] = deque()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.longest_timeout_s = 0.0
 
-    def start(
-        self,
-        kind: ArrivalKind,
-        trajectory: int,
-        work: Callable[[], Awaitable[Any]],
-        limit: asyncio.Semaphore,
-        timeout_s: float,
-    ) -> None:
-        """Queue work for a trajectory. It is under way from the next `send_off`, as soon as `limit` lets it through.
+    def start(self, kind: ArrivalKind, trajectory: int, work: Callable[[], Awaitable[Any]]) -> None:
+        """Queue work for a trajectory. It is under way from the next `send_off`, as soon as there is room for it.
 
-        Work that takes longer than `timeout_s` is given up: its outcome is a `TimedOut`.
+        Work that takes longer than its time limit is given up: its outcome is a `TimedOut`.
         """
-        self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
-        self.to_start.append(self._work(kind, trajectory, work, limit, timeout_s))
+        self.to_start.append(self._work(kind, trajectory, work))
 
     def send_off(self) -> None:
         """Start all that is queued; returns at once. To wake the loop costs more than all the rest of a start."""
@@ -73,17 +69,12 @@ class InFlight:
 
     def done(self) -> list[Arrival]:
         """Return what finished since the last call."""
-        finished = []
-        while True:
-            try:
-                finished.append(self.finished.get_nowait())
-            except Empty:
-                return finished
+        return [self.finished.get_nowait() for _ in range(self.finished.qsize())]
 
     def wait(self) -> list[Arrival]:
         """Wait until something finishes. Raises `TimedOut` if nothing does within the longest time limit."""
         try:
-            return [self.finished.get(timeout=self.longest_timeout_s + GRACE_S), *self.done()]
+            return [self.finished.get(timeout=max(self.timeouts_s.values()) + GRACE_S), *self.done()]
         except Empty:
             raise TimedOut from None
 
@@ -97,18 +88,11 @@ class InFlight:
         for task in list(self.tasks):
             task.cancel()
 
-    async def _work(
-        self,
-        kind: ArrivalKind,
-        trajectory: int,
-        work: Callable[[], Awaitable[Any]],
-        limit: asyncio.Semaphore,
-        timeout_s: float,
-    ) -> None:
-        async with limit:
+    async def _work(self, kind: ArrivalKind, trajectory: int, work: Callable[[], Awaitable[Any]]) -> None:
+        async with self.slots[kind]:
             start = time.perf_counter()
             outcome: Any
-            limit_s = asyncio.timeout(timeout_s)
+            limit_s = asyncio.timeout(self.timeouts_s[kind])
             try:
                 async with limit_s:
                     outcome = await work()
@@ -121,6 +105,23 @@ class InFlight:
                 outcome = error  # came up inside the work: some client's own task was cancelled
             seconds = time.perf_counter() - start
         self.finished.put(Arrival(kind, trajectory, outcome, seconds))
+
+
+def search_outcome(outcome: Any, engine: str, timeout_s: float) -> SearchResult | SearchError:
+    """Return what came of a search; whatever an engine should not have done is a failed search that says so."""
+    if isinstance(outcome, SearchError):
+        return outcome
+    if isinstance(outcome, SearchResult) and all(isinstance(text, str) for text in outcome.documents):
+        return outcome
+    if isinstance(outcome, TimedOut):
+        return SearchError(f"the engine {engine} gave no reply within {timeout_s:g} s")
+    did = f"returned {outcome!r:.80}"
+    if isinstance(outcome, BaseException):
+        did = f"raised {type(outcome).__name__}: {outcome}"
+    return SearchError(
+        f"the engine {engine} {did}; a search returns a SearchResult with texts, or raises SearchError once it has "
+        "failed for good"
+    )
 
 
 def close_engine(engine: SearchEngine) -> None:

@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from zerosearch.engines import SearchEngine
-from zerosearch.generation import SampledTurn, Sampling, TurnRequest
+from zerosearch.generation import SampledTurn, TurnRequest
 from zerosearch.generation.tokenization import decoded_text
 from zerosearch.prompts import Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
@@ -73,17 +72,14 @@ class Screen:
 
 
 class LiveGenerator:
-    """Show the text of the only trajectory while a generator in this process decodes it."""
+    """Show the text of the only trajectory while a generator in this process decodes it; else be that generator."""
 
     def __init__(self, generator: Any, show: Callable[[str], None]) -> None:
         self.generator, self.show = generator, show
-        self.tokenizer, self.max_context_tokens = generator.tokenizer, generator.max_context_tokens
         self.shown = ""
 
-    @contextmanager
-    def session(self, sampling: Sampling) -> Iterator[None]:
-        with self.generator.session(sampling):
-            yield
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
 
     def submit(self, request: TurnRequest) -> None:
         self.shown = ""
@@ -91,21 +87,14 @@ class LiveGenerator:
 
     def step(self) -> list[SampledTurn]:
         finished = self.generator.step()
-        written = [turn.token_ids for turn in (*getattr(self.generator, "active", ()), *finished) if _is_shown(turn)]
-        if written:
+        under_way = [(turn.request.trajectory, turn.token_ids) for turn in getattr(self.generator, "active", ())]
+        written = dict([*under_way, *((turn.trajectory, turn.token_ids) for turn in finished)])
+        if 0 in written:  # a turn of the trajectory, and not notes on documents
             text = decoded_text(self.tokenizer, written[0])
             if text.startswith(self.shown) and (finished or not text.endswith("\ufffd")):  # half of a character
                 self.show(text[len(self.shown) :])
                 self.shown = text
         return finished
-
-    def release(self, trajectory: int) -> None:
-        self.generator.release(trajectory)
-
-
-def _is_shown(turn: Any) -> bool:
-    """Say whether this is a turn of the trajectory, and not notes on documents."""
-    return getattr(turn, "request", turn).trajectory == 0
 
 
 class Chat:

@@ -12,17 +12,16 @@ answers while the others decode on; the documents are appended and the next turn
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest, SearchResult
-from zerosearch.errors import UserError
+from zerosearch.command_line import check_bounds
+from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest
 from zerosearch.generation import (
     CollectiveGenerator,
     GenerationError,
@@ -32,25 +31,20 @@ from zerosearch.generation import (
     Sampling,
     TurnRequest,
 )
-from zerosearch.generation.tokenization import (
-    decoded_text,
-    fit_observation,
-    plain_text,
-    prompt_token_ids,
-    special_ids,
-    text_token_ids,
-)
+from zerosearch.generation.tokenization import decoded_text, special_ids
 from zerosearch.noise import keyed_uniform
-from zerosearch.prompts import PAPER, Agent, reading_prompt
-from zerosearch.protocol import format_documents, parse_action
-from zerosearch.rollout.in_flight import Arrival, InFlight, TimedOut
+from zerosearch.prompts import PAPER, Agent
+from zerosearch.protocol import parse_action
+from zerosearch.rollout.in_flight import Arrival, ArrivalKind, InFlight, TimedOut, search_outcome
+from zerosearch.rollout.observations import Observation, ObservationWriter
 from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn, noisy_share
 from zerosearch.rollout.watchdog import Watchdog
-from zerosearch.text import without_thoughts
 
 # Ends the key of a turn's sampling, so that it is another number than the coin of the same turn's search.
 SAMPLING_STREAM, READING_STREAM = 1_000_003, 1_000_033
 LOOKUP_TURN = 1_000_037  # stands for the turn in the key of the search for the question itself
+
+SECONDS = {"above": 0, "max": 1e9}
 
 Event = Literal["turn", "observation", "end"]
 
@@ -64,24 +58,19 @@ class RolloutSettings:
     `turn_timeout_s`, retries included, and here some turn must end within it; else the rollout fails.
     """
 
-    max_turns: int = 2  # the released scripts of the paper's time, and the authors in issue 29 of their repository
-    max_turn_tokens: int = 500  # max_response_length of the released scripts
-    max_observation_tokens: int = 500  # max_obs_length of the released scripts of the paper's time
-    max_trajectory_tokens: int = 4096  # max_prompt_length of the released scripts
+    # As in the released scripts of the paper's time, and max_turns in issue 29 of their repository.
+    max_turns: int = field(default=2, metadata={"min": 0})
+    max_turn_tokens: int = field(default=500, metadata={"min": 1})  # their max_response_length
+    max_observation_tokens: int = field(default=500, metadata={"min": 1})  # their max_obs_length
+    max_trajectory_tokens: int = field(default=4096, metadata={"min": 1})  # their max_prompt_length
     temperature: float = 1.0
     top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
-    search_timeout_s: float = 1800.0
-    turn_timeout_s: float = 3600.0
+    search_timeout_s: float = field(default=1800.0, metadata=SECONDS)
+    turn_timeout_s: float = field(default=3600.0, metadata=SECONDS)
     noise_per_group: bool = False  # the samples of a group toss the same coin, so that they differ by the policy only
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens"):
-            minimum = 0 if name == "max_turns" else 1
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
-        for name in ("search_timeout_s", "turn_timeout_s"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}: it must be a number of seconds above 0")
+        check_bounds(self)
 
 
 def run_rollouts(
@@ -114,7 +103,19 @@ def run_rollouts(
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
     with clock.timing("rollout_s"), generator.session(Sampling(settings.temperature, settings.top_p)):
-        rollout = _Rollout(rows, keys, generator, engine, settings, p_noise, clock, agent, max_live, watch, may_go_on)
+        rollout = _Rollout(
+            rows,
+            keys,
+            generator,
+            engine,
+            settings,
+            p_noise,
+            clock,
+            agent,
+            max_live or len(rows),
+            watch or (lambda index, trajectory, event: None),
+            may_go_on or (lambda: True),
+        )
         try:
             rollout.run(progress)
         finally:
@@ -122,58 +123,52 @@ def run_rollouts(
     return rollout.trajectories
 
 
+@dataclass
 class _Rollout:
     """The state of one call of `run_rollouts`; a trajectory is known by its index."""
 
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        keys: Sequence[tuple[int, ...]],
-        generator: Generator | RemoteGenerator,
-        engine: SearchEngine,
-        settings: RolloutSettings,
-        p_noise: float,
-        clock: RolloutClock,
-        agent: Agent,
-        max_live: int | None,
-        watch: Callable[[int, Trajectory, Event], None] | None,
-        may_go_on: Callable[[], bool] | None,
-    ) -> None:
-        assert len(keys) == len(rows), "one key a row"
-        self.rows, self.keys = rows, keys
-        self.engine, self.settings, self.p_noise, self.clock = engine, settings, p_noise, clock
+    rows: Sequence[Mapping[str, Any]]
+    keys: Sequence[tuple[int, ...]]
+    generator: Generator | RemoteGenerator
+    engine: SearchEngine
+    settings: RolloutSettings
+    p_noise: float
+    clock: RolloutClock
+    agent: Agent
+    max_live: int
+    watch: Callable[[int, Trajectory, Event], None]
+    may_go_on: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        assert len(self.keys) == len(self.rows), "one key a row"
+        generator, settings = self.generator, self.settings
         self.tokenizer = generator.tokenizer
         self.special_ids = special_ids(generator.tokenizer)
-        self.agent, self.watch, self.may_go_on = agent, watch, may_go_on or (lambda: True)
-        self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
-        self.max_live = max_live or len(rows)
+        self.writer = ObservationWriter(generator.tokenizer, self.agent, settings.max_observation_tokens)
+        self.max_turns = settings.max_turns if self.agent.max_turns is None else self.agent.max_turns
         self.num_begun = self.num_ended = 0
         self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
         # One of the two is there: turns are sampled here or elsewhere.
         self.local = None if isinstance(generator, RemoteGenerator) else generator
         self.remote = generator if isinstance(generator, RemoteGenerator) else None
-        self.in_flight = InFlight()
+        limits: dict[ArrivalKind, tuple[int, float]] = {
+            "search": (self.engine.max_concurrency, settings.search_timeout_s)
+        }
+        if self.remote:
+            limits["turn"] = (self.remote.max_concurrency, settings.turn_timeout_s)
+        self.in_flight = InFlight(limits)
         self.watchdog = Watchdog(
             settings.turn_timeout_s,
             f"the inference engine did not end a step within turn_timeout_s ({settings.turn_timeout_s:g} s); "
             "see below where it stood, and resume the run from its last checkpoint",
         )
-        self.search_limit = asyncio.Semaphore(engine.max_concurrency)
-        self.turn_limit = asyncio.Semaphore(self.remote.max_concurrency if self.remote else 1)
-        self.trajectories = [Trajectory(self._prompt_ids(row), p_noise) for row in rows]
+        self.trajectories = [Trajectory(self.writer.prompt_ids(row), self.p_noise) for row in self.rows]
         self.to_submit: list[TurnRequest] = []  # of turns sampled here: the next step begins with them
         self.turn_starts: dict[int, float] = {}
         # When a turn that is sampled here last ended, or was submitted while no other was in flight.
         self.last_progress = time.perf_counter()
         self.num_generating = 0
         self.num_searching = 0
-
-    def _prompt_ids(self, row: Mapping[str, Any], documents: str | None = None) -> list[int]:
-        """Tokenise the agent's prompt, in which question and documents are plain text, or the row's own, all of it."""
-        if documents is None and "prompt" in row and row["prompt"] != self.agent.messages(row["question"]):
-            return prompt_token_ids(self.tokenizer, row["prompt"])
-        messages = self.agent.messages(self._plain(row["question"]), documents or "")
-        return prompt_token_ids(self.tokenizer, messages, is_plain=True)
 
     def run(self, progress: bool) -> None:
         """Advance every trajectory to its end."""
@@ -193,16 +188,19 @@ class _Rollout:
     def _begin_more(self) -> None:
         """Begin as many trajectories as may be under way."""
         while self.num_begun < len(self.rows) and self.num_begun - self.num_ended < self.max_live and self.may_go_on():
+            index = self.num_begun
             self.num_begun += 1
             if self.agent.looks_up_question:
-                self._search(self.num_begun - 1, self.rows[self.num_begun - 1]["question"])
+                question = self.rows[index]["question"]
+                self.trajectories[index].lookup = Turn("", "search", question, 0)
+                self._search(index, question, LOOKUP_TURN)
             else:
-                self._begin(self.num_begun - 1)
+                self._begin(index)
 
     def _begin(self, index: int) -> None:
         """Start the first turn."""
         if self.max_turns == 0:
-            self.trajectories[index].prompt_ids += self._encode(self.agent.last_turn_opening)
+            self.trajectories[index].prompt_ids += self.writer.encode(self.agent.last_turn_opening)
         self._start_turn(index)
 
     def _arrivals(self) -> list[Arrival]:
@@ -226,15 +224,14 @@ class _Rollout:
 
     def _start_turn(self, index: int) -> None:
         trajectory = self.trajectories[index]
-        used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
-        room = min(self.settings.max_turn_tokens, self.context_limit - used)
+        self._sample(index, trajectory.prompt_ids + trajectory.completion_ids, SAMPLING_STREAM)
+
+    def _sample(self, index: int, context_ids: list[int], stream: int) -> None:
+        """Have a turn sampled, or notes on documents, which go by the number of their trajectory plus that of rows."""
+        room = min(self.settings.max_turn_tokens, self.context_limit - len(context_ids))
         if room < 1:
             self._end(index, "truncated")
             return
-        self._sample(index, trajectory.prompt_ids + trajectory.completion_ids, room, SAMPLING_STREAM)
-
-    def _sample(self, index: int, context_ids: list[int], room: int, stream: int) -> None:
-        """Have a turn sampled, or notes on documents, which go by the number of their trajectory plus that of rows."""
         if not self.may_go_on():
             return
         key = (*self.keys[index], len(self.trajectories[index].turns), stream)
@@ -242,8 +239,7 @@ class _Rollout:
         request = TurnRequest(number, context_ids, room, seed=int(keyed_uniform(*key) * 2**53))
         self.num_generating += 1
         if self.remote:
-            sample = partial(self.remote.sample, request)
-            self.in_flight.start("turn", number, sample, self.turn_limit, self.settings.turn_timeout_s)
+            self.in_flight.start("turn", number, partial(self.remote.sample, request))
         else:
             self.to_submit.append(request)
             self.turn_starts[number] = time.perf_counter()
@@ -298,7 +294,7 @@ class _Rollout:
         is_cut = sampled.finish == "length"
         turn = Turn(text, action.kind, action.content, len(sampled.token_ids), is_cut, generation_s)
         trajectory.turns.append(turn)
-        self._tell(index, "turn")
+        self.watch(index, trajectory, "turn")
         cut_by_context = is_cut and self.context_limit - used < self.settings.max_turn_tokens
         if action.kind == "answer":
             trajectory.answer = action.content
@@ -307,118 +303,76 @@ class _Rollout:
             self._end(index, "truncated")
         elif is_last:
             self._end(index, "turns_exhausted")
-        elif action.kind == "search" and self.agent.gets_documents:
-            self._search(index, action.content)
-        elif action.kind == "search":
-            nothing_found = self.agent.write_observation(())
-            self._append_observation(index, nothing_found, self._encode(nothing_found))
+        elif action.kind == "invalid":
+            self._append(index, self.writer.hint())
+        elif self.agent.gets_documents:
+            self._search(index, action.content, len(trajectory.turns) - 1)
         else:
-            self._append_observation(index, self.agent.hint, self._encode(self.agent.hint))
+            self._append(index, self.writer.nothing_found())
 
-    def _search(self, index: int, query: str) -> None:
+    def _search(self, index: int, query: str, turn: int) -> None:
         if not self.may_go_on():
             return
-        row, trajectory = self.rows[index], self.trajectories[index]
-        if not trajectory.turns:
-            trajectory.lookup = Turn("", "search", query, 0)
+        row = self.rows[index]
         *group_key, sample = self.keys[index]
-        turn = len(trajectory.turns) - 1 if trajectory.turns else LOOKUP_TURN
         request = SearchRequest(
-            query=self._plain(query),
+            query=self.writer.plain(query),
             question=row["question"],
             golden_answers=tuple(row["golden_answers"]),
             p_noise=self.p_noise,
             key=(*group_key, 0 if self.settings.noise_per_group else sample, turn),
         )
-        search = partial(self.engine.search, request)
-        self.in_flight.start("search", index, search, self.search_limit, self.settings.search_timeout_s)
+        self.in_flight.start("search", index, partial(self.engine.search, request))
         self.num_searching += 1
 
     def _observe(self, arrival: Arrival) -> None:
         """Append the documents of a search and go on, or end the trajectory whose search failed."""
         self.num_searching -= 1
-        index, outcome = arrival.trajectory, self._search_outcome(arrival.outcome)
+        index = arrival.trajectory
+        outcome = search_outcome(arrival.outcome, self.engine.name, self.settings.search_timeout_s)
         trajectory = self.trajectories[index]
         turn = trajectory.turns[-1] if trajectory.turns else trajectory.lookup
         assert turn is not None
         turn.latency_s = arrival.seconds
         if isinstance(outcome, BudgetSpent) and not self.may_go_on():
             return
+        turn.retries = outcome.retries
         if isinstance(outcome, SearchError):
-            turn.retries = outcome.retries
             trajectory.error = str(outcome)
             self._end(index, "failed_search")
+            return
+        turn.documents = self.agent.show_documents(outcome.documents, outcome.titles)
+        turn.noisy, turn.noisy_share = outcome.noisy, noisy_share(outcome)
+        turn.short_replies = outcome.short_replies
+        if turn is trajectory.lookup:
+            trajectory.prompt_ids = self.writer.prompt_ids(self.rows[index], turn.documents)
+            self.watch(index, trajectory, "observation")
+            self._begin(index)
+        elif template := self.agent.reading_template:
+            question = self.rows[index]["question"]
+            context_ids = self.writer.reading_prompt_ids(question, trajectory.turns, template)
+            self._sample(index, context_ids, READING_STREAM)
         else:
-            turn.documents = self.agent.show_documents(outcome.documents, outcome.titles)
-            turn.noisy, turn.retries = outcome.noisy, outcome.retries
-            turn.noisy_share, turn.short_replies = noisy_share(outcome), outcome.short_replies
-            if turn is trajectory.lookup:
-                self._begin_with_documents(index, turn.documents)
-            elif self.agent.reading_template:
-                self._read(index, turn, self.agent.reading_template)
-            else:
-                text, token_ids, turn.is_observation_cut = self._fit(turn.documents, self.agent.write_observation)
-                self._append_observation(index, text, token_ids)
-
-    def _search_outcome(self, outcome: Any) -> SearchResult | SearchError:
-        """Return what came of a search; whatever an engine should not have done is a failed search that says so."""
-        name = f"the engine {self.engine.name}"
-        if isinstance(outcome, SearchError):
-            return outcome
-        if isinstance(outcome, TimedOut):
-            return SearchError(f"{name} gave no reply within {self.settings.search_timeout_s:g} s")
-        if isinstance(outcome, BaseException):
-            return SearchError(
-                f"{name} raised {type(outcome).__name__}: {outcome}; a search returns a SearchResult, or raises "
-                "SearchError once it has failed for good"
-            )
-        if isinstance(outcome, SearchResult) and all(isinstance(text, str) for text in outcome.documents):
-            return outcome
-        returned = "documents that are not all texts" if isinstance(outcome, SearchResult) else f"{outcome!r:.60}"
-        return SearchError(f"{name} returned {returned}; a search returns a SearchResult")
-
-    def _fit(self, documents: Sequence[str], write: Callable[[Sequence[str]], str]) -> tuple[str, list[int], bool]:
-        return fit_observation(documents, self.settings.max_observation_tokens, self._encode, write)
-
-    def _begin_with_documents(self, index: int, documents: Sequence[str]) -> None:
-        """Write the documents into the prompt and start the first turn."""
-        text, *_ = self._fit([self._plain(document) for document in documents], format_documents)
-        self.trajectories[index].prompt_ids = self._prompt_ids(self.rows[index], text)
-        self._tell(index, "observation")
-        self._begin(index)
-
-    def _read(self, index: int, turn: Turn, template: str) -> None:
-        """Ask the model, apart from the trajectory, for notes on the documents of a search."""
-        prompt = reading_prompt(
-            question=self._plain(self.rows[index]["question"]),
-            reasoning=self._plain(" ".join(" ".join(turn.text.split()) for turn in self.trajectories[index].turns)),
-            query=self._plain(turn.content),
-            documents=self._fit([self._plain(document) for document in turn.documents], format_documents)[0],
-            template=template,
-        )
-        context_ids = prompt_token_ids(self.tokenizer, [{"role": "user", "content": prompt}], is_plain=True)
-        room = min(self.settings.max_turn_tokens, self.context_limit - len(context_ids))
-        if room < 1:
-            self._end(index, "truncated")
-        else:
-            self._sample(index, context_ids, room, READING_STREAM)
+            observation = self.writer.documents(turn.documents)
+            turn.is_observation_cut = observation.is_cut
+            self._append(index, observation)
 
     def _take_notes(self, index: int, text: str, num_tokens: int) -> None:
-        """Append notes on documents where the documents would stand. They are text: no tag in them is an action."""
+        """Append notes on documents, sampled apart from the trajectory."""
         if self.local:
             self.local.release(index + len(self.rows))
         trajectory = self.trajectories[index]
         trajectory.reading_tokens += num_tokens
         trajectory.turns[-1].was_read = True
-        notes = self._plain(without_thoughts(text))
-        text, token_ids, _ = self._fit([notes], lambda notes: f"\n\n<information>{notes[0]}</information>\n\n")
-        self._append_observation(index, text, token_ids)
+        self._append(index, self.writer.notes(text))
 
-    def _append_observation(self, index: int, text: str, token_ids: Sequence[int]) -> None:
+    def _append(self, index: int, observation: Observation) -> None:
+        """Append an observation, and start the next turn."""
         trajectory = self.trajectories[index]
+        text, token_ids = observation.text, observation.token_ids
         if len(trajectory.turns) == self.max_turns and self.agent.last_turn_opening:
             text += self.agent.last_turn_opening
-            token_ids = [*token_ids, *self._encode(self.agent.last_turn_opening)]
+            token_ids = token_ids + self.writer.encode(self.agent.last_turn_opening)
         used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
         if used + len(token_ids) >= self.context_limit:  # no token of the next turn would fit behind it
             self._end(index, "truncated")
@@ -430,7 +384,7 @@ class _Rollout:
             trajectory.drop_last_sampled(decoded_text(self.tokenizer, own_ids))
         turn.observation, turn.num_observation_tokens = text, len(token_ids)
         trajectory.append_environment(token_ids)
-        self._tell(index, "observation")
+        self.watch(index, trajectory, "observation")
         self._start_turn(index)
 
     def _end(self, index: int, outcome: Outcome) -> None:
@@ -443,14 +397,4 @@ class _Rollout:
         if self.local:
             self.local.release(index)
         self.num_ended += 1
-        self._tell(index, "end")
-
-    def _tell(self, index: int, event: Event) -> None:
-        if self.watch:
-            self.watch(index, self.trajectories[index], event)
-
-    def _plain(self, text: str) -> str:
-        return plain_text(text, self.tokenizer)
-
-    def _encode(self, text: str) -> list[int]:
-        return text_token_ids(self.tokenizer, text)
+        self.watch(index, trajectory, "end")
