@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, listen, web_server
+from zerosearch.engines.bm25 import BM25Index
+from zerosearch.engines.corpus import PassageIndex
+from zerosearch.engines.dense import DenseIndex, DenseOptions
+from zerosearch.engines.retriever_server import RetrieverServer, listen, web_server
 from zerosearch.errors import UserError
 
 
@@ -30,49 +33,21 @@ class RetrieverArguments:
         metadata={"help": "Folder that keeps the index. Default, for bm25 only: made anew at each start."},
     )
     kind: Literal["bm25", "dense"] = field(default="bm25", metadata={"help": "The index."})
-    model: str = field(default="intfloat/e5-base-v2", metadata={"help": "For dense: a sentence-transformers model."})
-    factory: str = field(
-        default="Flat", metadata={"help": "For dense: FAISS's name of the index: Flat, SQ8, IVF4096,PQ64 ..."}
-    )
-    num_probes: int = field(default=32, metadata={"min": 1, "help": "For dense, IVF: cells that a query looks into."})
-    faiss_index: str | None = field(
-        default=None, metadata={"help": "For dense: an index that exists, such as Search-R1's e5_Flat.index."}
-    )
-    query_prefix: str = field(default="query: ", metadata={"help": "For dense: what the model wants before a query."})
-    passage_prefix: str = field(default="passage: ", metadata={"help": "For dense: the same, before a passage."})
-    batch_size: int = field(default=64, metadata={"min": 1, "help": "For dense: texts that the model reads at once."})
     topk: int = field(default=3, metadata={"min": 1, "help": "Documents for a request that does not say how many."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
     port: int = field(default=8000, metadata={"help": "Port to listen on; the paper's code asks on 6002."})
 
 
-def open_index(arguments: RetrieverArguments) -> PassageIndex:
+def open_index(arguments: RetrieverArguments, options: DenseOptions) -> PassageIndex:
     """Return the index, built first unless it is there."""
     if arguments.kind == "bm25":
-        from zerosearch.engines.bm25 import BM25Index
-
         return BM25Index(arguments.corpus, arguments.index_dir)
-    from zerosearch.engines.dense import DenseIndex, DenseSettings
-
     if arguments.index_dir is None:
         raise UserError("--kind dense needs --index_dir, the folder that keeps the index")
-    settings = DenseSettings(
-        model=arguments.model,
-        factory=arguments.factory,
-        num_probes=arguments.num_probes,
-        query_prefix=arguments.query_prefix,
-        passage_prefix=arguments.passage_prefix,
-    )
-    index = DenseIndex(
-        arguments.corpus,
-        arguments.index_dir,
-        settings,
-        faiss_index=arguments.faiss_index,
-        batch_size=arguments.batch_size,
-    )
-    if index.recall is not None and arguments.factory != "Flat":
+    index = DenseIndex(arguments.corpus, arguments.index_dir, options)
+    if index.recall is not None and options.factory != "Flat":
         size_mib, depth = index.manifest["index_mib"], index.manifest["recall_depth"]
-        print(f"{arguments.factory}: {size_mib:,} MiB, finds {index.recall:.1%} of what flat finds first ({depth})")
+        print(f"{options.factory}: {size_mib:,} MiB, finds {index.recall:.1%} of what flat finds first ({depth})")
     return index
 
 
@@ -80,8 +55,8 @@ def open_index(arguments: RetrieverArguments) -> PassageIndex:
 def main(argv: list[str] | None = None) -> None:
     """Open or build the index and serve it until a signal comes."""
     logging.basicConfig(format="%(levelname)s %(message)s")
-    (arguments,) = parse(RetrieverArguments, argv=argv)
-    index = open_index(arguments)
+    arguments, options = parse(RetrieverArguments, DenseOptions, argv=argv)
+    index = open_index(arguments, options)
     server, listener = RetrieverServer(index, arguments.topk), listen(arguments.host, arguments.port)
     address = f"http://{arguments.host}:{listener.getsockname()[1]}/retrieve"
     print(f"retriever ready at {address}: {index.manifest['num_passages']:,} passages (Ctrl-C ends it)", flush=True)

@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from inspect import isawaitable
 from typing import Any
 
 import pytest
 from aiohttp import web
-from http_servers import serving
+from http_servers import Server, response_of
 
 Messages = list[dict[str, str]]
 
 
 @dataclass
-class ChatServer:
-    """`write(messages)` is the model: a text, or an HTTP status to fail with. `requests` is what it was sent."""
+class ChatServer(Server):
+    """`write(messages)` is the model: a text, or an HTTP status to fail with, or a response.
 
-    url: str = ""
-    write: Callable[[Messages], str | int] = lambda messages: "<answer> yes </answer>"
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
+    `models` is what it answers when it is asked for them; `requests` are the completions that were asked for.
+    """
+
+    write: Callable[[Messages], Any] = lambda messages: "<answer> yes </answer>"
+    models: tuple[int, Any] = (200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
     tells_stop_string: bool = False  # as vLLM does
     tells_usage: bool = True
 
-    def reply(self, body: dict[str, Any]) -> web.Response:
+    def __post_init__(self) -> None:
+        self.answer = self.reply
+
+    @property
+    def keys(self) -> list[str | None]:
+        return [request.headers.get("Authorization") for request in self.seen]
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return response_of(*self.models)
+        assert request.path == "/v1/chat/completions"
+        return await super().handle(request)
+
+    async def reply(self, place: int) -> Any:
+        body = self.requests[place]
         text = self.write(body["messages"])
+        text = await text if isawaitable(text) else text
         if isinstance(text, int):
-            return web.json_response({"error": {"message": "out of order"}}, status=text)
+            return text, {"error": {"message": "out of order"}}
+        if not isinstance(text, str):
+            return text
         finish, stop_reason = "stop", None
         met = [(text.find(stop), stop) for stop in body.get("stop", ()) if stop in text]
         if met:
-            place, stop_reason = min(met)
-            text = text[:place]
+            end, stop_reason = min(met)
+            text = text[:end]
         words = text.split(" ")
         if len(words) > body["max_tokens"]:
             text, finish, stop_reason = " ".join(words[: body["max_tokens"]]), "length", None
@@ -44,25 +63,11 @@ class ChatServer:
         if self.tells_usage:
             read = sum(len(message["content"].split()) for message in body["messages"])
             reply["usage"] = {"prompt_tokens": read, "completion_tokens": len(text.split()), "total_tokens": 0}
-        return web.json_response(reply)
+        return 200, reply
 
 
 @pytest.fixture
 def chat_server() -> Iterator[ChatServer]:
-    state = ChatServer()
-
-    async def chat(request: web.Request) -> web.Response:
-        body = await request.json()
-        state.requests.append(body)
-        state.keys.append(request.headers.get("Authorization"))
-        return state.reply(body)
-
-    async def models(request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
-
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", chat)
-    app.router.add_get("/v1/models", models)
-    with serving(app) as address:
-        state.url = f"{address}/v1"
-        yield state
+    with ChatServer().running() as server:
+        server.url += "/v1"
+        yield server

@@ -1,39 +1,39 @@
-"""A retriever in this process, shared by the tests of its server and its client."""
+"""A retriever in a thread of this process, shared by the tests of its server and its clients."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
-import aiohttp
+import requests
 
-from zerosearch.engines.retriever_server import PassageIndex, RetrieverServer, listen, web_server
+from zerosearch.engines.corpus import PassageIndex
+from zerosearch.engines.retriever_server import RetrieverServer, listen, web_server
 
 
-@asynccontextmanager
-async def serving(server: RetrieverServer) -> AsyncIterator[str]:
+@contextmanager
+def serving(index: PassageIndex, topk: int = 3) -> Iterator[str]:
     """Serve on a free port of this machine; yield the address of /retrieve."""
-    listener, web = listen("127.0.0.1", 0), web_server(server)
-    task = asyncio.create_task(web.serve([listener]))
+    listener, web = listen("127.0.0.1", 0), web_server(RetrieverServer(index, topk))
+    thread = Thread(target=web.run, args=([listener],), daemon=True)
+    thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/retrieve"
     finally:
         web.should_exit = True
-        await task
+        thread.join(30)
 
 
-def asked(index: PassageIndex, *bodies: Any, path: str = "/retrieve", topk: int = 3) -> list[tuple[int, Any]]:
-    """POST each body (bytes as they are, anything else as JSON) to a server; return status and JSON of each reply."""
+def post(address: str, body: Any, **headers: str) -> tuple[int, Any]:
+    """POST a body, bytes as they are and anything else as JSON; return status and JSON of the reply."""
+    content = {"data": body} if isinstance(body, bytes) else {"json": body}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    reply = requests.post(address, **content, headers=named, timeout=60)
+    return reply.status_code, reply.json()
 
-    async def ask() -> list[tuple[int, Any]]:
-        async with serving(RetrieverServer(index, topk)) as address, aiohttp.ClientSession() as session:
-            replies = []
-            for body in bodies:
-                content = {"data": body} if isinstance(body, bytes) else {"json": body}
-                async with session.post(address.replace("/retrieve", path), **content) as response:
-                    replies.append((response.status, await response.json()))
-            return replies
 
-    return asyncio.run(ask())
+def health(address: str) -> dict[str, Any]:
+    """Return what GET /health says."""
+    return requests.get(address.replace("/retrieve", "/health"), timeout=60).json()

@@ -30,7 +30,7 @@ from urllib.parse import quote, quote_plus
 import aiohttp
 
 from zerosearch.errors import UserError
-from zerosearch.text import clean_json
+from zerosearch.text import clean_json, printable
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class CallFailed(Exception):
     def __init__(
         self, message: str, status: int | None = 200, *, is_final: bool = False, retry_after_s: float = 0.0
     ) -> None:
-        super().__init__(" ".join(message[:KEPT_CHARACTERS].split()))
+        super().__init__(printable(" ".join(message[:KEPT_CHARACTERS].split())))
         self.status, self.is_final, self.retry_after_s = status, is_final, retry_after_s
 
 
@@ -141,15 +141,15 @@ class HTTPClient:
         read: Callable[[Any], Content],
         timeout_s: float | None = None,
         max_retries: int | None = None,
-        around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        around: Callable[[int], AbstractAsyncContextManager[Any]] = nullcontext,
         **content: Any,
     ) -> tuple[Content, int]:
         """Return what `read` makes of the JSON reply, and how often the call was retried.
 
         Several addresses do the same work: requests go round them, and a retry goes to the next one. `read` fails a
-        reply of another form by `CallFailed`, or by the error that indexing or converting it raises. `around` is
-        entered around each call, retries included. `content` is aiohttp's: `json`, a body, or `params`. Waiting for
-        one of the `max_concurrency` slots uses up no time limit. Raises `ServiceError`.
+        reply of another form by `CallFailed`, or by the error that indexing or converting it raises. `around(retries)`
+        is entered around each call. `content` is aiohttp's: `json`, a body, or `params`. Waiting for one of the
+        `max_concurrency` slots uses up no time limit. Raises `ServiceError`.
         """
         urls = [url] if isinstance(url, str) else url
         max_retries = self.max_retries if max_retries is None else max_retries
@@ -157,7 +157,7 @@ class HTTPClient:
         for retries in range(max_retries + 1):
             url = urls[(turn + retries) % len(urls)]
             try:
-                async with self._slots(), around():  # not held during a pause
+                async with self._slots(), around(retries):  # not held during a pause
                     return await self._call(method, url, read, timeout_s or self.timeout_s, content), retries
             except CallFailed as error:
                 failure = error
@@ -270,9 +270,12 @@ def read_models(reply: Any) -> list[str]:
 
 def retry_after_s(header: str | None) -> float:
     """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it says nothing."""
-    with suppress(ValueError, OverflowError):
-        return max(float(header or 0.0), 0.0)
-    with suppress(ValueError, OverflowError):
-        moment = parsedate_to_datetime(header or "")
-        return max((moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+    for read in (float, _seconds_until):
+        with suppress(TypeError, ValueError, OverflowError):
+            return max(read(header), 0.0)  # type: ignore[arg-type]
     return 0.0
+
+
+def _seconds_until(date: str) -> float:
+    moment = parsedate_to_datetime(date)
+    return (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()

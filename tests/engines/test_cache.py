@@ -172,14 +172,15 @@ def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path: Path) ->
     assert thesis.read_text() == "Years of work. " * 100
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_cache_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.sqlite"
     searched(CachedEngine(path, Rain()), REQUEST)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     path.chmod(0o400)
     tmp_path.chmod(0o500)
     try:
         assert len(searched(CachedEngine(path, Rain(), cache_only=True), REQUEST)) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["c.sqlite"], "nothing is written beside it"
     finally:
         tmp_path.chmod(0o700)
 
@@ -192,15 +193,15 @@ def record_many(path: Path, process: int) -> None:
 def test_processes_share_a_cache(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=record_many, args=(path, number)) for number in range(3)]
+    processes = [context.Process(target=record_many, args=(path, number)) for number in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     replaying = CachedEngine(path, Rain(), cache_only=True)
-    requests = [replace(REQUEST, query=f"query {process} {number}") for process in range(3) for number in range(50)]
-    assert len(searched(replaying, *requests)) == 150
+    requests = [replace(REQUEST, query=f"query {process} {number}") for process in range(2) for number in range(50)]
+    assert len(searched(replaying, *requests)) == 100
 
 
 def test_the_cache_can_be_read_by_eye(tmp_path: Path) -> None:

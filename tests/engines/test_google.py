@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiohttp import web
-from http_servers import running
+from http_servers import Server, in_turn
 
 from zerosearch import http
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, google
 from zerosearch.engines.cache import CachedEngine
-from zerosearch.engines.google import GoogleEngine, ProviderName, read_key
+from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
 from zerosearch.errors import UserError
 
 KEY = "k3y+/with=signs&more"
@@ -66,56 +65,38 @@ SERPAPI_NOTHING = {
 }
 SERPER_NOTHING = {"searchParameters": {"q": "x", "type": "search"}, "organic": [], "credits": 1}
 
-Reply = tuple[int, dict[str, Any]]
+Reply = tuple[int, Any]
 
 
-class GoogleServer:
-    """Answers with `replies` one after the other, the last again and again, if the key and the form are right."""
-
-    def __init__(self, *replies: Reply) -> None:
-        self.replies = list(replies)
-        self.queries: list[str] = []
-
-    async def answer(self, request: web.Request) -> web.Response:
-        if request.path == "/search.json":
-            assert request.method == "GET" and request.query["engine"] == "google"
-            key, query, num = request.query["api_key"], request.query["q"], int(request.query["num"])
-        else:
-            assert request.method == "POST"
-            body = await request.json()
-            key, query, num = request.headers["X-API-KEY"], body["q"], body["num"]
-        assert (key, num) == (KEY, 5)
-        self.queries.append(query)
-        status, reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        return web.json_response(reply, status=status)
-
-    def running(self) -> AbstractAsyncContextManager[str]:
-        app = web.Application()
-        app.router.add_get("/search.json", self.answer)
-        app.router.add_post("/search", self.answer)
-        return running(app, access_log=None)  # it would hold the key
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+    with Server().running() as running:
+        yield running
 
 
 def searched(
-    server: GoogleServer, provider: ProviderName, *requests: SearchRequest, **options: Any
-) -> tuple[GoogleEngine, list[SearchResult | BaseException]]:
-    """Search; return the engine and what came of each request."""
+    server: Server, provider: GoogleProvider, *requests: SearchRequest, **options: Any
+) -> tuple[GoogleEngine, list[Any]]:
+    """Search; return the engine and what came of each request. Every call that came must be of the service's form."""
+    server.seen.clear()
+    server.requests.clear()
+    engine = GoogleEngine(KEY, provider, url=f"{server.url}/search", **{"queries_per_s": 1000.0, **options})
 
-    async def search() -> tuple[GoogleEngine, list[SearchResult | BaseException]]:
-        async with server.running() as address:
-            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
-            settings: dict[str, Any] = {"queries_per_s": 1000.0, **options}
-            engine = GoogleEngine(KEY, provider, url=url, **settings)
-            results = await asyncio.gather(*map(engine.search, requests or [REQUEST]), return_exceptions=True)
-            await engine.aclose()
-            return engine, results
+    async def search() -> list[Any]:
+        results = await asyncio.gather(*map(engine.search, requests or [REQUEST]), return_exceptions=True)
+        await engine.aclose()
+        return results
 
-    return asyncio.run(search())
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+    results = asyncio.run(search())
+    for request, body in zip(server.seen, server.requests, strict=True):
+        if provider == "serpapi":
+            sent = {"engine": "google", "q": "emma author & more", "num": "5", "api_key": KEY}
+            assert (request.method, dict(request.query)) == ("GET", sent)
+        else:
+            assert (request.method, body) == ("POST", {"q": "emma author & more", "num": 5})
+            assert request.headers["X-API-KEY"] == KEY
+    return engine, results
 
 
 both = pytest.mark.parametrize(
@@ -125,23 +106,26 @@ both = pytest.mark.parametrize(
 
 
 @both
-def test_title_and_snippet_of_five_results(provider: ProviderName, page: dict[str, Any], nothing: Any) -> None:
-    server = GoogleServer((200, page))
+def test_title_and_snippet_of_five_results(
+    server: Server, provider: GoogleProvider, page: dict[str, Any], nothing: Any
+) -> None:
+    server.answer = in_turn((200, page))
     engine, results = searched(server, provider)
-    assert results == [FOUND]
-    assert server.queries == ["emma author & more"]
+    assert results == [FOUND] and len(server.seen) == 1
     assert engine.identity() == {"engine": "google", "provider": provider, "num_documents": 5}
 
 
 @both
-def test_no_results_are_no_documents(provider: ProviderName, page: Any, nothing: dict[str, Any]) -> None:
-    server = GoogleServer((200, nothing))
+def test_no_results_are_no_documents(
+    server: Server, provider: GoogleProvider, page: Any, nothing: dict[str, Any]
+) -> None:
+    server.answer = in_turn((200, nothing))
     engine, results = searched(server, provider)
     assert results == [SearchResult(())]
     assert (engine.account.sent, engine.account.failures) == (1, 0)
 
 
-FINAL: dict[str, tuple[ProviderName, Reply, str]] = {
+FINAL: dict[str, tuple[GoogleProvider, Reply, str]] = {
     "serpapi, wrong key": ("serpapi", (401, {"error": "Invalid API key. Your API key should be here: ..."}), "401"),
     "serpapi, account gone": ("serpapi", (403, {"error": "Account deleted."}), "403"),
     "serpapi, payment due": ("serpapi", (402, {"error": "Payment required."}), "402"),
@@ -153,18 +137,18 @@ FINAL: dict[str, tuple[ProviderName, Reply, str]] = {
 
 
 @pytest.mark.parametrize("case", FINAL)
-def test_a_refusal_is_final_named_and_free(case: str) -> None:
+def test_a_refusal_is_final_named_and_free(server: Server, case: str) -> None:
     provider, reply, message = FINAL[case]
-    server = GoogleServer(reply)
+    server.answer = in_turn(reply)
     engine, (error,) = searched(server, provider)
     assert isinstance(error, SearchError) and message in str(error)
     variable = "SERPAPI_API_KEY" if provider == "serpapi" else "SERPER_API_KEY"
     assert f"check the key in {variable}" in str(error)
-    assert len(server.queries) == 1, "no second try"
+    assert len(server.seen) == 1, "no second try"
     assert (engine.account.failures, engine.account.usd) == (1, pytest.approx(0.0))
 
 
-PASSING: dict[str, tuple[ProviderName, Reply]] = {
+PASSING: dict[str, tuple[GoogleProvider, Reply]] = {
     "serpapi, too many at once": ("serpapi", (429, {"error": "You are exceeding 1000 searches per hour."})),
     "serpapi, their error": ("serpapi", (500, {"error": "Something went wrong."})),
     "serpapi, a search that failed": (
@@ -177,21 +161,21 @@ PASSING: dict[str, tuple[ProviderName, Reply]] = {
 
 
 @pytest.mark.parametrize("case", PASSING)
-def test_what_may_pass_is_tried_again_within_a_bound(case: str) -> None:
+def test_what_may_pass_is_tried_again_within_a_bound(server: Server, case: str) -> None:
     provider, reply = PASSING[case]
     page = SERPAPI_PAGE if provider == "serpapi" else SERPER_PAGE
-    server = GoogleServer(reply, reply, (200, page))
+    server.answer = in_turn(reply, reply, (200, page))
     engine, results = searched(server, provider)
     assert results == [replace(FOUND, retries=2)]
     assert (engine.account.sent, engine.account.retries, engine.account.queries) == (3, 2, 1)
 
-    server = GoogleServer(reply)
+    server.answer = in_turn(reply)
     engine, (error,) = searched(server, provider, max_retries=3)
     assert isinstance(error, SearchError) and error.retries == 3 and "attempt 4 of 4" in str(error)
-    assert (len(server.queries), engine.account.retries) == (4, 3)
+    assert (len(server.seen), engine.account.retries) == (4, 3)
 
 
-NOT_PAGES: dict[str, tuple[ProviderName, Any]] = {
+NOT_PAGES: dict[str, tuple[GoogleProvider, Any]] = {
     "nothing": ("serper", {}),
     "null": ("serpapi", None),
     "a list": ("serpapi", ["organic_results"]),
@@ -214,20 +198,22 @@ NOT_PAGES: dict[str, tuple[ProviderName, Any]] = {
 
 
 @pytest.mark.parametrize("case", NOT_PAGES)
-def test_a_reply_that_is_not_a_page_is_a_failed_call_and_free(case: str) -> None:
+def test_a_reply_that_is_not_a_page_is_a_failed_call_and_free(server: Server, case: str) -> None:
     provider, reply = NOT_PAGES[case]
-    engine, (error,) = searched(GoogleServer((200, reply)), provider, max_retries=0)
+    server.answer = in_turn((200, reply))
+    engine, (error,) = searched(server, provider, max_retries=0)
     assert isinstance(error, SearchError)
     assert (engine.account.usd, engine.account.sent, engine.account.failures) == (pytest.approx(0.0), 1, 1)
 
 
-def test_a_page_with_other_things_than_results_has_no_documents() -> None:
-    page = {"search_metadata": {"status": "Success"}, "answer_box": {"answer": "Lisbon"}}
-    engine, results = searched(GoogleServer((200, page)), "serpapi")
-    assert results == [SearchResult(())] and engine.account.usd == pytest.approx(275 / 30_000)
+@pytest.mark.parametrize("other", [{"answer_box": {"answer": "Lisbon"}}, {"knowledge_graph": {"title": "Lisbon"}}])
+def test_a_page_with_other_things_than_results_has_no_documents(server: Server, other: dict[str, Any]) -> None:
+    server.answer = in_turn((200, {"search_metadata": {"status": "Success"}} | other))
+    engine, results = searched(server, "serpapi")
+    assert results == [SearchResult(())] and engine.account.usd_here == pytest.approx(275 / 30_000)
 
 
-def test_the_rate_holds_for_searches_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_holds_for_searches_in_flight(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now, pauses = 100.0, list[float]()
 
     async def sleep(seconds: float) -> None:
@@ -235,76 +221,72 @@ def test_the_rate_holds_for_searches_in_flight(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(google, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(google, "asyncio", SimpleNamespace(sleep=sleep))
-    server = GoogleServer((200, SERPER_PAGE))
+    server.answer = in_turn((200, SERPER_PAGE))
     searched(server, "serper", *[REQUEST] * 8, queries_per_s=20.0)
-    assert len(server.queries) == 8
+    assert len(server.seen) == 8
     assert sorted(pauses) == pytest.approx([place / 20 for place in range(8)])
 
 
-def test_the_limit_on_queries_counts_retries() -> None:
-    server = GoogleServer((500, {"error": "Something went wrong."}), (200, SERPAPI_PAGE))
+def test_the_limit_on_queries_counts_retries(server: Server) -> None:
+    server.answer = in_turn((500, {"error": "Something went wrong."}), (200, SERPAPI_PAGE))
     engine, results = searched(server, "serpapi", *[REQUEST] * 5, max_queries=3, max_concurrency=1)
-    assert len(server.queries) == 3 == engine.account.sent
+    assert len(server.seen) == 3 == engine.account.sent
     spent = [result for result in results if isinstance(result, BudgetSpent)]
     assert len(spent) >= 2 and "the limit of 3 queries to google is reached" in str(spent[0])
 
 
-def test_the_limit_on_money_holds_for_searches_in_flight() -> None:
-    server = GoogleServer((200, SERPER_PAGE))
+def test_the_limit_on_money_holds_for_searches_in_flight(server: Server) -> None:
+    server.answer = in_turn((200, SERPER_PAGE))
     engine, results = searched(server, "serper", *[REQUEST] * 30, max_usd=0.010)  # Serper's list: 0.001 a query
-    assert len(server.queries) == 10
+    assert len(server.seen) == 10
     assert sum(isinstance(result, BudgetSpent) for result in results) == 20
     assert engine.account.usd == pytest.approx(0.010)
     assert (engine.account.queries, engine.account.sent, engine.account.failures) == (10, 10, 0)
 
 
-def test_a_plan_of_ones_own_has_its_own_price() -> None:
-    engine, _ = searched(GoogleServer((200, SERPAPI_PAGE)), "serpapi", REQUEST, REQUEST, usd_per_query=0.015)
+def test_a_plan_of_ones_own_has_its_own_price(server: Server) -> None:
+    server.answer = in_turn((200, SERPAPI_PAGE))
+    engine, _ = searched(server, "serpapi", REQUEST, REQUEST, usd_per_query=0.015)
     assert engine.account.usd_here == pytest.approx(0.030)
-    engine, _ = searched(GoogleServer((200, SERPAPI_PAGE)), "serpapi")
-    assert engine.account.usd_here == pytest.approx(275 / 30_000)
 
 
-def test_serper_says_when_a_query_cost_more() -> None:
-    for credits, usd in ((2, 0.002), (True, 0.001), (-1_000_000, 0.001), ("2", 0.001)):
-        engine, _ = searched(GoogleServer((200, SERPER_PAGE | {"credits": credits})), "serper")
-        assert engine.account.usd == pytest.approx(usd)
+@pytest.mark.parametrize(("credits", "usd"), [(2, 0.002), (True, 0.001), (-1_000_000, 0.001), ("2", 0.001)])
+def test_serper_says_when_a_query_cost_more(server: Server, credits: Any, usd: float) -> None:
+    server.answer = in_turn((200, SERPER_PAGE | {"credits": credits}))
+    engine, _ = searched(server, "serper")
+    assert engine.account.usd == pytest.approx(usd)
 
 
-def test_a_blank_query_is_not_sent() -> None:
-    server = GoogleServer((200, SERPAPI_PAGE))
+def test_a_blank_query_is_not_sent(server: Server) -> None:
     _, results = searched(server, "serpapi", SearchRequest("  ", "Q?", ("a",)))
-    assert results == [SearchResult(())] and server.queries == []
+    assert results == [SearchResult(())] and server.seen == []
 
 
 @both
 def test_the_key_is_in_no_message_log_or_cache(
-    provider: ProviderName, page: dict[str, Any], nothing: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    provider: GoogleProvider,
+    page: dict[str, Any],
+    nothing: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    async def refused(request: web.Request) -> web.Response:
-        return web.json_response({"error": f"wrong key {KEY} in {request.url}"}, status=500)
-
     async def search() -> str:
-        server = GoogleServer((200, page))
-        async with server.running() as address:
-            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
-            good = CachedEngine(tmp_path / "c.sqlite", GoogleEngine(KEY, provider, url=url))
-            await good.search(REQUEST)
-            await good.aclose()
-        server.answer = refused  # type: ignore[method-assign]
-        async with server.running() as address:
-            url = f"{address}/{'search.json' if provider == 'serpapi' else 'search'}"
+        server.answer = in_turn((200, page))
+        good = CachedEngine(tmp_path / "c.sqlite", GoogleEngine(KEY, provider, url=server.url))
+        await good.search(REQUEST)
+        await good.aclose()
+        server.answer = lambda place: (500, {"error": f"wrong key {KEY} in {server.seen[place].url}"})
+        failures = []
+        for url in (server.url, "http://127.0.0.1:9/search"):
             bad = GoogleEngine(KEY, provider, url=url, max_retries=1)
             with pytest.raises(SearchError) as caught:
                 await bad.search(REQUEST)
             await bad.aclose()
-        nobody = GoogleEngine(KEY, provider, url="http://127.0.0.1:9/search", max_retries=1)
-        with pytest.raises(SearchError) as unreachable:
-            await nobody.search(REQUEST)
-        await nobody.aclose()
-        return f"{caught.value!r} {traceback.format_exception(caught.value)} {unreachable.value!r} {nobody!r}"
+            failures.append(f"{bad!r} {caught.value!r} {traceback.format_exception(caught.value)}")
+        return str(failures)
 
     said = asyncio.run(search())
     assert "***" in said and "retried in" in caplog.text, "there was something to hide"
@@ -313,13 +295,9 @@ def test_the_key_is_in_no_message_log_or_cache(
         assert not any(form in text for form in forms)
 
 
-def forget_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("SERPAPI_API_KEY", "SER_API_KEY", "SERPER_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-
-
-def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_keys(monkeypatch)
     with pytest.raises(UserError, match="serper needs a key: set SERPER_API_KEY, or pass --google_key_file"):
         read_key("serper")
     monkeypatch.setenv("SER_API_KEY", "of-the-paper")

@@ -16,7 +16,6 @@ from zerosearch.engines.bm25 import BM25Engine, BM25Index
 from zerosearch.engines.cache import CachedEngine
 from zerosearch.engines.google import GoogleEngine
 from zerosearch.engines.options import EngineOptions, make_engine
-from zerosearch.engines.retriever_server import RetrieverServer
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.rollout.loop import RolloutSettings
@@ -60,18 +59,11 @@ def test_google_by_its_flags(tmp_path: Path) -> None:
 
 
 def test_a_retriever_by_its_flags(corpus: Path) -> None:
-    async def ask(address: str) -> SearchResult:
+    with serving(BM25Index(corpus)) as address:
         flags = ("--engine", "retriever", "--retriever_url", address, "--retriever_protocol", "zerosearch")
-        engine = await asyncio.to_thread(make_engine, parsed(*flags), "")
-        result = await engine.search(SearchRequest("village", "Q?", ("a",)))
-        await engine.aclose()
-        return result
-
-    async def search() -> SearchResult:
-        async with serving(RetrieverServer(BM25Index(corpus))) as address:
-            return await ask(address)
-
-    assert asyncio.run(search()).documents[0].startswith("Jane Austen was born")
+        engine = make_engine(parsed(*flags), "")
+        result = asyncio.run(engine.search(SearchRequest("village", "Q?", ("a",))))
+    assert result.documents[0].startswith("Jane Austen was born")
 
 
 def test_cached_answers_of_a_simulator_need_no_server(tmp_path: Path) -> None:

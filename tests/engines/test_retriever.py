@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
-from http_servers import running
+from http_servers import Server, in_turn
 from retriever_parts import serving
 
 from zerosearch import http
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
-from zerosearch.engines.bm25 import BM25Engine, BM25Index
-from zerosearch.engines.retriever import Protocol, RetrieverEngine
-from zerosearch.engines.retriever_server import RetrieverServer
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
 from zerosearch.errors import UserError
 
 pytest_plugins = ("recipe_modules",)  # fixtures
@@ -28,60 +25,46 @@ REQUEST = SearchRequest("novel by Austen", "Who wrote Emma?", ("Jane Austen",))
 both = pytest.mark.parametrize("protocol", ["search-r1", "zerosearch"])
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of somebody else's."""
     monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+    with Server().running() as running:
+        running.url += "/retrieve"
+        yield running
+
+
+def searched(server: Server, protocol: RetrieverProtocol, **options: Any) -> tuple[Any, RetrieverEngine]:
+    engine = RetrieverEngine(server.url, protocol, **options)
+
+    async def search() -> Any:
+        (result,) = await asyncio.gather(engine.search(REQUEST), return_exceptions=True)
+        await engine.aclose()
+        return result
+
+    return asyncio.run(search()), engine
 
 
 @both
-def test_over_the_network_as_in_the_process(protocol: Protocol, corpus: Path) -> None:
+def test_over_the_network_as_in_the_process(protocol: RetrieverProtocol, corpus: Path) -> None:
     direct = BM25Engine(corpus)
     queries = ["novel by Austen", "Hampshire village", "zebra"]
 
-    async def search() -> tuple[list[SearchResult], RetrieverEngine]:
-        async with serving(RetrieverServer(BM25Index(corpus))) as address:
-            engine = RetrieverEngine(address, protocol)
-            await asyncio.to_thread(engine.check)
+    with serving(direct.index) as address:
+        engine = RetrieverEngine(address, protocol)
+        engine.check()
+
+        async def search() -> list[SearchResult]:
             requests = [SearchRequest(query, "Q?", ("a",)) for query in queries]
             results = await asyncio.gather(*map(engine.search, requests))
             await engine.aclose()
-            return results, engine
+            return results
 
-    results, engine = asyncio.run(search())
+        results = asyncio.run(search())
     assert [result.documents for result in results] == [direct.lookup(query) for query in queries]
     assert results[0].documents[0] == "Emma is a novel by Jane Austen, published in 1815."
     assert engine.identity()["index"] == direct.index.identity()
     assert (engine.account.queries, engine.account.sent, engine.account.failures) == (3, 3, 0)
-
-
-class Foreign:
-    """A server of somebody else's: answers with `replies` one after the other, the last again and again."""
-
-    def __init__(self, *replies: tuple[int, Any]) -> None:
-        self.replies, self.bodies = list(replies), list[Any]()
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.bodies.append(await request.json())
-        status, reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        return web.Response(text=json.dumps(reply), status=status, content_type="application/json")
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[str]:
-        app = web.Application()
-        app.router.add_post("/retrieve", self.answer)
-        async with running(app) as address:
-            yield f"{address}/retrieve"
-
-
-def searched(server: Foreign, protocol: Protocol, **options: Any) -> tuple[Any, RetrieverEngine]:
-    async def search() -> tuple[Any, RetrieverEngine]:
-        async with server.running() as address:
-            engine = RetrieverEngine(address, protocol, **options)
-            (result,) = await asyncio.gather(engine.search(REQUEST), return_exceptions=True)
-            await engine.aclose()
-            return result, engine
-
-    return asyncio.run(search())
 
 
 ROWS = [
@@ -93,20 +76,20 @@ DOCUMENTS = ("Emma: A novel.", "No title, only text.", "Steventon: A village.")
 FOUND = SearchResult(DOCUMENTS, titles=("Emma", "", "Steventon"))
 
 
-def test_search_r1_s_format() -> None:
+def test_search_r1_s_format(server: Server) -> None:
     reply = {"result": [[{"document": row, "score": 1.5} for row in ROWS]]}
-    server = Foreign((200, reply))
+    server.answer = in_turn((200, reply), (200, {"result": [ROWS]}), (200, reply))
     assert searched(server, "search-r1")[0] == FOUND
     # Its own server fails without scores.
-    assert server.bodies == [{"queries": ["novel by Austen"], "topk": 5, "return_scores": True}]
-    assert searched(Foreign((200, {"result": [ROWS]})), "search-r1")[0].documents == DOCUMENTS
-    assert searched(Foreign((200, reply)), "search-r1", num_documents=2)[0].documents == DOCUMENTS[:2]
+    assert server.requests == [{"queries": ["novel by Austen"], "topk": 5, "return_scores": True}]
+    assert searched(server, "search-r1")[0].documents == DOCUMENTS
+    assert searched(server, "search-r1", num_documents=2)[0].documents == DOCUMENTS[:2]
 
 
-def test_the_format_of_the_paper_s_code() -> None:
-    server = Foreign((200, [{"text": "one", "score": 0.1}, {"text": "two"}]))
+def test_the_format_of_the_paper_s_code(server: Server) -> None:
+    server.answer = in_turn((200, [{"text": "one", "score": 0.1}, {"text": "two"}]))
     assert searched(server, "zerosearch")[0] == SearchResult(("one", "two"))
-    assert server.bodies == [{"query": "novel by Austen", "top_k": 5}]
+    assert server.requests == [{"query": "novel by Austen", "top_k": 5}]
 
 
 @pytest.mark.parametrize(
@@ -115,48 +98,50 @@ def test_the_format_of_the_paper_s_code() -> None:
         ("search-r1", {"result": []}),
         ("search-r1", {"result": [["a text"]]}),
         ("search-r1", {"result": [[{"document": {"text": "no contents"}}]]}),
+        ("search-r1", {"result": {"0": [{"contents": "a"}]}}),
         ("search-r1", [{"text": "the other protocol"}]),
         ("zerosearch", {"result": [[]]}),
         ("zerosearch", [{"contents": "no text"}]),
+        ("zerosearch", ["a text"]),
     ],
 )
-def test_another_format_is_a_failed_call_and_shown(protocol: Protocol, reply: Any) -> None:
-    server = Foreign((200, reply))
+def test_another_format_is_a_failed_call_and_shown(server: Server, protocol: RetrieverProtocol, reply: Any) -> None:
+    server.answer = in_turn((200, reply))
     error, engine = searched(server, protocol, max_retries=0)
-    assert isinstance(error, SearchError) and f"its reply is not of the form expected: {json.dumps(reply)}" in str(
-        error
-    )
-    assert len(server.bodies) == 1 and engine.account.failures == 1
+    assert isinstance(error, SearchError)
+    assert f"its reply is not of the form expected: {json.dumps(reply)}" in str(error)
+    assert len(server.seen) == 1 and engine.account.failures == 1
 
 
-def test_what_may_pass_is_tried_again_within_a_bound() -> None:
-    good = (200, {"result": [[{"document": ROWS[0], "score": 1.0}]]})
-    result, engine = searched(Foreign((503, {}), (500, {}), good), "search-r1")
+def test_what_may_pass_is_tried_again_within_a_bound(server: Server) -> None:
+    server.answer = in_turn((503, {}), (500, {}), (200, {"result": [[{"document": ROWS[0], "score": 1.0}]]}))
+    result, engine = searched(server, "search-r1")
     assert result == SearchResult(DOCUMENTS[:1], retries=2, titles=("Emma",))
     assert (engine.account.sent, engine.account.retries) == (3, 2)
-    error, engine = searched(Foreign((503, {})), "search-r1", max_retries=2)
+    server.answer = in_turn((503, {}))
+    error, engine = searched(server, "search-r1", max_retries=2)
     assert isinstance(error, SearchError) and "recipes/serve_retriever.py serves one" in str(error)
-    assert (engine.account.sent, engine.account.failures) == (3, 1)
+    assert (engine.account.sent, engine.account.retries, engine.account.failures) == (3, 2, 1)
 
 
-def test_a_retriever_without_health_is_known_by_its_address() -> None:
-    async def check() -> dict[str, Any]:
-        async with Foreign((200, {"result": [[]]})).running() as address:
-            engine = RetrieverEngine(address)
-            assert engine.identity()["index"] is None
-            await asyncio.to_thread(engine.check)
-            assert engine.identity()["index"] == {"url": address}
-            return engine.identity()
+def test_a_retriever_without_health_is_known_by_its_address(server: Server) -> None:
+    server.answer = lambda place: (404, "") if server.seen[place].path == "/health" else (200, {"result": [[]]})
+    url = server.url.replace("http://", "http://user:p4ss@")
+    engine = RetrieverEngine(url)
+    assert engine.identity()["index"] is None
+    engine.check()
+    shown = url.replace("user:p4ss", "***")
+    assert engine.identity() == {
+        "engine": "retriever",
+        "protocol": "search-r1",
+        "index": {"url": shown},
+        "num_documents": 5,
+    }
 
-    assert asyncio.run(check())["protocol"] == "search-r1"
 
-
-def test_the_wrong_protocol_and_no_server_are_found_before_the_run(corpus: Path) -> None:
-    async def check() -> None:
-        async with Foreign((200, [{"text": "one"}])).running() as address:
-            with pytest.raises(UserError, match="in the protocol search-r1"):
-                await asyncio.to_thread(RetrieverEngine(address).check)
-
-    asyncio.run(check())
-    with pytest.raises(UserError, match=r"no retriever answers at http://127.0.0.1:9/.*serve_retriever.py --corpus"):
-        RetrieverEngine("http://127.0.0.1:9/retrieve").check()
+def test_the_wrong_protocol_and_no_server_are_found_before_the_run(server: Server) -> None:
+    server.answer = in_turn((200, [{"text": "one"}]))
+    with pytest.raises(UserError, match="in the protocol search-r1"):
+        RetrieverEngine(server.url).check()
+    with pytest.raises(UserError, match=r"at http://\*\*\*@127.0.0.1:9/.*serve_retriever.py --corpus"):
+        RetrieverEngine("http://user:p4ss@127.0.0.1:9/retrieve").check()

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
+import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import aiohttp
 import pytest
 import requests
-from retriever_parts import asked, serving
+from retriever_parts import health, post, serving
 
 from zerosearch.engines import retriever_server
 from zerosearch.engines.bm25 import BM25Index
-from zerosearch.engines.corpus import Found, PassageFile
-from zerosearch.engines.retriever_server import RetrieverServer
+from zerosearch.engines.corpus import Found
+from zerosearch.engines.retriever_server import listen
+from zerosearch.errors import UserError
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -36,28 +38,31 @@ def index(corpus: Path) -> BM25Index:
     return BM25Index(corpus)
 
 
-def test_search_r1_s_own_requests(index: BM25Index) -> None:
+@pytest.fixture(scope="module")
+def address(index: BM25Index) -> Iterator[str]:
+    with serving(index) as address:
+        yield address
+
+
+def test_search_r1_s_own_requests(address: str) -> None:
     # As search_r1/llm_agent/generation.py sends it, and as its retrieval_request.py does.
-    (status, reply), (_, batch), (_, plain), (_, none) = asked(
-        index,
-        {"queries": ["novel by Austen"], "topk": 2, "return_scores": True},
-        {"queries": ["novel 1815", "zebra", "county town"], "topk": 3, "return_scores": True},
-        {"queries": ["novel", "village"], "topk": None},
-        {"queries": [], "topk": 3, "return_scores": True},
-    )
+    status, reply = post(address, {"queries": ["novel by Austen"], "topk": 2, "return_scores": True})
     assert status == 200
     assert [found["document"] for found in reply["result"][0]] == [EMMA, AUSTEN]
     scores = [found["score"] for found in reply["result"][0]]
     assert scores == sorted(scores, reverse=True) and scores[1] > 0
+    _, batch = post(address, {"queries": ["novel 1815", "zebra", "county town"], "topk": 3, "return_scores": True})
     assert [len(found) for found in batch["result"]] == [1, 0, 1], "one list a query, in their order"
     assert batch["result"][2][0]["document"]["contents"].startswith('"Hampshire"')
-    assert plain == {"result": [[EMMA], [AUSTEN]]}, "without scores the documents stand by themselves"
-    assert none == {"result": []}
+    plain = {"result": [[EMMA], [AUSTEN]]}  # without scores the documents stand by themselves
+    assert post(address, {"queries": ["novel", "village"], "topk": None}) == (200, plain)
+    assert post(address, {"queries": [], "topk": 3, "return_scores": True}) == (200, {"result": []})
+    assert post(address, json.dumps({"queries": ["novel"]}).encode()) == (200, {"result": [[EMMA]]})  # curl -d
 
 
-def test_search_r1_s_client_reads_our_replies(index: BM25Index) -> None:
+def test_search_r1_s_client_reads_our_replies(address: str) -> None:
     """The reading half of Search-R1's client (`_passages2string`), on a reply of ours."""
-    ((_, reply),) = asked(index, {"queries": ["novel"], "topk": 3, "return_scores": True})
+    _, reply = post(address, {"queries": ["novel"], "topk": 3, "return_scores": True})
     text = ""
     for place, found in enumerate(reply["result"][0]):
         content = found["document"]["contents"]
@@ -66,29 +71,17 @@ def test_search_r1_s_client_reads_our_replies(index: BM25Index) -> None:
     assert text == 'Doc 1(Title: "Emma") Emma is a novel by Jane Austen, published in 1815.\n'
 
 
-def test_a_plain_requests_client(index: BM25Index) -> None:
-    """A blocking client of another library, which Search-R1's is."""
-
-    async def ask() -> requests.Response:
-        async with serving(RetrieverServer(index)) as address:
-            body = {"queries": ["novel"], "topk": 1, "return_scores": True}
-            return await asyncio.to_thread(requests.post, address, json=body, timeout=30)
-
-    response = asyncio.run(ask())
-    assert response.status_code == 200 and response.headers["Content-Type"].startswith("application/json")
-    assert response.json()["result"][0][0]["document"] == EMMA
-
-
 def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
-    (_, reply), (_, none), (_, default) = asked(
-        index, {"query": "novel by Austen", "top_k": 2}, {"query": "zebra", "top_k": 2}, {"query": "Hampshire"}, topk=1
-    )
-    assert reply == [
-        {"text": "Emma is a novel by Jane Austen, published in 1815."},
-        {"text": "Jane Austen was born in Steventon, a village in Hampshire."},
-    ]
-    assert none == []
-    assert len(default) == 1
+    with serving(index, topk=1) as address:
+        assert post(address, {"query": "novel by Austen", "top_k": 2}) == (
+            200,
+            [
+                {"text": "Emma is a novel by Jane Austen, published in 1815."},
+                {"text": "Jane Austen was born in Steventon, a village in Hampshire."},
+            ],
+        )
+        assert post(address, {"query": "zebra", "top_k": 2}) == (200, [])
+        assert len(post(address, {"query": "Hampshire"})[1]) == 1
 
 
 BAD: dict[str, tuple[Any, int, str]] = {
@@ -96,6 +89,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "nothing": (b"", 400, "the body is not JSON"),
     "too deep": (b"[" * 100_000, 400, "the body is not JSON"),
     "not UTF-8": (b'{"queries": ["\xff"]}', 400, "the body is not JSON"),
+    "compressed": (gzip.compress(b'{"queries": ["a"]}'), 400, "the body is not JSON"),
     "too large": (b"x" * (17 * 2**20), 413, "the body exceeds 16,777,216 bytes"),
     "a list": ([1], 422, "body: Input should be a valid dictionary"),
     "no queries": ({"topk": 3}, 422, "body: Value error, the body needs either queries, a list of texts, or query"),
@@ -104,13 +98,10 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "queries, a number": ({"queries": ["a", 1]}, 422, "body.queries.1: Input should be a valid string"),
     "many numbers": ({"queries": [1] * 10_000}, 422, "body.queries.0: Input should be a valid string"),
     "a long query": ({"queries": ["a" * 10_001]}, 422, "body.queries.0: String should have at most 10000 characters"),
+    "half a character": ({"queries": 5, "\ud83d": "\ud83d"}, 422, "body.queries: Input should be a valid list"),
     "query, a list": ({"query": ["a"]}, 422, "body.query: Input should be a valid string"),
     "topk 0": ({"queries": ["a"], "topk": 0}, 422, "body.topk: Input should be greater than or equal to 1"),
-    "topk too large": (
-        {"queries": ["a"], "topk": 10**9},
-        422,
-        "body.topk: Input should be less than or equal",
-    ),
+    "topk too large": ({"queries": ["a"], "topk": 10**9}, 422, "body.topk: Input should be less than or equal"),
     "topk a text": ({"queries": ["a"], "topk": "3"}, 422, "body.topk: Input should be a valid integer"),
     "topk true": ({"queries": ["a"], "topk": True}, 422, "body.topk: Input should be a valid integer"),
     "top_k a fraction": ({"query": "a", "top_k": 2.5}, 422, "body.top_k: Input should be a valid integer"),
@@ -123,123 +114,139 @@ BAD: dict[str, tuple[Any, int, str]] = {
 }
 
 
-def test_bad_input_is_told_what_is_wrong(index: BM25Index) -> None:
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_what_is_wrong(address: str, case: str) -> None:
     """The form of the errors is FastAPI's, which Search-R1's server is written in."""
-    replies = asked(index, *(body for body, *_ in BAD.values()))
-    for (status, reply), (name, (_, expected, message)) in zip(replies, BAD.items(), strict=True):
-        detail = reply["detail"]
-        if not isinstance(detail, str):
-            (error,) = detail
-            detail = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
-        assert (status, message in detail) == (expected, True), (name, status, detail[:200])
+    body, expected, message = BAD[case]
+    status, reply = post(address, body)
+    detail = reply["detail"]
+    if not isinstance(detail, str):
+        (error,) = detail
+        detail = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+    assert status == expected and message in detail
 
 
-def test_other_pages_methods_and_encodings_are_refused_as_json(index: BM25Index) -> None:
-    assert asked(index, {}, path="/search") == [(404, {"detail": "Not Found"})]
+def test_a_reply_is_bounded(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever_server, "LARGEST_REPLY_BYTES", 200)
+    assert post(address, {"queries": ["novel"]})[0] == 200
+    message = "the reply would exceed 200 bytes; ask fewer queries"
+    assert post(address, {"queries": ["novel"] * 3}) == (413, {"detail": message})
 
-    async def ask() -> list[tuple[int, Any]]:
-        async with serving(RetrieverServer(index)) as address, aiohttp.ClientSession() as session:
-            replies = [await session.get(address)]
-            for name, value in (
-                ("Content-Type", "application/json; charset=punycode"),
-                ("Content-Type", "application/json; charset=undefined"),
-                ("Content-Type", "application/json; charset=klingon"),
-                ("Content-Encoding", "gzip"),
-            ):
-                replies.append(await session.post(address, data=b'{"queries": ["a"]}', headers={name: value}))
-            return [(reply.status, await reply.json()) for reply in replies]
 
+@pytest.mark.parametrize(
+    "header",
+    [{"Content_Type": f"application/json; charset={name}"} for name in ("punycode", "undefined", '"klingon"')]
+    + [{"Content_Encoding": "gzip"}],
+)
+def test_other_encodings_are_refused(address: str, header: dict[str, str]) -> None:
     refused = (415, {"detail": "the body must be JSON in UTF-8, not compressed"})
-    assert asyncio.run(ask()) == [(405, {"detail": "Method Not Allowed"}), refused, refused, refused, refused]
+    assert post(address, b'{"queries": ["a"]}', **header) == refused
+    assert post(address, b'{"queries": []}', Content_Type='application/json; charset="UTF-8"; a=b')[0] == 200
+
+
+def test_other_pages_and_methods_are_refused_as_json(address: str) -> None:
+    assert post(address.replace("/retrieve", "/search"), {}) == (404, {"detail": "Not Found"})
+    reply = requests.get(address, timeout=30)
+    assert (reply.status_code, reply.json()) == (405, {"detail": "Method Not Allowed"})
 
 
 def test_half_a_character_is_replaced_where_it_enters(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"id": float("nan"), "contents": "caf\ud83d \0 bar"}) + "\n")
-    ((status, reply),) = asked(BM25Index(path), {"queries": ["bar \ud83d"]})
-    assert (status, reply) == (200, {"result": [[{"id": None, "contents": "caf\ufffd \ufffd bar"}]]})
+    with serving(BM25Index(path)) as address:
+        found = {"result": [[{"id": None, "contents": "caf\ufffd \ufffd bar"}]]}
+        assert post(address, {"queries": ["bar \ud83d"]}) == (200, found)
 
 
-def test_connections_that_send_no_request_are_ended_and_few_are_admitted(
-    index: BM25Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retriever_server, "HEAD_S", 0.3)
-    monkeypatch.setattr(retriever_server, "BODY_S", 0.3)
-    monkeypatch.setattr(retriever_server, "MOST_CONNECTIONS", 20)
-
-    async def send(address: str, *sent: str) -> bytes:
-        host, port = address.split("/")[2].split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        reply = b""
+def raw(address: str, *parts: str) -> bytes:
+    """Send the parts over one connection and return what comes until the server ends it."""
+    host, port = address.split("/")[2].split(":")
+    reply = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
         try:
-            for part in sent:
-                writer.write(part.encode())
-                await writer.drain()
-                reply += await asyncio.wait_for(reader.read(100), 10)
+            for part in parts:
+                connection.sendall(part.encode())
+                time.sleep(0.05)
+            while received := connection.recv(1000):
+                reply += received
         except ConnectionError:
-            reply += b"reset"
-        writer.close()
-        return reply
-
-    async def ask() -> tuple[list[bytes], int]:
-        async with serving(RetrieverServer(index)) as address:
-            head = "POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
-            ended = [
-                await send(address, "POST /retr"),
-                await send(address, head),
-                await send(address, head + "\r\n{", "and after the reply", "nothing"),
-                await send(address, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health", "nothing"),
-            ]
-            idle = await asyncio.gather(*(send(address, "P") for _ in range(60)))
-            async with aiohttp.ClientSession() as session, session.post(address, json={"queries": ["novel"]}) as reply:
-                return [*ended, *idle], reply.status
-
-    (cut, also_cut, slow, kept, *_), status = asyncio.run(ask())
-    assert {cut, also_cut} <= {b"", b"reset"}
-    assert slow.startswith(b"HTTP/1.1 408 ") and kept.startswith(b"HTTP/1.1 200 ")
-    assert status == 200, "it serves when the idle ones are gone"
+            pass
+    return reply
 
 
-def test_two_hundred_clients_at_once_and_nothing_lost(index: BM25Index) -> None:
+HEAD = "POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n\r\n"
+
+
+HALF_SENT: dict[str, tuple[list[str], int]] = {  # what is sent, and how many replies come
+    "nothing": ([], 0),
+    "half a head": (["POST /retr", "ieve HTTP/1.1\r\n"], 0),
+    "half a body": ([HEAD, '{"queries"'], 0),
+    "half a second head": ([HEAD, '{"queries": ["a"]}', "POST /retr"], 1),
+    "half a second body at once": ([HEAD + '{"queries": ["a"]}' + HEAD, '{"queries"'], 1),
+    "idle after two": ([HEAD + '{"queries": ["a"]}' + HEAD + '{"queries": ["a"]}'], 2),
+}
+
+
+def test_a_client_that_sends_no_whole_request_is_dropped(index: BM25Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever_server, "REQUEST_S", 1)
+    with serving(index) as address, ThreadPoolExecutor(len(HALF_SENT)) as pool:
+
+        def dropped(case: str) -> tuple[str, int, bool]:
+            start = time.perf_counter()
+            replies = raw(address, *HALF_SENT[case][0]).count(b"HTTP/1.1 200 ")
+            return case, replies, 0.9 < time.perf_counter() - start < 5
+
+        assert list(pool.map(dropped, HALF_SENT)) == [
+            (case, replies, True) for case, (_, replies) in HALF_SENT.items()
+        ]
+
+
+def test_connections_are_limited(index: BM25Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever_server, "REQUEST_S", 1)
+    monkeypatch.setattr(retriever_server, "MOST_CONNECTIONS", 20)
+    with serving(index) as address, ThreadPoolExecutor(60) as pool:
+        start = time.perf_counter()
+
+        def idle(_: int) -> float:
+            raw(address)
+            return time.perf_counter() - start
+
+        assert sum(seconds < 0.8 for seconds in pool.map(idle, range(60))) >= 40, "those beyond the limit at once"
+        assert post(address, {"queries": ["novel"]})[0] == 200, "it serves when the idle ones are gone"
+
+
+def test_a_hundred_clients_at_once_and_nothing_lost(address: str, index: BM25Index) -> None:
     words = ["novel", "village", "Steventon", "county", "zebra"]
-    expected = {word: [index.passages.row(start) for start, _ in index.top(word, 3)] for word in words}
+    found = index.find(words, 3)
+    expected = {word: [index.row(start) for start, _ in best] for word, best in zip(words, found, strict=True)}
+    before = health(address)
 
-    async def client(address: str, number: int) -> int:
-        async with aiohttp.ClientSession() as session:  # a connection of its own, as another process has
-            right = 0
-            for turn in range(5):
-                asked_for = [words[(number + turn) % 5], words[(number * 3 + turn) % 5]]
-                body = {"queries": asked_for, "topk": 3, "return_scores": bool(number % 2)}
-                async with session.post(address, json=body) as response:
-                    found = (await response.json())["result"]
+    def client(number: int) -> int:
+        right = 0
+        with requests.Session() as session:
+            for turn in range(3):
+                asked = [words[(number + turn) % 5], words[(number * 3 + turn) % 5]]
+                body = {"queries": asked, "topk": 3, "return_scores": bool(number % 2)}
+                found = session.post(address, json=body, timeout=60).json()["result"]
                 documents = [[row.get("document", row) for row in rows] for rows in found]
-                right += documents == [expected[word] for word in asked_for]
-            return right
+                right += documents == [expected[word] for word in asked]
+        return right
 
-    async def ask() -> tuple[list[int], Any]:
-        async with serving(RetrieverServer(index)) as address:
-            right = await asyncio.gather(*(client(address, number) for number in range(200)))
-            async with aiohttp.ClientSession() as session:
-                return right, await (await session.get(address.replace("retrieve", "health"))).json()
-
-    right, health = asyncio.run(ask())
-    assert right == [5] * 200
-    assert health["queries"] == 2000
-    assert health["batches"] < 1000, "requests that wait are searched together"
+    with ThreadPoolExecutor(100) as pool:
+        assert list(pool.map(client, range(100))) == [3] * 100
+    assert health(address)["queries"] - before["queries"] == 600
 
 
 class SlowIndex:
     """Finds the first passage once it may; fails on "fail"."""
 
-    def __init__(self, passages: PassageFile) -> None:
-        self.passages, self.manifest = passages, {"num_passages": 1}
+    def __init__(self, index: BM25Index) -> None:
+        self.row, self.manifest = index.row, {"num_passages": 1}
         self.started, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
-        self.threads: set[str] = set()
         self.searched: list[tuple[int, int]] = []  # queries and documents of each batch
 
-    def search(self, queries: Sequence[str], count: int) -> list[Found]:
-        self.threads.add(threading.current_thread().name)
+    def find(self, queries: Sequence[str], count: int) -> list[Found]:
         self.searched.append((len(queries), count))
         self.started.set()
         self.may_end.wait(30)
@@ -251,79 +258,62 @@ class SlowIndex:
         return {"kind": "slow", "model": "/home/me/models/e5"}
 
 
-def test_an_index_that_fails_fails_one_request_and_serves_the_next(index: BM25Index) -> None:
-    replies = asked(SlowIndex(index.passages), {"queries": ["fail"]}, {"queries": ["go on"]})
-    assert replies[0] == (500, {"detail": "the index failed: ZeroDivisionError"})
-    assert replies[1] == (200, {"result": [[EMMA]]})
+@pytest.fixture
+def slow(index: BM25Index) -> Any:
+    return SlowIndex(index)
 
 
-def test_a_corpus_that_is_cut_while_it_is_served_is_a_failure_that_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.jsonl"
-    path.write_text(json.dumps(EMMA) + "\n")
-
-    async def ask() -> tuple[int, Any]:
-        async with serving(RetrieverServer(BM25Index(path))) as address, aiohttp.ClientSession() as session:
-            path.write_text("")
-            response = await session.post(address, json={"queries": ["novel"]})
-            return response.status, await response.json()
-
-    message = "the corpus corpus.jsonl has changed since it was indexed; start again to index it"
-    assert asyncio.run(ask()) == (500, {"detail": message})
+def test_an_index_that_fails_fails_one_request_and_serves_the_next(slow: Any) -> None:
+    with serving(slow) as address:
+        assert post(address, {"queries": ["fail"]}) == (500, {"detail": "the index failed: ZeroDivisionError"})
+        assert post(address, {"queries": ["go on"]}) == (200, {"result": [[EMMA]]})
 
 
-def test_requests_that_wait_are_searched_together_and_one_that_fails_takes_no_other_with_it(
-    index: BM25Index,
-) -> None:
-    slow = SlowIndex(index.passages)
-    server = RetrieverServer(slow)
+@pytest.mark.parametrize("damaged", ["corpus", "index"])
+def test_a_file_that_is_cut_while_it_is_served_is_a_failure_that_says_so(damaged: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps(EMMA) + "\n")
+    with serving(BM25Index(corpus, tmp_path / "index")) as address:
+        cut = corpus if damaged == "corpus" else next((tmp_path / "index/data").glob("*.idx"))
+        os.truncate(cut, 0)
+        message = f"{cut.name} has changed since it was opened; start again to index it anew"
+        assert post(address, {"queries": ["novel"]}) == (500, {"detail": message})
 
-    async def ask() -> list[int]:
-        async with serving(server) as address, aiohttp.ClientSession() as session:
 
-            async def post(query: str, topk: int = 3) -> int:
-                async with session.post(address, json={"queries": [query], "topk": topk}) as response:
-                    return response.status
+def test_requests_that_wait_are_searched_together_and_one_that_fails_takes_no_other_with_it(slow: Any) -> None:
+    slow.may_end.clear()
+    with serving(slow) as address, ThreadPoolExecutor(5) as pool:
 
-            slow.may_end.clear()
-            first = asyncio.create_task(post("first"))
-            await asyncio.to_thread(slow.started.wait, 30)  # it keeps the index busy until the others have arrived
-            others = asyncio.gather(post("a"), post("fail"), post("b"), post("c", 1000))
-            while server._waiting.qsize() < 4:
-                await asyncio.sleep(0.01)
-            slow.may_end.set()
-            return [await first, *await others]
+        def ask(query: str, topk: int = 3) -> Any:
+            return pool.submit(post, address, {"queries": [query], "topk": topk})
 
-    assert asyncio.run(ask()) == [200, 200, 500, 200, 200]
+        first = ask("first")
+        assert slow.started.wait(30)  # it keeps the index busy until the others have arrived
+        others = [ask("a"), ask("fail"), ask("b"), ask("c", 1000)]
+        assert health(address)["status"] == "ok", "it answers while it searches"
+        time.sleep(0.5)
+        slow.may_end.set()
+        assert [one.result()[0] for one in (first, *others)] == [200, 200, 500, 200, 200]
     # Those that want 1000 documents are apart: together with thousands of other queries, they would fill the memory.
     assert sorted(slow.searched) == [(1, 3), (1, 3), (1, 3), (1, 3), (1, 1000), (3, 3)]
 
 
-def test_it_answers_while_it_searches_and_finishes_what_is_under_way(index: BM25Index) -> None:
-    slow = SlowIndex(index.passages)
+def test_what_is_under_way_is_finished_when_the_server_ends(slow: Any) -> None:
     slow.may_end.clear()
-
-    async def ask() -> tuple[int, int]:
-        async with aiohttp.ClientSession() as session:
-            async with serving(RetrieverServer(slow)) as address:
-                search = asyncio.create_task(session.post(address, json={"queries": ["a"]}))
-                await asyncio.to_thread(slow.started.wait, 30)
-                health = await session.get(address.replace("retrieve", "health"))
-                asyncio.get_running_loop().call_later(0.2, slow.may_end.set)  # when the server has been told to end
-            return health.status, (await search).status
-
-    assert asyncio.run(ask()) == (200, 200)
-    assert all(name.startswith("index") for name in slow.threads)
+    with ThreadPoolExecutor(1) as pool:
+        with serving(slow) as address:
+            search = pool.submit(post, address, {"queries": ["a"]})
+            assert slow.started.wait(30)
+            threading.Timer(0.2, slow.may_end.set).start()
+        assert search.result()[0] == 200
 
 
-def test_health_says_which_index_this_is_and_not_where(index: BM25Index) -> None:
-    async def ask(served: Any) -> Any:
-        async with serving(RetrieverServer(served)) as address, aiohttp.ClientSession() as session:
-            return await (await session.get(address.replace("retrieve", "health"))).json()
-
-    health = asyncio.run(ask(index))
-    assert (health["status"], health["passages"]) == ("ok", 4)
-    assert health["index"]["kind"] == "bm25" and len(health["index"]["corpus_sha256"]) == 64
-    assert asyncio.run(ask(SlowIndex(index.passages)))["index"] == {"kind": "slow", "model": "e5"}, "no path"
+def test_health_says_which_index_this_is_and_not_where(address: str, slow: Any) -> None:
+    told = health(address)
+    assert (told["status"], told["passages"]) == ("ok", 4)
+    assert told["index"]["kind"] == "bm25" and len(told["index"]["corpus_sha256"]) == 64
+    with serving(slow) as other:
+        assert health(other)["index"] == {"kind": "slow", "model": "e5"}, "no path"
 
 
 def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_path: Path) -> None:
@@ -334,14 +324,9 @@ def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_pa
         line = process.stdout.readline()
         assert line.startswith("retriever ready at http://127.0.0.1:") and "4 passages" in line
         address = line.split()[3].rstrip(":")
-        body = {"queries": ["novel"], "topk": 1, "return_scores": False}
-        assert requests.post(address, json=body, timeout=30).json() == {"result": [[EMMA]]}
-        port = address.split(":")[2].split("/")[0]
-        second = subprocess.run(
-            [*command[:-1], port], capture_output=True, text=True, timeout=120, check=False, env=os.environ
-        )
-        assert second.returncode == 2 and "choose another with --port" in second.stderr
-        assert second.stderr.count("\n") == 1
+        assert post(address, {"queries": ["novel"], "topk": 1}) == (200, {"result": [[EMMA]]})
+        with pytest.raises(UserError, match="choose another with --port"):
+            listen("127.0.0.1", int(address.split(":")[2].split("/")[0]))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert json.loads((tmp_path / "index/zerosearch.json").read_text())["num_passages"] == 4
@@ -355,12 +340,5 @@ def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_pa
         (["--corpus", "none.jsonl", "--topk", "0"], "topk is 0: it must be at least 1"),
     ],
 )
-def test_a_mistake_gets_one_sentence(
-    flags: list[str], message: str, load_recipe: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe: ModuleType = load_recipe("serve_retriever")
-    with pytest.raises(SystemExit) as stopped:
-        recipe.main(flags)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+def test_a_mistake_gets_one_sentence(flags: list[str], message: str, refusal: Callable[[str, list[str]], str]) -> None:
+    assert message in refusal("serve_retriever", flags)

@@ -58,7 +58,6 @@ class Account:
             raise
         except ServiceError as error:
             self.failures += 1
-            self.retries += error.retries
             if error.status in REFUSALS:
                 self.refused = str(error)
             raise SearchError(str(error), error.retries) from error
@@ -67,7 +66,7 @@ class Account:
             raise
 
     @asynccontextmanager
-    async def call(self) -> AsyncIterator[None]:
+    async def call(self, retries: int) -> AsyncIterator[None]:
         """Book one call before it is made, so that calls in flight count. Raises `BudgetSpent`.
 
         A call that was answered, but not with documents, costs nothing: no provider charges for it.
@@ -78,6 +77,7 @@ class Account:
             limit = f"the limit of {self.max_usd:g} USD for {self.engine}"
             raise BudgetSpent(f"{limit} is reached: {self.usd:.4f} spent")
         self.sent += 1
+        self.retries += retries > 0
         self.usd += self.usd_per_query
         try:
             yield

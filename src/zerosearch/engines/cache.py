@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -32,7 +33,7 @@ class Cache:
     def __init__(self, path: str | Path, read_only: bool = False) -> None:
         self.path = Path(path)
         try:
-            self._database = self._opened_to_read() if read_only else self._opened()
+            self._database = self._opened(read_only)
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"the cache {path} cannot be used: {error}") from error
 
@@ -62,32 +63,22 @@ class Cache:
         except sqlite3.Error as error:  # a full disk, a damaged file
             raise UserError(f"the cache {self.path} cannot be used: {error}") from error
 
-    def _opened(self) -> sqlite3.Connection:
+    def _opened(self, read_only: bool) -> sqlite3.Connection:
+        if read_only and not self.path.is_file():
+            raise UserError(f"there is no cache {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        mode = "mode=rwc" if os.access(self.path.parent, os.W_OK) else "immutable=1"  # where not even locks can be
+        address = f"{self.path.resolve().as_uri()}?{mode}"
+        database = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         is_new = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not is_new and database.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
             raise UserError(f"{self.path} is not a cache of this version: name another file")
-        database.execute("PRAGMA journal_mode = WAL")  # writing does not wait for the disk
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute(f"PRAGMA user_version = {FORMAT}")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL)"
-            " WITHOUT ROWID"
-        )
-        return database
-
-    def _opened_to_read(self) -> sqlite3.Connection:
-        if not self.path.is_file():
-            raise UserError(f"there is no cache {self.path}")
-        for mode in ("mode=ro", "immutable=1"):  # the second where not even a lock can be written
-            database = sqlite3.connect(f"{self.path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
-            try:
-                database.execute("SELECT 1 FROM replies LIMIT 1")
-                break
-            except sqlite3.OperationalError:
-                if mode == "immutable=1":
-                    raise
+        if not read_only:
+            database.execute("PRAGMA journal_mode = WAL")  # writing does not wait for the disk
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute(f"PRAGMA user_version = {FORMAT}")
+            columns = "key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL"
+            database.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
         return database
 
 
@@ -166,8 +157,8 @@ class CachedEngine:
         fitting = [found for found in self.cache.engines() if known.items() <= found.items()]
         if len(fitting) != 1:
             choice = "; ".join(json.dumps({name: found[name] for name in unknown}) for found in fitting) or "none"
-            path = self.cache.path
-            raise UserError(f"name the {', '.join(unknown)} of {self.name} whose answers {path} holds: {choice}")
+            wanted = f"the {', '.join(unknown)} of {self.name} whose answers {self.cache.path} holds"
+            raise UserError(f"name {wanted}: {choice}")
         return fitting[0]
 
 

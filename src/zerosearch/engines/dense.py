@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.engines.corpus import DATA, Found, PassageFile, built_index, index_identity, read_corpus
+from zerosearch.engines.corpus import Found, PassageIndex, UnchangedFile, read_corpus
 from zerosearch.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,157 +27,184 @@ logger = logging.getLogger(__name__)
 
 BLOCK_PASSAGES = 8192  # passages in memory at once while they are encoded
 TRAINING_VECTORS = 200_000  # a compressed index learns its codes from so many at most
-RECALL_QUERIES = 500
-RECALL_DEPTH = 5  # documents a search (Section 4)
+RECALL_QUERIES, RECALL_DEPTH = 500, 5  # the depth is that of a search (Section 4)
+RECALL_PROBES = [
+    2**power for power in range(15)
+]  # numbers of probes to measure recall with, as far as there are cells
 SEED = 0  # of the passages that recall is measured with
 
 
 @dataclass(frozen=True)
-class DenseSettings:
-    """How passages become vectors, and how these are kept. The defaults are those of Search-R1's E5.
+class DenseOptions:
+    """How passages become vectors, and how these are kept. The defaults are those of Search-R1's E5."""
 
-    `factory` is FAISS's name for an index; `num_probes` counts the cells that a query looks into, where it has cells.
-    """
+    model: str = field(default="intfloat/e5-base-v2", metadata={"help": "For dense: a sentence-transformers model."})
+    factory: str = field(
+        default="Flat", metadata={"help": "For dense: FAISS's name of the index: Flat, SQ8, IVF4096,PQ64 ..."}
+    )
+    num_probes: int = field(default=32, metadata={"min": 1, "help": "For dense, IVF: cells that a query looks into."})
+    query_prefix: str = field(default="query: ", metadata={"help": "For dense: what the model wants before a query."})
+    passage_prefix: str = field(default="passage: ", metadata={"help": "For dense: the same, before a passage."})
+    max_tokens: int = field(
+        default=256, metadata={"min": 1, "help": "For dense: tokens that the model reads of each."}
+    )
+    faiss_index: str | None = field(
+        default=None, metadata={"help": "For dense: an index that exists, such as Search-R1's e5_Flat.index."}
+    )
+    batch_size: int = field(default=64, metadata={"min": 1, "help": "For dense: texts that the model reads at once."})
 
-    model: str = "intfloat/e5-base-v2"
-    factory: str = "Flat"
-    num_probes: int = 32
-    query_prefix: str = "query: "
-    passage_prefix: str = "passage: "
-    max_tokens: int = 256
 
+class DenseIndex(PassageIndex):
+    """Vectors of every passage of a corpus, mapped into memory as far as FAISS admits it for the kind of index.
 
-class DenseIndex:
-    """Vectors of every passage of a corpus. `manifest` says what it was built from, and its recall against flat.
-
-    `faiss_index` is an existing index with the vectors of the corpus in its order, such as Search-R1's e5_Flat.index:
-    it is used as it is, and `index_dir` keeps only where each passage starts.
+    `faiss_index` is an existing index with the vectors of the corpus in its order: it is used as it is, and
+    `index_dir` keeps only where each passage starts.
     Raises `UserError` for a missing package, model or corpus, and for a factory that FAISS does not know.
     """
 
-    def __init__(
-        self,
-        corpus: str | Path,
-        index_dir: str | Path,
-        settings: DenseSettings | None = None,
-        *,
-        faiss_index: str | Path | None = None,
-        batch_size: int = 64,
-    ) -> None:
+    def __init__(self, corpus: str | Path, index_dir: str | Path, options: DenseOptions | None = None) -> None:
         for package in ("faiss", "sentence_transformers"):
             if find_spec(package) is None:
-                raise UserError(
-                    f"a dense index needs {package}, which is not installed: pip install 'zerosearch[dense]'"
-                )
-        self.settings, self.batch_size = settings or DenseSettings(), batch_size
-        corpus, folder = Path(corpus), Path(index_dir)
-        self.model = _load_model(self.settings)
+                message = f"a dense index needs {package}, which is not installed: pip install 'zerosearch[dense]'"
+                raise UserError(message)
+        self.options = options or DenseOptions()
+        self.model = _load_model(self.options)
         dimensions = self.model.get_embedding_dimension() or 0
-        described = {"kind": "dense", **vars(self.settings)}
-        del described["num_probes"]  # which belongs to a search: other probes need no other index
-        if faiss_index is None:
-            _empty_index(self.settings, dimensions)  # a wrong factory is refused before hours of encoding
+        settings = {"kind": "dense", **vars(self.options)}
+        for belongs_to_search in ("num_probes", "batch_size"):
+            del settings[belongs_to_search]
+        path = self.options.faiss_index
+        if path is None:
+            del settings["faiss_index"]
+            self._new_index(dimensions)  # a wrong factory is refused before hours of encoding
         else:
-            described["faiss_index"] = str(Path(faiss_index).resolve())
-        build = self._build if faiss_index is None else _starts
-        self.manifest = built_index(corpus, folder, described, lambda data: build(corpus, data))
-        path = folder / DATA / "index.faiss" if faiss_index is None else Path(faiss_index)
-        self.index = _read(path)
-        _set_probes(self.index, self.settings.num_probes)
-        self.passages = PassageFile(corpus, self.manifest["corpus_bytes"])
-        self.starts = np.load(folder / DATA / "starts.npy")  # (passages,)
-        if self.index.ntotal != len(self.starts):
-            raise UserError(f"{path} holds {self.index.ntotal:,} vectors, {corpus} {len(self.starts):,} passages")
-        if self.index.d != dimensions:
-            raise UserError(f"{path} holds vectors of {self.index.d} numbers, the model makes {dimensions}")
+            settings["faiss_index"] = str(Path(path).resolve())
+        super().__init__(corpus, index_dir, settings)
+        try:
+            self.starts = np.load(self.data / "starts.npy")  # (passages,)
+        except (ValueError, EOFError) as error:
+            raise self.damaged(error) from error
+        self.index = self._read(Path(path or self.data / "index.faiss"))
+        self.num_probes = _set_probes(self.index, self.options.num_probes)
+        if (self.index.ntotal, self.index.d) != (len(self.starts), dimensions):
+            there = f"{self.index.ntotal:,} vectors of {self.index.d} numbers"
+            wanted = f"the corpus has {len(self.starts):,} passages, the model makes {dimensions} numbers"
+            raise UserError(f"{path or self.data} holds {there}; {wanted}")
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on."""
-        return {**index_identity(self.manifest), "num_probes": self.settings.num_probes}
+        return {**super().identity(), "num_probes": self.options.num_probes}
 
     @property
     def recall(self) -> float | None:
         """Return the recall against flat with these probes; `None` if it was not measured with as many."""
-        return self.manifest.get("recall_against_flat", {}).get(str(_set_probes(self.index, self.settings.num_probes)))
+        return self.manifest.get("recall_against_flat", {}).get(str(self.num_probes))
 
-    def search(self, queries: Sequence[str], count: int) -> list[Found]:
+    def find(self, queries: Sequence[str], count: int) -> list[Found]:
         """Return the `count` passages nearest to each query with their inner products, best first."""
         if not queries:
             return []
-        vectors = self._encode([self.settings.query_prefix + query for query in queries])
+        vectors = self._encode([self.options.query_prefix + query for query in queries])
+        self.check()
         scores, numbers = self.index.search(vectors, min(count, len(self.starts)))
         return [
             [(int(self.starts[number]), float(score)) for number, score in zip(*found, strict=True) if number >= 0]
             for found in zip(numbers, scores, strict=True)
         ]
 
-    def _encode(self, texts: list[str]) -> np.ndarray:
-        """Return vectors of length 1; (texts, dimensions)."""
-        vectors = self.model.encode(
-            texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False
-        )
-        return np.ascontiguousarray(vectors, dtype=np.float32)
-
-    def _build(self, corpus: Path, folder: Path) -> dict[str, Any]:
-        """Write the index into `folder` and return what its manifest says."""
+    def build(self) -> dict[str, Any]:
+        """Write the index, or for an existing one where each passage starts: it has a vector for every row."""
+        if self.options.faiss_index is not None:
+            return self._save_starts([start for start, _ in read_corpus(self.corpus)])
         starts: list[int] = []
-        with (folder / "vectors.tmp").open("wb") as file:
-            for block_starts, block in self._encoded(corpus):
+        raw = self.data / "vectors.tmp"
+        with raw.open("wb") as file:
+            for block_starts, block in self._encoded_blocks():
                 starts += block_starts
                 block.tofile(file)
         if not starts:
-            raise UserError(f"the corpus {corpus} holds no texts")
-        vectors = np.memmap(folder / "vectors.tmp", np.float32, "r").reshape(len(starts), -1)
-        facts = self._write_index(vectors, folder)
-        (folder / "vectors.tmp").unlink()
-        return facts | _save_starts(starts, folder)
+            raise UserError(f"the corpus {self.corpus} holds no texts")
+        facts = self._write_index(np.memmap(raw, np.float32, "r").reshape(len(starts), -1))
+        raw.unlink()
+        return facts | self._save_starts(starts)
 
-    def _encoded(self, corpus: Path) -> Iterator[tuple[list[int], np.ndarray]]:
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        """Return vectors of length 1; (texts, dimensions)."""
+        vectors = self.model.encode(
+            texts, batch_size=self.options.batch_size, normalize_embeddings=True, show_progress_bar=False
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def _encoded_blocks(self) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield where passages start and their vectors, block by block. A row without a text is left out."""
-        passages = ((start, passage) for start, passage in read_corpus(corpus) if passage.text)
+        passages = ((start, passage) for start, passage in read_corpus(self.corpus) if passage.text)
         with tqdm(desc="encoding", unit=" passages") as bar:
             while block := list(islice(passages, BLOCK_PASSAGES)):
                 # As Search-R1's index has them: the row's contents, title in quotes.
                 contents = (f'"{one.title}"\n{one.text}' if one.title else one.text for _, one in block)
-                texts = [self.settings.passage_prefix + content for content in contents]
-                yield [start for start, _ in block], self._encode(texts)
+                yield [start for start, _ in block], self._encode([self.options.passage_prefix + c for c in contents])
                 bar.update(len(block))
 
-    def _write_index(self, vectors: np.ndarray, folder: Path) -> dict[str, Any]:
+    def _save_starts(self, starts: list[int]) -> dict[str, Any]:
+        np.save(self.data / "starts.npy", np.array(starts, dtype=np.int64))
+        return {"num_passages": len(starts)}
+
+    def _new_index(self, dimensions: int) -> Any:
+        import faiss
+
+        factory = self.options.factory
+        try:
+            return faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            message = f"FAISS makes no index {factory!r} of {dimensions} dimensions: {_last_line(error)}"
+            raise UserError(message) from None
+
+    def _write_index(self, vectors: np.ndarray) -> dict[str, Any]:
         """Write the FAISS index of vectors (passages, dimensions); return its size and its recall against flat."""
         import faiss
 
-        index = _empty_index(self.settings, vectors.shape[1])
+        index = self._new_index(vectors.shape[1])
         if not index.is_trained:
             step = -(-len(vectors) // TRAINING_VECTORS)
             try:
                 index.train(np.ascontiguousarray(vectors[::step]))
             except RuntimeError as error:
-                learning = f"FAISS cannot learn {self.settings.factory} from {len(vectors):,}"
+                learning = f"FAISS cannot learn {self.options.factory} from {len(vectors):,}"
                 raise UserError(f"{learning}: {_last_line(error)}") from None
         for first in range(0, len(vectors), BLOCK_PASSAGES):
             index.add(np.ascontiguousarray(vectors[first : first + BLOCK_PASSAGES]))
+        path = self.data / "index.faiss"
         try:
-            faiss.write_index(index, str(folder / "index.faiss"))
+            faiss.write_index(index, str(path))
         except RuntimeError as error:  # a full disk
             raise OSError(_last_line(error)) from error
-        cells = _cells(index)
-        most = 1 if cells is None else int(cells.nlist)
-        probes = {_set_probes(index, wanted) for wanted in (*(2**power for power in range(most.bit_length())), most)}
-        probes.add(_set_probes(index, self.settings.num_probes))
-        recalls = {}
-        for num_probes in sorted(probes):
-            _set_probes(index, num_probes)
-            recalls[str(num_probes)] = recall_against_flat(index, vectors)
-        size_mib = (folder / "index.faiss").stat().st_size / 2**20
-        logger.info("dense index %s: %.1f MiB, recall by probes %s", self.settings.factory, size_mib, recalls)
+        recalls = recall_against_flat(index, vectors, [*RECALL_PROBES, self.options.num_probes])
+        size_mib = path.stat().st_size / 2**20
+        logger.info("dense index %s: %.1f MiB, recall by probes %s", self.options.factory, size_mib, recalls)
         return {"index_mib": round(size_mib, 2), "recall_against_flat": recalls, "recall_depth": RECALL_DEPTH}
 
+    def _read(self, path: Path) -> Any:
+        """Open an index where it lies."""
+        import faiss
 
-def recall_against_flat(index: Any, vectors: np.ndarray, depth: int = RECALL_DEPTH) -> float:
-    """Return the share of the `depth` nearest passages, by exact search, that `index` finds among its `depth` best.
+        if not path.is_file():
+            raise UserError(f"there is no FAISS index {path}")
+        self._index_files.append(UnchangedFile(path))
+        try:
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        except RuntimeError as error:
+            raise UserError(
+                f"FAISS cannot read the index {path} ({_last_line(error)}); remove it, and make it again"
+            ) from error
 
-    Asked with vectors of passages of the corpus, each moved a little, as there are no queries yet.
+
+def recall_against_flat(
+    index: Any, vectors: np.ndarray, probes: Sequence[int] = (1,), depth: int = RECALL_DEPTH
+) -> dict[str, float]:
+    """Return, by number of probes, the share of the `depth` nearest passages that `index` finds among its best.
+
+    Asked with vectors of passages of the corpus, each moved a little, as there are no queries yet. An index without
+    cells counts as one probe.
     """
     import faiss
 
@@ -187,60 +214,24 @@ def recall_against_flat(index: Any, vectors: np.ndarray, depth: int = RECALL_DEP
     queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
     depth = min(depth, len(vectors))
     _, exact = faiss.knn(queries, vectors, depth, metric=faiss.METRIC_INNER_PRODUCT)
-    _, found = index.search(queries, depth)
-    hits = sum(len(set(best) & set(approximate)) for best, approximate in zip(exact, found, strict=True))
-    return hits / exact.size
-
-
-def _empty_index(settings: DenseSettings, dimensions: int) -> Any:
-    import faiss
-
-    try:
-        return faiss.index_factory(dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        refusal = f"FAISS makes no index {settings.factory!r} of {dimensions} dimensions"
-        raise UserError(f"{refusal}: {_last_line(error)}") from None
-
-
-def _starts(corpus: Path, folder: Path) -> dict[str, Any]:
-    """Write where each passage starts, for an existing FAISS index, which has a vector for every row."""
-    return _save_starts([start for start, _ in read_corpus(corpus)], folder)
-
-
-def _save_starts(starts: list[int], folder: Path) -> dict[str, Any]:
-    np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
-    return {"num_passages": len(starts)}
-
-
-def _cells(index: Any) -> Any:
-    """Return the part of an index that has cells, or `None`."""
-    import faiss
-
-    try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
+    recalls = {}
+    for num_probes in sorted({_set_probes(index, wanted) for wanted in probes}):
+        _set_probes(index, num_probes)
+        _, found = index.search(queries, depth)
+        hits = sum(len(set(best) & set(approximate)) for best, approximate in zip(exact, found, strict=True))
+        recalls[str(num_probes)] = hits / exact.size
+    return recalls
 
 
 def _set_probes(index: Any, num_probes: int) -> int:
     """Let a query look into `num_probes` cells, or as many as there are; return how many. 1 for an index without."""
-    cells = _cells(index)
+    import faiss
+
+    cells = faiss.try_extract_index_ivf(index)
     if cells is None:
         return 1
     cells.nprobe = min(num_probes, cells.nlist)
     return int(cells.nprobe)
-
-
-def _read(path: Path) -> Any:
-    """Open an index where it lies: it is mapped, not loaded, as far as its kind admits that."""
-    import faiss
-
-    if not path.is_file():
-        raise UserError(f"there is no FAISS index {path}")
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-    except RuntimeError as error:
-        raise UserError(f"FAISS cannot read the index {path}: {_last_line(error)}") from None
 
 
 def _last_line(error: RuntimeError) -> str:
@@ -248,13 +239,13 @@ def _last_line(error: RuntimeError) -> str:
     return str(error).splitlines()[-1][-200:]
 
 
-def _load_model(settings: DenseSettings) -> SentenceTransformer:
+def _load_model(options: DenseOptions) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(settings.model)
+        model = SentenceTransformer(options.model)
     except (OSError, ValueError) as error:
-        message = f"the model {settings.model!r} is no folder here and cannot be loaded from the Hub: {error}"
+        message = f"the model {options.model!r} is no folder here and cannot be loaded from the Hub: {error}"
         raise UserError(message[:500]) from error
-    model.max_seq_length = min(settings.max_tokens, model.max_seq_length or settings.max_tokens)
+    model.max_seq_length = min(options.max_tokens, model.max_seq_length or options.max_tokens)
     return model

@@ -17,7 +17,7 @@ from zerosearch.engines.account import GOOGLE_USD_PER_QUERY, Account
 from zerosearch.errors import UserError
 from zerosearch.http import CallFailed, HTTPClient, checked_key
 
-ProviderName = Literal["serpapi", "serper"]
+GoogleProvider = Literal["serpapi", "serper"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Provider:
     final_signs: tuple[str, ...]  # what a refusal says that no waiting mends
 
 
-PROVIDERS: dict[ProviderName, Provider] = {
+PROVIDERS: dict[GoogleProvider, Provider] = {
     "serpapi": Provider(
         "https://serpapi.com/search.json",
         ("SERPAPI_API_KEY", "SER_API_KEY"),  # the second is what the paper's code reads
@@ -63,7 +63,7 @@ class GoogleEngine:
     reads_query_only = True
 
     key: str = field(repr=False)
-    provider: ProviderName = "serpapi"
+    provider: GoogleProvider = "serpapi"
     num_documents: int = 5
     queries_per_s: float = 5.0  # our choice: far below what either provider admits
     max_queries: int | None = None
@@ -94,21 +94,20 @@ class GoogleEngine:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents of the first page of results. Raises `SearchError`."""
+        asked: dict[str, Any] = {"q": request.query, "num": self.num_documents}
+        content: dict[str, Any] = {"json": asked}
+        if self.provider == "serpapi":
+            content = {"params": {"engine": "google", **asked, "api_key": self.key}}
         with self.account.search():
             if not request.query.strip():
                 return SearchResult(())  # both services refuse it
-            asked = {"q": request.query, "num": self.num_documents}
-            method, content = "POST", {"json": asked}
-            if self.provider == "serpapi":
-                method, content = "GET", {"params": {"engine": "google", **asked, "api_key": self.key}}
             result, retries = await self.client.request(
-                method,
+                "GET" if self.provider == "serpapi" else "POST",
                 self.url or self.service.url,
                 read=self._result,
                 around=self._paced_call,
-                **content,  # type: ignore[arg-type]
+                **content,
             )
-            self.account.retries += retries
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
@@ -120,8 +119,8 @@ class GoogleEngine:
         return {"engine": self.name, "provider": self.provider, "num_documents": self.num_documents}
 
     @asynccontextmanager
-    async def _paced_call(self) -> AsyncIterator[None]:
-        async with self.account.call():
+    async def _paced_call(self, retries: int) -> AsyncIterator[None]:
+        async with self.account.call(retries):
             now = time.monotonic()
             self._next_call = max(self._next_call + 1.0 / self.queries_per_s, now)
             await asyncio.sleep(self._next_call - now)
@@ -156,7 +155,7 @@ def _passage(result: dict[str, Any]) -> Passage:
     return Passage(title, snippet) if snippet else Passage("", title)
 
 
-def read_key(provider: ProviderName, key_file: str | Path | None = None) -> str:
+def read_key(provider: GoogleProvider, key_file: str | Path | None = None) -> str:
     """Return the key of a provider, from a file or the environment. Raises `UserError` where there is none."""
     if key_file is not None:
         try:

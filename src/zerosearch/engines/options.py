@@ -7,13 +7,15 @@ from typing import Any, Literal, get_args
 
 from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchEngine
+from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.engines.cache import CachedEngine
+from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
+from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
+from zerosearch.engines.simulated import Coin, SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
 
 EngineKind = Literal["simulated", "bm25", "retriever", "google"]
-RetrieverProtocol = Literal["search-r1", "zerosearch"]
-GoogleProvider = Literal["serpapi", "serper"]
-Coin = Literal["query", "document"]
 
 
 @dataclass
@@ -102,18 +104,12 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
     """
     engine: Any
     if options.engine == "bm25":
-        from zerosearch.engines.bm25 import BM25Engine
-
         if options.corpus is None:
             raise UserError("--engine bm25 needs --corpus, a JSONL file of passages")
         engine = BM25Engine(options.corpus, options.num_documents, options.index_dir)
     elif options.engine == "retriever":
-        from zerosearch.engines.retriever import RetrieverEngine
-
         engine = RetrieverEngine(options.retriever_url, options.retriever_protocol, options.num_documents)
     elif options.engine == "google":
-        from zerosearch.engines.google import GoogleEngine, read_key
-
         engine = GoogleEngine(
             "" if options.search_cache_only else read_key(options.google_provider, options.google_key_file),
             options.google_provider,
@@ -125,8 +121,6 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
             url=options.google_url,
         )
     else:
-        from zerosearch.engines.simulated import SimulatedEngine
-
         engine = SimulatedEngine(
             options.simulator_url,
             options.simulator_model,
@@ -141,6 +135,4 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
         engine.check()
     if options.search_cache is None:
         return engine
-    from zerosearch.engines.cache import CachedEngine
-
     return CachedEngine(options.search_cache, engine, options.search_cache_only)

@@ -19,7 +19,7 @@ from zerosearch.engines.account import Account
 from zerosearch.errors import UserError
 from zerosearch.http import HTTPClient, ServiceError, redacted_url, run_in_background
 
-Protocol = Literal["search-r1", "zerosearch"]
+RetrieverProtocol = Literal["search-r1", "zerosearch"]
 
 
 @dataclass(eq=False, repr=False)
@@ -33,7 +33,7 @@ class RetrieverEngine:
     reads_query_only = True
 
     url: str = "http://127.0.0.1:8000/retrieve"
-    protocol: Protocol = "search-r1"
+    protocol: RetrieverProtocol = "search-r1"
     num_documents: int = 5
     timeout_s: float = 60.0
     max_retries: int = 5
@@ -60,11 +60,7 @@ class RetrieverEngine:
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the retriever finds. Raises `SearchError`."""
         with self.account.search():
-            body = self._body(request.query)
-            result, retries = await self.client.request(
-                "POST", self.url, json=body, read=self._result, around=self.account.call
-            )
-            self.account.retries += retries
+            result, retries = await self._ask(request.query, around=self.account.call)
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
@@ -77,26 +73,27 @@ class RetrieverEngine:
         return {"engine": self.name, **named}
 
     async def _check(self) -> None:
-        client, url = self.client, self.url
+        address, health = redacted_url(self.url), urljoin(self.url, "health")
         try:
-            await client.request("POST", url, json=self._body("test"), read=self._result, max_retries=0)
+            await self._ask("test", max_retries=0)
             try:
-                self.index, _ = await client.request("GET", urljoin(url, "health"), read=_read_index, max_retries=0)
+                self.index, _ = await self.client.request("GET", health, read=_read_index, max_retries=0)
             except ServiceError:
-                self.index = {"url": redacted_url(url)}
+                self.index = {"url": address}
         except ServiceError as error:
             raise UserError(
-                f"no retriever answers at {redacted_url(url)} in the protocol {self.protocol} ({error.reason}); "
+                f"no retriever answers at {address} in the protocol {self.protocol} ({error.reason}); "
                 "start one with: python recipes/serve_retriever.py --corpus FILE.jsonl"
             ) from None
         finally:
-            await client.aclose()
+            await self.client.aclose()
 
-    def _body(self, query: str) -> dict[str, Any]:
-        if self.protocol == "zerosearch":
-            return {"query": query, "top_k": self.num_documents}
-        # Search-R1's own server fails without scores, unless there are exactly two queries.
-        return {"queries": [query], "topk": self.num_documents, "return_scores": True}
+    async def _ask(self, query: str, **options: Any) -> tuple[SearchResult, int]:
+        """Return what a query finds, and how often the call was retried. `options` are `HTTPClient.request`'s."""
+        body = {"query": query, "top_k": self.num_documents}
+        if self.protocol == "search-r1":  # whose own server fails without scores, unless there are exactly two queries
+            body = {"queries": [query], "topk": self.num_documents, "return_scores": True}
+        return await self.client.request("POST", self.url, json=body, read=self._result, **options)
 
     def _result(self, reply: Any) -> SearchResult:
         if self.protocol == "zerosearch":

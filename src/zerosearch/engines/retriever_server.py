@@ -4,65 +4,47 @@
     GET /health      what index this is, and how many queries it has answered
 
 Requests that arrive while others are searched wait, and are then searched together. Searching, reading rows and
-writing replies happen in one thread, so that the event loop is free to read requests.
+writing replies happen in threads, so that the event loop is free to read requests.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
-import re
 import resource
 import socket
-from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from queue import SimpleQueue
-from threading import Thread
-from typing import Annotated, Any, Protocol
+from threading import Lock
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from zerosearch.engines.corpus import Found, PassageFile
+from zerosearch.engines.corpus import Found, PassageIndex
 from zerosearch.errors import UserError
 from zerosearch.text import clean_json
 
 logger = logging.getLogger(__name__)
 
 LARGEST_BODY_BYTES = 16 * 2**20
-LARGEST_REPLY_BYTES = 256 * 2**20
+LARGEST_REPLY_BYTES = 64 * 2**20
 LARGEST_QUERY = 10_000  # characters
 LARGEST_COUNT = 1000  # documents for a query
 MOST_ROWS = 50_000  # documents for a request: queries times documents for each
 BATCH_QUERIES = 256
-HEAD_S, BODY_S = 30.0, 60.0  # for a client to send the head of a request, its body
-MOST_CONNECTIONS = 800
+REQUEST_S = 60  # for a client to send a request, from the connection or the last reply on
 BACKLOG = 64  # connections that may wait to be accepted, and that asyncio accepts before it looks at one of them
-SPARE_FILES = 3 * BACKLOG  # for what is accepted beyond the limit, and for the index
+# Without a file to spare for those beyond the limit, asyncio would flood the log.
+MOST_CONNECTIONS = min(800, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3 * BACKLOG)
 SHUTDOWN_S = 10
-
-
-class PassageIndex(Protocol):
-    """What can be served: `BM25Index`, `DenseIndex`."""
-
-    passages: PassageFile
-    manifest: dict[str, Any]
-
-    def search(self, queries: Sequence[str], count: int) -> list[Found]:
-        """Return the `count` best passages for each query, best first."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Return what its results depend on."""
-        ...
-
 
 QueryText = Annotated[str, Field(max_length=LARGEST_QUERY)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
@@ -85,16 +67,34 @@ class Retrieval(BaseModel):
             raise ValueError("the body needs either queries, a list of texts, or query, a text")
         return self
 
-    def texts(self) -> list[str]:
-        """Return the queries."""
-        return [self.query or ""] if self.queries is None else self.queries
 
-    def count(self, default: int) -> int:
-        """Return how many documents each query wants."""
-        return (self.top_k if self.queries is None else self.topk) or default
+async def read_retrieval(request: Request) -> Retrieval:
+    """Read the body of a request. Raises what FastAPI answers with a 4xx."""
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].partition(";")[0].strip(' "')
+    coding = request.headers.get("content-encoding", "").lower()
+    if charset not in ("", "utf-8", "utf8") or coding not in ("", "identity"):
+        raise HTTPException(415, "the body must be JSON in UTF-8, not compressed")
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST_BODY_BYTES:
+                raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
+        return Retrieval.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
+    except ValidationError as error:  # the input, which may be long or not encodable, is not sent back
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
+    except (ValueError, RecursionError, ClientDisconnect) as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from None
 
 
-Waiting = tuple[Retrieval, Future[bytes]]
+@dataclass
+class Waiting:
+    """A request that waits to be searched."""
+
+    queries: list[str]
+    count: int
+    found: Future[list[Found]] = field(default_factory=Future)
 
 
 class RetrieverServer:
@@ -104,20 +104,35 @@ class RetrieverServer:
         self.index, self.default_count = index, default_count
         self.num_queries = self.num_batches = 0
         self._waiting: SimpleQueue[Waiting] = SimpleQueue()
+        self._searching = Lock()
         self.application = FastAPI(openapi_url=None)
         self.application.post("/retrieve")(self.retrieve)
         self.application.get("/health")(self.health)
-        Thread(target=self._work, name="index", daemon=True).start()
 
-    async def retrieve(self, request: Request) -> Response:
-        """Answer POST /retrieve."""
+    def retrieve(self, retrieval: Annotated[Retrieval, Depends(read_retrieval)]) -> Response:
+        """Answer POST /retrieve; FastAPI calls it in a thread."""
+        is_search_r1 = retrieval.queries is not None
+        queries = retrieval.queries if retrieval.queries is not None else [retrieval.query or ""]
+        count = (retrieval.topk if is_search_r1 else retrieval.top_k) or self.default_count
+        if (rows := len(queries) * count) > MOST_ROWS:
+            message = f"queries times topk is {rows:,}: at most {MOST_ROWS:,} in a request; send several"
+            raise HTTPException(422, message)
         try:
-            retrieval = await read_retrieval(request, self.default_count)
-        except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
-        reply: Future[bytes] = Future()
-        self._waiting.put((retrieval, reply))
-        return Response(await asyncio.wrap_future(reply), media_type="application/json")
+            found = self._found(Waiting(queries, count))
+            lists, size = [], 0
+            for best in found:
+                lists.append([self._document(start, score, retrieval) for start, score in best])
+                size += sum(map(len, lists[-1]))
+                if size > LARGEST_REPLY_BYTES:
+                    raise HTTPException(
+                        413, f"the reply would exceed {LARGEST_REPLY_BYTES:,} bytes; ask fewer queries"
+                    )
+        except UserError as error:  # a file has changed
+            logger.error(error)
+            raise HTTPException(500, str(error)) from None
+        texts = [f"[{', '.join(documents)}]" for documents in lists]
+        text = f'{{"result": [{", ".join(texts)}]}}' if is_search_r1 else texts[0]
+        return Response(text, media_type="application/json")
 
     async def health(self) -> dict[str, Any]:
         """Answer GET /health. Where files lie on this machine is not told."""
@@ -133,123 +148,69 @@ class RetrieverServer:
             "batches": self.num_batches,
         }
 
-    def _work(self) -> None:
-        """Answer what waits, batch by batch."""
-        while True:
-            batch = [self._waiting.get()]
-            while not self._waiting.empty() and sum(len(one.texts()) for one, _ in batch) < BATCH_QUERIES:
-                batch.append(self._waiting.get_nowait())
-            batch = [(one, reply) for one, reply in batch if reply.set_running_or_notify_cancel()]
-            batch.sort(key=self._count)  # those that want as many documents are searched together, and no others
-            for _, group in groupby(batch, key=self._count):
-                self._answer_group(list(group))
+    def _found(self, mine: Waiting) -> list[Found]:
+        """Return what a request finds. The first of those that wait searches for all of them."""
+        self._waiting.put(mine)
+        with self._searching:
+            while not mine.found.done():
+                batch = [self._waiting.get()]
+                while not self._waiting.empty() and sum(len(one.queries) for one in batch) < BATCH_QUERIES:
+                    batch.append(self._waiting.get())
+                batch.sort(key=lambda one: one.count)
+                for _, alike in groupby(batch, key=lambda one: one.count):
+                    self._search(list(alike))
+        return mine.found.result()
 
-    def _count(self, one: Waiting) -> int:
-        return one[0].count(self.default_count)
-
-    def _answer_group(self, group: Sequence[Waiting]) -> None:
+    def _search(self, batch: list[Waiting]) -> None:
+        """Search together for requests that want as many documents; each alone where that fails."""
         try:
-            self._answer(group)
-        except Exception:  # whatever an index raises; one query may spoil a batch, but not the others' answers
-            for one in group:
-                if not one[1].done():
-                    self._answer_alone(one)
-
-    def _answer_alone(self, one: Waiting) -> None:
-        try:
-            self._answer([one])
-        except HTTPException as error:
-            one[1].set_exception(error)
-        except Exception as error:
-            expected = isinstance(error, UserError)  # the corpus has changed
-            detail = str(error) if expected else f"the index failed: {type(error).__name__}"
-            logger.error(detail, exc_info=not expected)
-            one[1].set_exception(HTTPException(500, detail))
-
-    def _answer(self, group: Sequence[Waiting]) -> None:
-        """Search together, for as many documents, and reply to each its own."""
-        queries = [query for retrieval, _ in group for query in retrieval.texts()]
-        found = iter(self.index.search(queries, self._count(group[0])))
-        for retrieval, reply in group:
-            reply.set_result(self._reply(retrieval, list(islice(found, len(retrieval.texts())))))
-        self.num_queries += len(queries)
+            found = iter(self.index.find([query for one in batch for query in one.queries], batch[0].count))
+        except BaseException as error:  # whatever an index raises, panics of tantivy's included
+            if len(batch) > 1:
+                for one in batch:
+                    self._search([one])
+            elif isinstance(error, UserError):
+                batch[0].found.set_exception(error)
+            else:
+                message = f"the index failed: {type(error).__name__}"
+                logger.error(message, exc_info=error)
+                batch[0].found.set_exception(HTTPException(500, message))
+            return
+        for one in batch:
+            one.found.set_result(list(islice(found, len(one.queries))))
+        self.num_queries += sum(len(one.queries) for one in batch)
         self.num_batches += 1
 
-    def _reply(self, retrieval: Retrieval, found: Sequence[Found]) -> bytes:
-        """Return the JSON of a reply, written row by row: as objects, a large one would take several times as much."""
-        lists, size = [], 0
-        for best in found:
-            rows = [self._row(retrieval, start, score) for start, score in best]
-            size += sum(map(len, rows))
-            if size > LARGEST_REPLY_BYTES:
-                raise HTTPException(413, f"the reply would exceed {LARGEST_REPLY_BYTES:,} bytes; ask fewer queries")
-            lists.append(f"[{', '.join(rows)}]")
-        text = lists[0] if retrieval.queries is None else f'{{"result": [{", ".join(lists)}]}}'
-        return text.encode()
-
-    def _row(self, retrieval: Retrieval, start: int, score: float) -> str:
+    def _document(self, start: int, score: float, retrieval: Retrieval) -> str:
+        """Return the JSON of one document: as objects, those of a large reply would take several times as much."""
         if retrieval.queries is None:
-            return json.dumps({"text": self.index.passages.passage(start).document})
-        row = self.index.passages.row(start)
+            return json.dumps({"text": self.index.passage(start).document})
+        row = self.index.row(start)
         return json.dumps({"document": row, "score": score} if retrieval.return_scores else row)
 
 
-async def read_retrieval(request: Request, default_count: int) -> Retrieval:
-    """Read the body of a request in either protocol. Raises what FastAPI answers with a 4xx."""
-    content_type, coding = (request.headers.get(name, "") for name in ("content-type", "content-encoding"))
-    charset = re.search(r"charset\s*=\s*\"?([^\s\";]*)", content_type, re.IGNORECASE)
-    if coding.lower() not in ("", "identity") or (charset and charset[1].lower() not in ("utf-8", "utf8")):
-        raise HTTPException(415, "the body must be JSON in UTF-8, not compressed")
-    try:
-        async with asyncio.timeout(BODY_S):
-            body = await _read_body(request)
-    except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {BODY_S:.0f} s") from None
-    try:
-        retrieval = Retrieval.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
-    rows = len(retrieval.texts()) * retrieval.count(default_count)
-    if rows > MOST_ROWS:
-        raise HTTPException(422, f"queries times topk is {rows:,}: at most {MOST_ROWS:,} in a request; send several")
-    return retrieval
-
-
-async def _read_body(request: Request) -> bytearray:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY_BYTES:
-            raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
-    return body
-
-
 class _Protocol(H11Protocol):
-    """HTTP as uvicorn has it, with limits on connections and on the time between requests, until the head is there."""
+    """HTTP as uvicorn has it, with limits on connections and on the time that a client takes to send a request."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_S, transport.abort)
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # without a spare one, asyncio would flood the log
-        if len(self.connections) > min(MOST_CONNECTIONS, files - SPARE_FILES):
+        self._timer = self.loop.call_later(REQUEST_S, transport.abort)
+        if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._head_timer.cancel()
+        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
+            self._timer.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._head_timer.cancel()
-        if self.cycle.response_complete:  # otherwise the next request has arrived with the last one
-            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+        self._timer.cancel()
+        if self.cycle.response_complete or self.cycle.more_body:  # else the next request has arrived with the last one
+            self._timer = self.loop.call_later(REQUEST_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
 
@@ -273,7 +234,7 @@ def web_server(server: RetrieverServer) -> uvicorn.Server:
         log_level="error",
         access_log=False,
         backlog=BACKLOG,
-        timeout_keep_alive=int(HEAD_S),
+        timeout_keep_alive=REQUEST_S,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     return uvicorn.Server(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,8 @@ CONCURRENCY_OF_A_SERVER = 64
 
 Coin = Literal["query", "document"]
 COIN_STREAM = 1_000_033  # keeps the coins of documents apart from those of queries, and from the seeds
+# What servers say for a chat template that refuses a system message, as Gemma's and Mistral's do.
+SYSTEM_REFUSED = re.compile(r"(?i)system (role|message)|roles must alternate|only user and assistant roles")
 
 
 @dataclass
@@ -33,7 +36,6 @@ class SimulatorCounts:
     replies: int = 0
     well_formed_replies: int = 0  # "Doc 1: ..." to the last, and nothing else
     short_replies: int = 0
-    failed_searches: int = 0
 
 
 @dataclass(eq=False, repr=False)
@@ -50,11 +52,10 @@ class SimulatedEngine:
     request's key, so a run that is resumed asks for the same documents.
 
     A reply with fewer than `num_documents` documents is asked for once more, with another seed. The fuller of the two
-    is used; without documents in either the search fails.
+    is used; without documents in either the search fails. With `ask_leaks_again`, which is not the paper's, so is a
+    noisy reply that holds a golden answer of the question; one that leaks the second time as well is used as it is.
 
-    With `ask_leaks_again`, which is not the paper's, a noisy reply that holds a golden answer of the question is asked
-    for once more, too, so that the noise that comes is nearer to the noise that was asked for. A reply that leaks the
-    second time as well is used as it is.
+    Every prompt follows an empty system message (see `simulator_messages`), but for a model whose template refuses it.
     """
 
     name = "simulated"
@@ -78,6 +79,7 @@ class SimulatedEngine:
         self.address = redacted_url(", ".join(self.base_urls))  # for messages
         self.max_concurrency = self.max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
+        self._sends_system_message = True
         self.account = Account(self.name)
         self.client = HTTPClient(
             "the simulator",
@@ -105,34 +107,25 @@ class SimulatedEngine:
 
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it writes none."""
-        try:
-            with self.account.search():
-                return await self._search(request)
-        except SearchError:
-            self.counts.failed_searches += 1
-            raise
-
-    async def _search(self, request: SearchRequest) -> SearchResult:
-        coins = self._draw(request)  # (num_documents,)
-        qualities = sorted(set(coins))
-        replies = await asyncio.gather(*(self._write(request, noisy) for noisy in qualities))
-        written = {noisy: iter(documents) for noisy, (documents, _, _) in zip(qualities, replies, strict=True)}
-        pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
-        retries = sum(retries for _, retries, _ in replies)
-        if not pairs:
-            raise SearchError(
-                f"the simulator at {self.address} wrote no documents for the query {request.query!r}, asked twice; "
-                "is the model it serves a simulator, and tuned to this prompt?",
-                retries,
+        with self.account.search():
+            coins = self._draw(request)  # (num_documents,)
+            qualities = sorted(set(coins))
+            replies = await asyncio.gather(*(self._write(request, noisy) for noisy in qualities))
+            written = {noisy: iter(reply.documents) for noisy, reply in zip(qualities, replies, strict=True)}
+            pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
+            retries = sum(reply.retries for reply in replies)
+            if not pairs:
+                nothing = f"wrote no documents for the query {request.query!r}, asked twice"
+                question = "is the model it serves a simulator, and tuned to this prompt?"
+                raise SearchError(f"the simulator at {self.address} {nothing}; {question}", retries)
+            noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
+            return SearchResult(
+                documents=tuple(document for document, _ in pairs),
+                noisy=noisy_share > 0.5,
+                retries=retries,
+                noisy_share=noisy_share if self.coin == "document" else None,
+                short_replies=sum(reply.short_replies for reply in replies),
             )
-        noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
-        return SearchResult(
-            documents=tuple(document for document, _ in pairs),
-            noisy=noisy_share > 0.5,
-            retries=retries,
-            noisy_share=noisy_share if self.coin == "document" else None,
-            short_replies=sum(short for _, _, short in replies),
-        )
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, wherever it is served; `model` is `None` before `check`."""
@@ -152,8 +145,8 @@ class SimulatedEngine:
         places = range(self.num_documents)
         return tuple(keyed_uniform(*request.key, COIN_STREAM, place) < request.p_noise for place in places)
 
-    async def _write(self, request: SearchRequest, noisy: bool) -> tuple[tuple[str, ...], int, int]:
-        """Return documents of one quality, the calls it took beyond the first, and how many replies were short."""
+    async def _write(self, request: SearchRequest, noisy: bool) -> SearchResult:
+        """Return documents of one quality; `retries` are the calls beyond the first."""
         messages = simulator_messages(
             question=request.question,
             golden_answers=request.golden_answers,
@@ -176,7 +169,7 @@ class SimulatedEngine:
         documents = min(replies, key=lambda reply: (not reply, leaks(reply), -len(reply)))
         short_replies = sum(len(reply) < self.num_documents for reply in replies)
         self.counts.short_replies += short_replies
-        return documents, retries, short_replies
+        return SearchResult(documents, retries=retries, short_replies=short_replies)
 
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
@@ -186,17 +179,26 @@ class SimulatedEngine:
             urls = [f"{url}/models" for url in self.base_urls]
             models, _ = await self.client.request("GET", urls, read=read_models, timeout_s=CHECK_TIMEOUT_S)
             self.model = models[0]
+        sent = messages if self._sends_system_message else messages[1:]
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
+            "messages": sent,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
         if key:
             body["seed"] = int(keyed_uniform(*key, attempt) * 2**31)
         urls = [f"{url}/chat/completions" for url in self.base_urls]
-        reply, retries = await self.client.request("POST", urls, json=body, read=read_chat, around=self.account.call)
-        self.account.retries += retries
+        try:
+            reply, retries = await self.client.request(
+                "POST", urls, json=body, read=read_chat, around=self.account.call
+            )
+        except ServiceError as error:
+            if sent is not messages or not SYSTEM_REFUSED.search(error.reason):
+                raise
+            self._sends_system_message = False
+            documents, retries = await self._ask(messages, key, attempt)
+            return documents, retries + 1
         text = without_thoughts(reply.text)
         self.counts.replies += 1
         self.counts.well_formed_replies += is_well_formed(text, self.num_documents)

@@ -86,7 +86,7 @@ def measure_simulator(
             **_share("valid_format_rate", counts.well_formed_replies, counts.replies, rng),
             **_share("short_reply_rate", counts.short_replies, counts.replies, rng),
             "replies": counts.replies,
-            "failed_searches": counts.failed_searches,
+            "failed_searches": engine.account.failures,
         },
         "documents": {**_lengths(samples, rng), **_lengths(_recorded(chosen), rng)},
     }
