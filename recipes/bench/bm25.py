@@ -6,8 +6,7 @@ The question itself is the query, and an answer counts as found if one of the fi
 as for exact match). Corpora larger than the given one are the given one and passages of random words: its words, drawn
 by their frequency, in passages of its lengths. Without files, TinyWorld's are used. Each corpus is indexed and
 searched in a process of its own, whose memory is read from the kernel: `peak_mib` is the largest resident set while
-building, mapped pages included; `search_mib` is what is the process's own while it searches, and `mapped_mib` what is
-mapped from the index, corpus and libraries, which the system takes back when it needs the memory.
+building, mapped pages included; `search_mib` is what is the process's own while it searches.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -49,7 +48,7 @@ class BenchArguments:
     sizes: list[int] = field(
         default_factory=lambda: [0, 100_000, 1_000_000], metadata={"help": "Passages in all; 0: as it is."}
     )
-    output: str = field(default="outputs/bench/bm25.json", metadata={"help": "Where to write; a plot goes beside it."})
+    output: str = field(default="outputs/bench/bm25.json", metadata={"help": "Where to write."})
 
     def __post_init__(self) -> None:
         if (self.corpus is None) != (self.questions is None):
@@ -104,7 +103,6 @@ def memory_mib(name: str) -> float:
 def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
     """Index a corpus and search it for every question, in a process that did nothing before."""
     rows = load_questions(str(questions)).to_list()
-    before_mib = memory_mib("VmRSS")
     start = time.perf_counter()
     engine = BM25Engine(corpus, index_dir=folder)
     build_s, peak_mib = time.perf_counter() - start, memory_mib("VmHWM")
@@ -125,27 +123,11 @@ def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
         "queries_per_s_rounds": by_round,
         "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) * 1000 for p in (50, 95)},
         "build_s": build_s,
-        "before_mib": before_mib,
         "peak_mib": peak_mib,
         "search_mib": memory_mib("RssAnon"),
-        "mapped_mib": memory_mib("RssFile"),
         "index_mib": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20,
         "corpus_mib": corpus.stat().st_size / 2**20,
     }
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw speed, build time and memory over the size of the corpus."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    names = (("queries_per_s", "queries per second"), ("build_s", "seconds to build"), ("peak_mib", "peak MiB"))
-    for axes, (name, label) in zip(panels, names, strict=True):
-        axes.plot([row["passages"] for row in rows], [row[name] for row in rows], marker="o", color="#2a6f97")
-        axes.set(xscale="log", yscale="log", xlabel="passages", title=label)
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
 
 
 @exit_on_user_error
@@ -179,8 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores",
     }
     output.write_text(json.dumps({**results[0], **about}, indent=2) + "\n", encoding="utf-8")
-    plot(results, output.with_suffix(".svg"))
-    print(f"{output}, {output.with_suffix('.svg').name}")
+    print(output)
 
 
 if __name__ == "__main__":
