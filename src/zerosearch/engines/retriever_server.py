@@ -165,6 +165,7 @@ class RetrieverServer:
         """Search together for requests that want as many documents; each alone where that fails."""
         try:
             found = iter(self.index.find([query for one in batch for query in one.queries], batch[0].count))
+            shares = [list(islice(found, len(one.queries))) for one in batch]
         except BaseException as error:  # whatever an index raises, panics of tantivy's included
             if len(batch) > 1:
                 for one in batch:
@@ -176,8 +177,8 @@ class RetrieverServer:
                 logger.error(message, exc_info=error)
                 batch[0].found.set_exception(HTTPException(500, message))
             return
-        for one in batch:
-            one.found.set_result(list(islice(found, len(one.queries))))
+        for one, share in zip(batch, shares, strict=True):
+            one.found.set_result(share)
         self.num_queries += sum(len(one.queries) for one in batch)
         self.num_batches += 1
 
