@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from scripted import Library, Writer
+from scripted_rollouts import ScriptedEngine
 
 from zerosearch.data import Passage, passage_of
 from zerosearch.engines import result_of
@@ -117,6 +118,14 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
     assert trajectory.reading_tokens > 0 and writer.released == [1, 0]
     record = trajectory.to_record(ROW, "PROMPT")["segments"]
     assert record[2]["text"] == notes and record[2]["documents"] == ["Emma: Found for Emma", "Rain: It rains."]
+
+
+def test_documents_that_leave_no_room_to_read_them_end_the_trajectory() -> None:
+    writer = Writer(lambda context: "<search> Emma </search>")
+    settings = RolloutSettings(max_trajectory_tokens=250, temperature=0.0)
+    engine = ScriptedEngine(lambda request: ["x" * 1000])
+    (trajectory,) = run_rollouts([ROW], writer, engine, settings, agent=PAPER.agents["search-o1"])
+    assert (trajectory.outcome, len(trajectory.turns), len(writer.contexts)) == ("truncated", 1, 1)
 
 
 def test_search_r1_shows_titles() -> None:

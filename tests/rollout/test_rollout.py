@@ -23,7 +23,7 @@ from scripted_rollouts import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, SampledTurn, TurnRequest
 from zerosearch.generation.tokenization import prompt_token_ids, text_token_ids
@@ -339,6 +339,30 @@ def test_a_search_without_a_reply_is_given_up(tiny_tokenizer: PreTrainedTokenize
     trajectory = roll_out(tiny_tokenizer, ["<search> q </search>"], engine, search_timeout_s=0.05)
     assert (trajectory.outcome, trajectory.turns[0].latency_s) == ("failed_search", pytest.approx(0.05, abs=1.0))
     assert trajectory.error == "the engine scripted gave no reply within 0.05 s"
+
+
+@pytest.mark.parametrize("spends", [False, True])
+def test_nothing_is_started_once_the_rollout_may_not_go_on(
+    spends: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spent = BudgetSpent("the limit of 3 queries is reached")
+    engine = ScriptedEngine(lambda request: spent if spends and len(engine.requests) >= 3 else ["Fine."])
+    turns = ["<search> q </search>", "<answer> x </answer>"]
+    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    trajectories = run_rollouts(
+        questions(9), generator, engine, RolloutSettings(), max_live=1, may_go_on=lambda: len(engine.requests) < 3
+    )
+    outcomes = [trajectory.outcome for trajectory in trajectories]
+    assert outcomes == ["answered"] * 2 + [None] * 7, "what is under way ends, and can be asked again"
+    assert (len(engine.requests), len(generator.requests)) == (3, 3)
+    assert trajectories[2].turns[0].documents == (() if spends else ("Fine.",))
+
+
+def test_a_budget_that_is_spent_is_a_failed_search_where_the_rollout_goes_on(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    engine = ScriptedEngine(lambda request: BudgetSpent("the limit of 3 queries is reached"))
+    assert roll_out(tiny_tokenizer, ["<search> q </search>"], engine).outcome == "failed_search"
 
 
 class Odd:
