@@ -85,7 +85,7 @@ class Demo:
         """Run everything up to the report and return the seconds that training took."""
         self.make_data()
         self.tune_simulator()
-        with ThreadPoolExecutor(1) as meanwhile:
+        with ThreadPoolExecutor(1) as meanwhile, self.stages:
             before = meanwhile.submit(self.evaluate, "before", BASE_POLICY, "bm25")
             with simulator_server(
                 str(self.simulator), port, max_model_len=1024, dtype="float32", num_threads=1

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
         if config.process_index == 0:
-            print(costs(config, engine))
+            print(costs(Path(config.output_dir), engine))
         close_engine(engine)
 
 

@@ -23,34 +23,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import read_passages
-from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir
 
 END_OF_TEXT = "<|endoftext|>"
 P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token
-HEAD_SIZE = 32  # vLLM's attention on a CPU takes no smaller one
+HIDDEN_SIZE, NUM_HEADS = 64, 2  # heads of 32: vLLM's attention on a CPU takes no smaller ones
 PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @dataclass
 class RandomModelArguments:
-    """What to make; the sizes give about 600,000 parameters."""
+    """What to make; these give about 600,000 parameters."""
 
     corpus: str = field(metadata={"help": "JSONL file of passages in wiki-18's format, to train the tokenizer on."})
     output_dir: str = field(metadata={"help": "Folder for the model and the tokenizer; must be new or empty."})
     vocab_size: int = field(
         default=4096, metadata={"min": 257, "help": "Number of tokens; 256 of them are the single bytes."}
     )
-    hidden_size: int = field(default=64, metadata={"min": HEAD_SIZE, "help": "Width of the model, a multiple of 32."})
-    num_layers: int = field(default=3, metadata={"min": 1, "help": "Number of layers."})
-    max_position_embeddings: int = field(
-        default=8192, metadata={"min": 1, "help": "Longest text the model takes, in tokens."}
-    )
     seed: int = field(default=0, metadata={"min": 0, "help": "Seed of the random weights."})
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % HEAD_SIZE:
-            raise UserError(f"hidden_size is {self.hidden_size}: it must be a multiple of {HEAD_SIZE}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -74,20 +64,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def random_model(arguments: RandomModelArguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Return a small Llama with random weights for the tokenizer's vocabulary.
 
     Not a Qwen2: with a model of that type, transformers 5.17 loads Qwen2's own tokenizer in place of the saved one.
     """
-    set_seed(arguments.seed)
+    set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        intermediate_size=2 * arguments.hidden_size,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.hidden_size // HEAD_SIZE,
-        num_key_value_heads=arguments.hidden_size // HEAD_SIZE,
-        max_position_embeddings=arguments.max_position_embeddings,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=3,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_HEADS,
+        max_position_embeddings=8192,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -102,16 +92,15 @@ def make_tags_likely(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     """Give each tag about the probability of `P_TAGS`, whatever came before.
 
     A 1 in the first dimension of every input embedding outweighs the random rest, so the state before the output
-    layer, whose length is sqrt(hidden_size), is about sqrt(hidden_size) there: the constant that a bias needs.
+    layer, whose length is sqrt(HIDDEN_SIZE), is about sqrt(HIDDEN_SIZE) there: the constant that a bias needs.
     """
-    num_tokens, hidden_size = model.lm_head.weight.shape
-    p_others = (1 - sum(P_TAGS.values())) / (num_tokens - len(P_TAGS))
+    p_others = (1 - sum(P_TAGS.values())) / (len(tokenizer) - len(P_TAGS))
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
         model.lm_head.weight[:, 0] = 0.0
         for tag, p_tag in P_TAGS.items():
             row = tokenizer.convert_tokens_to_ids(tag)
-            model.lm_head.weight[row, 0] = math.log(p_tag / p_others) / math.sqrt(hidden_size)
+            model.lm_head.weight[row, 0] = math.log(p_tag / p_others) / math.sqrt(HIDDEN_SIZE)
 
 
 @exit_on_user_error
@@ -121,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = claim_output_dir(Path(arguments.output_dir))
     texts = [f"{passage.title}\n{passage.text}" for passage in read_passages(arguments.corpus)]
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
-    model = random_model(arguments, tokenizer)
+    model = random_model(tokenizer, arguments.seed)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     print(f"{output_dir}: {model.num_parameters():,} random parameters, {len(tokenizer):,} tokens")

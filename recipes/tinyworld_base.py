@@ -22,14 +22,22 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.utils.data import IterableDataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.prompts import TINYWORLD
 from zerosearch.protocol import format_documents, format_observation
-from zerosearch.tinyworld.world import FILLERS, RELATION, Fact, Question, World, build_tokenizer, draw_name
+from zerosearch.tinyworld.tokenizer import build_tokenizer
+from zerosearch.tinyworld.world import FILLERS, RELATION, Fact, Question, World, draw_name
 
 # A text is a list of (piece, whether the model learns to write it).
 Text = list[tuple[str, bool]]
@@ -45,36 +53,31 @@ QUOTES_ANOTHER_FACT = 0.15
 MOST_SEARCHES = 4
 NOISE_LEVELS = (0.0, 0.3, 0.6)
 
-WARMUP_STEPS = 50
 SHARE_OF_FACT_LISTS = 0.3  # the rest of the policy's texts are demonstrations
 
 
 @dataclass
 class BaseArguments:
-    """What to make, and for how long to train it."""
+    """What to make, and for how many steps of 48 texts to train it."""
 
     models: list[str] = field(default_factory=lambda: ["policy", "simulator"], metadata={"help": "which of the two"})
     output_dir: str = "data/tinyworld"
     seed: int = 0
     policy_steps: int = 900
     simulator_steps: int = 2400
-    texts_per_step: int = 48
-    learning_rate: float = 3e-3  # falls linearly to nothing
-    hidden_size: int = 128  # four heads of 32, the smallest that vLLM has a CPU kernel for
-    intermediate_size: int = 256
 
 
-def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Return an untrained model whose first two layers look things up.
 
     A Llama with attention biases, not a Qwen2: for that type AutoTokenizer puts its own tokenizer in place of ours.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=4,  # of 32, the smallest that vLLM has a CPU kernel for
         num_key_value_heads=4,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -85,7 +88,7 @@ def build_model(arguments: BaseArguments, tokenizer: PreTrainedTokenizerFast) ->
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    install_lookup_circuit(model, torch.Generator().manual_seed(arguments.seed))
+    install_lookup_circuit(model, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -270,60 +273,46 @@ def names_any(document: str, names: Iterable[str]) -> bool:
     return any(f" {name} " in f" {document.removesuffix('.')} " for name in names)
 
 
+class Encoded(IterableDataset):
+    """Token ids and labels of texts, -100 where nothing is learnt; a text that the model ends itself gets an EOS."""
+
+    def __init__(self, texts: Iterator[Text], tokenizer: PreTrainedTokenizerFast) -> None:
+        self.texts, self.tokenizer = texts, tokenizer
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for text in self.texts:
+            last_is_learned = text[-1][1]
+            pieces = [*text, (self.tokenizer.eos_token, True)] if last_is_learned else text
+            encoded = [
+                (self.tokenizer(piece, add_special_tokens=False).input_ids, learned) for piece, learned in pieces
+            ]
+            yield {
+                "input_ids": [token for ids, _ in encoded for token in ids],
+                "labels": [token if learned else -100 for ids, learned in encoded for token in ids],
+            }
+
+
 def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Iterator[Text],
-    steps: int,
-    arguments: BaseArguments,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Iterator[Text], steps: int, output_dir: Path
 ) -> None:
-    """Train on the pieces that are the model's to write, in micro-batches of texts of similar length."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS))
+    """Train on the pieces that are the model's to write, and save the model with its tokenizer."""
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=48,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        lr_scheduler_type="linear",
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        save_strategy="no",
+        logging_steps=20,
+        report_to="none",
     )
-    model.train()
-    progress = tqdm(range(steps))
-    for _ in progress:
-        examples = sorted(
-            (encode(tokenizer, next(texts)) for _ in range(arguments.texts_per_step)), key=lambda x: len(x[0])
-        )
-        num_learned = sum(label != -100 for _, labels in examples for label in labels)
-        step_loss = 0.0
-        for start in range(0, len(examples), 16):
-            micro_batch = examples[start : start + 16]
-            longest = len(micro_batch[-1][0])
-            ids = torch.tensor(
-                [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in micro_batch]
-            )  # (B, T)
-            labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in micro_batch])  # (B, T)
-            hidden = model.model(
-                ids, attention_mask=(ids != tokenizer.pad_token_id).long()
-            ).last_hidden_state  # (B, T, H)
-            learned = labels[:, 1:] != -100  # (B, T - 1)
-            logits = model.lm_head(hidden[:, :-1][learned])  # (N, V)
-            loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum") / num_learned
-            loss.backward()
-            step_loss += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        progress.set_postfix(loss=f"{step_loss:.3f}")
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[list[int], list[int]]:
-    """Return token ids and labels, -100 where nothing is learnt; a text that the model ends itself gets an EOS."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for piece, learned in text:
-        piece_ids = tokenizer(piece, add_special_tokens=False).input_ids
-        ids += piece_ids
-        labels += piece_ids if learned else [-100] * len(piece_ids)
-    if text[-1][1]:
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    return ids, labels
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    Trainer(model, arguments, collator, train_dataset=Encoded(texts, tokenizer)).train()
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
 
 
 @exit_on_user_error
@@ -339,13 +328,11 @@ def main() -> None:
             raise UserError(f"--models names {name!r}: choose among {', '.join(recipes)}")
         texts, steps = recipes[name]
         torch.manual_seed(arguments.seed)
-        model = build_model(arguments, tokenizer)
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
-        train(model, tokenizer, texts(random.Random(f"{name}-{arguments.seed}")), steps, arguments)
-        directory = Path(arguments.output_dir) / name
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        print(f"{name}: saved to {directory}")
+        model = build_model(tokenizer, arguments.seed)
+        print(f"{name}: {model.num_parameters():,} parameters, {steps} steps")
+        folder = Path(arguments.output_dir) / name
+        train(model, tokenizer, texts(random.Random(f"{name}-{arguments.seed}")), steps, folder)
+        print(f"{name}: saved to {folder}")
 
 
 if __name__ == "__main__":

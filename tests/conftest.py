@@ -8,9 +8,9 @@ from pathlib import Path
 
 # Before anything imports the Hub's client: no test asks the network for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads would compete with the other worker's
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DO_NOT_TRACK"] = "1"
 
 import pytest
 import torch

@@ -68,8 +68,19 @@ def rain_trainer(
     )
     return SearchTrainer(
         model=str(model),
-        reward_funcs=f1_reward,
         args=config,
         engine=engine,
-        **{"train_dataset": datasets.Dataset.from_list(ROWS), **(arguments or {})},
+        **{"reward_funcs": f1_reward, "train_dataset": datasets.Dataset.from_list(ROWS), **(arguments or {})},
     )
+
+
+def one_batch(trainer: SearchTrainer, num_rows: int = 8) -> dict[str, Any]:
+    """Roll out and score the first rows, `num_generations` times each, as a training step does.
+
+    The rows, with what the rollout added to them, are in `trainer._handed.rows`.
+    """
+    trainer.model.train()
+    trainer.state.max_steps = 2
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    rows = [dict(ROWS[place // trainer.args.num_generations]) for place in range(num_rows)]
+    return trainer._generate_and_score_completions(rows)

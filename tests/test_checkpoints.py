@@ -16,9 +16,9 @@ import pytest
 import torch
 from huggingface_hub import get_token
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from zerosearch.checkpoints import checkpoint_to_resume, forget_later_steps, training_run
+from zerosearch.checkpoints import checkpoint_to_resume, training_run
 from zerosearch.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -82,37 +82,25 @@ def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: 
             assert seen == checkpoint
 
 
-def test_the_hubs_token_is_in_no_saved_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_argument_is_saved_and_the_hubs_token_is_where_its_client_looks(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
     config = settings(tmp_path, hub_token="hf_MARKER")
     with training_run(config, overwrite=False):
-        torch.save(config, tmp_path / "training_args.bin")
-    assert b"hf_MARKER" not in (tmp_path / "training_args.bin").read_bytes()
-    assert get_token() == "hf_MARKER"
+        Trainer(AutoModelForCausalLM.from_pretrained(tiny_policy_dir), config).save_model()
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "training_args.bin").exists()
+    assert config.hub_token is None and get_token() == "hf_MARKER"
 
 
-def test_trajectories_of_later_steps_are_forgotten(tmp_path: Path) -> None:
-    path = tmp_path / "trajectories.jsonl"
-    question = "Où\u2028est\u2029le\x85livre?"  # characters that str.splitlines takes for line ends
-    lines = [json.dumps({"step": step, "question": question}, ensure_ascii=False) + "\n" for step in (1, 1, 2, 3)]
-    path.write_text("".join(lines) + '{"step": 3, "que', encoding="utf-8")
-    forget_later_steps(path, 2)
-    assert path.read_text(encoding="utf-8") == "".join(lines[:3]), "a line ends at its line feed only"
-    path.write_text("".join(lines[:3]) + '{"st', encoding="utf-8")
-    forget_later_steps(path, 2)
-    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
-    forget_later_steps(tmp_path / "none.jsonl", 2)
-    assert not (tmp_path / "none.jsonl").exists()
-
-
-def command(output: Path, algorithm: str, policy: Path, data: Path, *flags: str) -> list[str]:
+def command(output: Path, policy: Path, data: Path, *flags: str) -> list[str]:
     settings: dict[str, Any] = {
         "model_name_or_path": policy,
         "dataset": data / "qa.jsonl",
         "engine": "bm25",
         "corpus": data / "corpus.jsonl",
         "output_dir": output,
-        "algorithm": algorithm,
+        "algorithm": "ppo",  # its checkpoint holds what every other does, and the critic
         "critic_learning_rate": 1e-3,
         "num_generations": 4,
         "per_device_train_batch_size": 8,
@@ -144,8 +132,7 @@ def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-def test_a_killed_run_ends_as_one_left_alone(algorithm: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_left_alone(tiny_policy_dir: Path, tmp_path: Path) -> None:
     questions = [
         {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)
     ]  # three steps an epoch
@@ -154,11 +141,11 @@ def test_a_killed_run_ends_as_one_left_alone(algorithm: str, tiny_policy_dir: Pa
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    straight = command(alone, algorithm, tiny_policy_dir, tmp_path)
+    straight = command(alone, tiny_policy_dir, tmp_path)
     subprocess.run(straight, check=True, capture_output=True, env=environment, timeout=300)
 
-    rng = random.Random(algorithm)
-    interrupted = command(killed, algorithm, tiny_policy_dir, tmp_path)
+    rng = random.Random(0)
+    interrupted = command(killed, tiny_policy_dir, tmp_path)
     for flags in ((), ("--resume_from_checkpoint", "true")):  # killed twice, the second time as it had resumed
         before = {folder.name for folder in killed.glob("checkpoint-*")}
         with subprocess.Popen([*interrupted, *flags], stderr=subprocess.DEVNULL, env=environment) as process:

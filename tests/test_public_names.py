@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -20,3 +21,16 @@ def test_every_public_name_is_there() -> None:
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, zerosearch; print(sorted({'torch', 'trl', 'vllm', 'numpy', 'aiohttp'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("asked", "reports"), [(None, False), ("1", False), ("0", True)])
+@pytest.mark.parametrize("first", ["zerosearch", "huggingface_hub.constants"])  # as an import before ours does
+def test_nothing_is_reported_to_makers_of_libraries_unless_asked_for(
+    first: str, asked: str | None, reports: bool
+) -> None:
+    code = f"import {first}, zerosearch, os, huggingface_hub.constants as hub;"
+    code += "print(not hub.HF_HUB_DISABLE_TELEMETRY, os.environ['DO_NOT_TRACK'] != '1')"  # TRL's switch, and vLLM's
+    others = {name: value for name, value in os.environ.items() if name not in ("DO_NOT_TRACK", "HF_HUB_OFFLINE")}
+    environment = others | ({} if asked is None else {"DO_NOT_TRACK": asked})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{reports} {reports}\n", done.stderr

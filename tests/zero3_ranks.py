@@ -22,15 +22,15 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl.generation import vllm_generation
 
 from zerosearch.generation.adapter_weights import dequantized
+from zerosearch.training.trainer import SearchTrainer
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 PPO = {"algorithm": "ppo", "critic_learning_rate": 1e-3, "critic_warmup_steps": 0}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, and arguments of the trainer
-    "reinforce": ({"algorithm": "reinforce"}, {}),
-    "rloo": ({"algorithm": "rloo"}, {}),
     "grpo": ({"algorithm": "grpo"}, {}),
+    "gathered": ({"algorithm": "grpo", "use_vllm": False}, {}),  # for generation by transformers
     "ppo": (PPO, {}),
     "lora": (PPO, LORA),
     "qlora": ({"algorithm": "reinforce"}, {**LORA, "quantization_config": NF4}),
@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
             self.held.append({name: held(model) for name, model in models.items() if model is not None})
         if state.global_step == 1:
             self.policy = whole_weights(trainer.model)
-        else:
+        elif trainer.use_vllm:
             engine = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
             self.vllm = {name: weight.detach().clone() for name, weight in engine.named_parameters()}
 
@@ -109,44 +109,67 @@ def shard_small_parameters() -> None:
     DeepSpeedPlugin.__post_init__ = with_threshold
 
 
-def train(policy: Path, output: Path, case: str) -> None:
-    """Make two steps of 16 trajectories, whatever the number of ranks, and write what came of them to `output`."""
+def make_trainer(policy: Path, output: Path, case: str) -> tuple[SearchTrainer, Watch]:
+    """Return a trainer for two steps of 16 trajectories, whatever the number of ranks."""
     settings, arguments = CASES[case]
     watch = Watch()
-    watch.trainer = trainer = rain_trainer(
+    trainer = rain_trainer(
         policy,
         output,
         RainEngine(),
         {"callbacks": [watch], **arguments},
-        use_vllm=True,
-        vllm_mode="colocate",
-        per_device_train_batch_size=8 // RANKS,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
-        beta=0.1,
-        entropy_coef=0.01,
-        # AdamW moves all weights alike, however small their gradients; with this epsilon, in proportion to them.
-        adam_epsilon=1.0,
-        learning_rate=1.0,
-        weight_decay=0.0,
-        **settings,
+        **{
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "per_device_train_batch_size": 8 // RANKS,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+            "beta": 0.1,
+            "entropy_coef": 0.01,
+            # AdamW moves all weights alike, however small their gradients; with this epsilon, in proportion to them.
+            "adam_epsilon": 1.0,
+            "learning_rate": 1.0,
+            "weight_decay": 0.0,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            **settings,
+        },
     )
-    models = {"policy": trainer.model, **({} if trainer.critic is None else {"critic": trainer.critic.model})}
-    weights = {f"start-{name}": whole_weights(model) for name, model in models.items()}
+    watch.trainer = trainer
+    return trainer, watch
+
+
+def models_of(trainer: SearchTrainer) -> dict[str, Any]:
+    return {"policy": trainer.model, **({} if trainer.critic is None else {"critic": trainer.critic.model})}
+
+
+def train(policy: Path, output: Path, case: str) -> None:
+    """Make both steps, and the second once more from the first's checkpoint; write what came of them to `output`."""
+    trainer, watch = make_trainer(policy, output, case)
+    pushes: list[int] = []
+    if trainer.use_vllm:
+        push = trainer.vllm_generation.sync_weights
+        trainer.vllm_generation.sync_weights = lambda: pushes.append(trainer.state.global_step) or push()
+    weights = {f"start-{name}": whole_weights(model) for name, model in models_of(trainer).items()}
     trainer.train()
     trainer.save_model(str(output / "saved"))
-    weights |= {f"second-{name}": whole_weights(model) for name, model in models.items()}
+    weights |= {f"second-{name}": whole_weights(model) for name, model in models_of(trainer).items()}
     weights |= {"first-policy": watch.policy, "vllm": watch.vllm}
-    for name, tensors in weights.items():
-        save_file(tensors, output / f"{name}-{RANK}.safetensors")
     record = {
         "generator": type(trainer.generator).__name__,
         "log": trainer.state.log_history,
         "held": watch.held,
         "listens": watch.listens,
+        "pushes": len(pushes),
         "trained": [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
     }
     (output / f"{RANK}.json").write_text(json.dumps(record))
+
+    resumed, _ = make_trainer(policy, output, case)
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    weights |= {f"resumed-{name}": whole_weights(model) for name, model in models_of(resumed).items()}
+    for name, tensors in weights.items():
+        save_file(tensors, output / f"{name}-{RANK}.safetensors")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import zerosearch.training.trainer
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.errors import user_mistakes
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.rollout.loop import Trajectory
 from zerosearch.training.micro_batches import compact_lm_head
@@ -46,28 +46,11 @@ from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchConfig, SearchTrainer
 
 VOCABULARY = 151_936  # Qwen2.5
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 2000,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
-    "small": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 2,
-    },
-    "qwen2.5-3b": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 2048,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-    },
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPES = {
+    "tiny": dict(zip(SIZES, (2000, 32, 64, 1, 2), strict=True)),
+    "small": dict(zip(SIZES, (VOCABULARY, 128, 512, 6, 2), strict=True)),
+    "qwen2.5-3b": dict(zip(SIZES, (VOCABULARY, 2048, 11_008, 36, 16), strict=True)),
 }
 GROUP = 5  # Table 8
 
@@ -79,26 +62,16 @@ class BenchArguments:
     shape: Literal["tiny", "small", "qwen2.5-3b"] = field(
         default="small", metadata={"help": "tiny shows in a minute that the script runs, and nothing else."}
     )
-    num_questions: int = field(default=1, metadata={"help": "Of a step; 5 trajectories each."})
-    micro_batch: int = field(default=1, metadata={"help": "Trajectories a micro-batch."})
-    rounds: int = field(default=3, metadata={"help": "Processes of each trainer."})
+    num_questions: int = field(default=1, metadata={"min": 1, "help": "Of a step; 5 trajectories each."})
+    micro_batch: int = field(default=1, metadata={"min": 1, "help": "Trajectories a micro-batch."})
+    rounds: int = field(default=3, metadata={"min": 1, "help": "Processes of each trainer."})
     warmup_steps: int = field(
-        default=0, metadata={"help": "Steps a process that are not timed; on a GPU, 1 at least."}
+        default=0, metadata={"min": 0, "help": "Steps a process that are not timed; on a GPU, 1 at least."}
     )
-    steps: int = field(default=1, metadata={"help": "Timed steps a process."})
+    steps: int = field(default=1, metadata={"min": 1, "help": "Timed steps a process."})
     tokenizer: str = field(default="data/tinyworld/policy", metadata={"help": "Any; no text is made of the ids."})
     output: str = "outputs/bench/train_step.json"
     child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_questions", "micro_batch", "rounds", "warmup_steps", "steps"):
-            least = 0 if name == "warmup_steps" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.num_questions * GROUP % self.micro_batch:
-            raise ValueError(
-                f"micro_batch is {self.micro_batch}: it must divide a step's {self.num_questions * GROUP} trajectories"
-            )
 
 
 def trajectories(num_questions: int, vocabulary: int = VOCABULARY) -> list[Trajectory]:
@@ -143,7 +116,7 @@ def replay(prompts: list[Any], trainer: GRPOTrainer, vocabulary: int) -> dict[st
 
 
 def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPOTrainer:
-    """Return the trainer that this process measures, both with the same settings."""
+    """Return the trainer that this process measures, all with the same settings."""
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "per_device_train_batch_size": arguments.micro_batch,
@@ -175,11 +148,15 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     if arguments.child != "ours":
         return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=partial(replay, vocabulary=vocabulary), **common)
-    zerosearch.training.trainer.run_rollouts = lambda rows, *_, **__: trajectories(  # type: ignore[attr-defined]
-        len(rows) // GROUP, vocabulary
-    )
+    run = partial(replayed, vocabulary=vocabulary)
+    zerosearch.training.trainer.run_rollouts = run  # type: ignore[assignment]
     config = SearchConfig(algorithm="grpo", logged_trajectories=0, **settings)
     return SearchTrainer(engine=NoEngine(), args=config, **common)  # type: ignore[arg-type]
+
+
+def replayed(rows: list[Any], *others: Any, vocabulary: int, **named: Any) -> list[Trajectory]:
+    """Stand in for `run_rollouts`."""
+    return trajectories(len(rows) // GROUP, vocabulary)
 
 
 class NoEngine:
@@ -235,8 +212,8 @@ def count_forward_tokens(model: torch.nn.Module, counted: list[int]) -> None:
     )
 
 
-def measure(arguments: BenchArguments) -> None:
-    """Run one trainer and print what it took, as one line of JSON."""
+def measure(arguments: BenchArguments) -> dict[str, Any]:
+    """Run one trainer and return what it took."""
     folder = Path(arguments.output)
     counted: list[int] = []
     with tempfile.TemporaryDirectory() as output_dir:
@@ -253,7 +230,7 @@ def measure(arguments: BenchArguments) -> None:
             trainer.train()
     timed = watch.seconds[arguments.warmup_steps :]
     tokens = sum(counted) // len(watch.seconds)
-    print(json.dumps({"seconds": timed, "peak_bytes": watch.peak_bytes, "forward_tokens": tokens}))
+    return {"seconds": timed, "peak_bytes": watch.peak_bytes, "forward_tokens": tokens}
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -261,49 +238,41 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     return max(((ours[name] - grad).norm() / grad.norm().clamp(min=1e-12)).item() for name, grad in theirs.items())
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def run_child(arguments: BenchArguments, child: str, folder: str) -> dict[str, Any]:
+    """Measure one trainer in a process of its own."""
+    flags = [f"--{name}={value}" for name, value in vars(arguments).items() if name not in ("output", "child")]
+    command = [sys.executable, __file__, *flags, f"--output={folder}", f"--child={child}"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    values = [one / other for one, other in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def compare(arguments: BenchArguments) -> dict[str, Any]:
-    """Run both trainers, turn and turn about, each in a process of its own."""
+    """Run the trainers turn and turn about, and compare ours with the others."""
     runs: dict[str, list[dict[str, Any]]] = {"stock": [], "compact": [], "ours": []}
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        shape = SHAPES[arguments.shape]
-        config = Qwen2Config(
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            **shape,
-        )
+        shape: dict[str, Any] = SHAPES[arguments.shape]
+        config = Qwen2Config(num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, **shape)
         Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
-        flags = [f"--{name}={value}" for name, value in vars(arguments).items() if name not in ("output", "child")]
         for child in tqdm([*runs] * arguments.rounds, desc="processes"):
-            command = [sys.executable, __file__, *flags, f"--output={directory}", f"--child={child}"]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs[child].append(json.loads(finished.stdout.splitlines()[-1]))
+            runs[child].append(run_child(arguments, child, directory))
         gradients = [torch.load(Path(directory) / f"{child}.pt") for child in ("ours", "stock")]
     seconds = {child: [statistics.median(one["seconds"]) for one in done] for child, done in runs.items()}
-    peaks = {child: [one["peak_bytes"] for one in done] for child, done in runs.items()}
-    tokens = {child: runs[child][0]["forward_tokens"] for child in runs}
-    ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["stock"], strict=True)]
-    compact = [ours / stock for ours, stock in zip(seconds["ours"], seconds["compact"], strict=True)]
-    memory = [ours / stock for ours, stock in zip(peaks["ours"], peaks["stock"], strict=True)]
+    peaks = {child: [float(one["peak_bytes"]) for one in done] for child, done in runs.items()}
     made = trajectories(arguments.num_questions, shape["vocab_size"])
     return {
-        "time_ratio": statistics.median(ratios),
-        "memory_ratio": statistics.median(memory),
+        "time_ratio": ratios(seconds["ours"], seconds["stock"]),
+        "time_ratio_to_compact_stock": ratios(seconds["ours"], seconds["compact"]),
+        "memory_ratio": ratios(peaks["ours"], peaks["stock"]),
         "max_relative_gradient_difference": largest_difference(*gradients),
-        "forward_token_ratio": tokens["ours"] / tokens["stock"],
-        "time_ratio_to_compact_stock": statistics.median(compact),
-        "spread": {
-            "time_ratio": spread(ratios),
-            "time_ratio_to_compact_stock": spread(compact),
-            "memory_ratio": spread(memory),
-        },
-        "seconds_a_step": {child: spread(values) for child, values in seconds.items()},
-        "peak_GiB": {child: spread([value / 2**30 for value in values]) for child, values in peaks.items()},
+        "forward_token_ratio": runs["ours"][0]["forward_tokens"] / runs["stock"][0]["forward_tokens"],
+        "seconds_a_step": {child: statistics.median(values) for child, values in seconds.items()},
+        "peak_GiB": {child: statistics.median(values) / 2**30 for child, values in peaks.items()},
         "batch": {
             "trajectories": len(made),
             "micro_batch": arguments.micro_batch,
@@ -311,7 +280,7 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
             "policy_tokens": sum(sum(one.env_mask) for one in made),
             "longest": max(len(one.prompt_ids) + len(one.completion_ids) for one in made),
         },
-        "shape": {"name": arguments.shape, **shape},
+        "shape": arguments.shape,
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu, {torch.get_num_threads()} threads",
@@ -322,11 +291,14 @@ def compare(arguments: BenchArguments) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Compare the trainers, write, print; or, where `child` is set, measure one."""
     (arguments,) = parse(BenchArguments, argv=argv)
+    if arguments.num_questions * GROUP % arguments.micro_batch:
+        total = arguments.num_questions * GROUP
+        raise UserError(f"micro_batch is {arguments.micro_batch}: it must divide a step's {total} trajectories")
     with user_mistakes():
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.child is not None:
-        measure(arguments)
+        print(json.dumps(measure(arguments)))
         return
     result = compare(arguments)
     output.write_text(json.dumps(result, indent=2) + "\n")

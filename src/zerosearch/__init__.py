@@ -4,14 +4,21 @@
 
 The names below are imported when they are first used, so `import zerosearch` is quick and needs neither torch nor
 vLLM.
+
+vLLM and TRL report to their makers what they run on; importing this package sets DO_NOT_TRACK=1, unless it is set.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if os.environ.setdefault("DO_NOT_TRACK", "1") == "1" and "huggingface_hub.constants" in sys.modules:
+    sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined] # read already
 
 if TYPE_CHECKING:
     from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult

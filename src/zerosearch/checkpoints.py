@@ -11,12 +11,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zerosearch.errors import UserError
-from zerosearch.files import claim_output_dir, read_jsonl, sole_writer, write_jsonl
+from zerosearch.files import claim_output_dir, sole_writer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -37,10 +36,10 @@ def training_run(config: TrainingArguments, overwrite: bool, written: Sequence[s
     """Hold the output folder for this run, and yield the checkpoint to resume from, or None for a fresh start.
 
     A fresh start with `overwrite` clears what an earlier run has written: WRITTEN, and the recipe's own names or
-    patterns, `written`. Only the main process does any of this. `--hub_token` moves to the environment.
+    patterns, `written`. Only the main process does any of this. The arguments are not saved: they may hold secrets.
     Raises `UserError` if another run holds the folder, it is in use, or there is no checkpoint to resume from.
     """
-    hide_hub_token(config)
+    keep_arguments_private(config)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, str(config.output_dir))
     if config.process_index != 0:
         yield checkpoint
@@ -65,10 +64,16 @@ def clear(folder: Path, written: Sequence[str]) -> None:
             path.unlink()
 
 
-def hide_hub_token(config: TrainingArguments) -> None:
-    """Move `--hub_token` to HF_TOKEN, where the Hub's client looks; a Trainer saves all its arguments."""
+def keep_arguments_private(config: TrainingArguments) -> None:
+    """Move `--hub_token` to HF_TOKEN, where the Hub's client looks, and keep a Trainer from saving its arguments.
+
+    It would pickle them into training_args.bin beside each model, and upload that; nothing reads the file.
+    """
+    from transformers import trainer
+
     if config.hub_token:
         os.environ["HF_TOKEN"], config.hub_token = config.hub_token, None
+    trainer.TRAINING_ARGS_NAME = os.devnull  # joined to a folder, it stays /dev/null
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
@@ -96,10 +101,3 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def forget_later_steps(path: Path, step: int) -> None:
-    """Keep the records of a `trajectories.jsonl` up to this step: what came later will be rolled out again."""
-    if path.exists():
-        records = (record for _, record in read_jsonl(path, skip_half_line=True))
-        write_jsonl(path, takewhile(lambda record: record["step"] <= step, records))

@@ -155,6 +155,12 @@ def data_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def row_number(row: Mapping[str, Any]) -> int:
+    """Return a number for a question's row that its names alone decide, wherever it stands in the dataset."""
+    name = f"{row.get('dataset')}/{row['id']}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
+
+
 def read_passages(corpus: str | Path) -> list[Passage]:
     """Read a JSONL corpus in wiki-18's format.
 

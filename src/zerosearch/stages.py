@@ -1,28 +1,46 @@
-"""Programs run one after another: each has a log, a line when it is done, and an error that shows its last lines."""
+"""Run programs as stages of one command: a log and a line for each, an error with its last lines, none left behind."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 
 from zerosearch.errors import UserError
 from zerosearch.text import printable
 
 LAST_LINES = 15
+SHUTDOWN_S = 15.0
 
 
 class Stages:
-    """Run Python scripts from the folder `root`; their output goes to the folder `logs`."""
+    """Run Python scripts from the folder `root`; their output goes to the folder `logs`.
+
+    Leaving the `with` block ends the stages that other threads still run, with everything they started.
+    """
 
     def __init__(self, logs: Path, root: Path) -> None:
         self.logs, self.root = logs, root
         self.logs.mkdir(exist_ok=True)
         self.started = time.monotonic()
+        self.running: set[subprocess.Popen[str]] = set()
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in list(self.running):
+            end_group(process)
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -53,15 +71,23 @@ class Stages:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,  # a group of its own: what it starts is ended with it
             ) as process,
         ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                progress = status(line) if status else None
-                if progress:
-                    self.say(f"  {progress}")
+            self.running.add(process)
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    progress = status(line) if status else None
+                    if progress:
+                        self.say(f"  {progress}")
+            except BaseException:  # a signal, say: leaving the block would wait for the script's own end
+                end_group(process)
+                raise
+            finally:
+                self.running.discard(process)
         if process.returncode:
             last_lines = log_path.read_text(encoding="utf-8").rstrip("\n").split("\n")[-LAST_LINES:]
             print("\n".join(map(printable, last_lines)), file=sys.stderr)
@@ -83,3 +109,15 @@ def training_status(every: int) -> Callable[[str], str | None]:
         return f"step {step:>3}: reward {values['reward']:.2f}, {searches:.1f} searches a question, noise {noise:.2f}"
 
     return status
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Ask a process group to end, and kill what is left of it after a while."""
+    try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SHUTDOWN_S)
+    finally:  # also where a second signal ends the wait
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

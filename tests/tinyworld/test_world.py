@@ -19,7 +19,6 @@ from zerosearch.tinyworld.world import (
     RELATIONS,
     Fact,
     World,
-    build_tokenizer,
     golden_answers,
     is_held_out,
     judged_searches,
@@ -180,35 +179,6 @@ def test_question_rows_have_the_columns_of_a_benchmark():
     assert [set(row) for row in rows] == [{"id", "question", "golden_answers", "dataset"}] * 50
     assert len({row["id"] for row in rows}) == 50
     assert {row["dataset"] for row in rows} == {"tinyworld_one_hop", "tinyworld_two_hop", "tinyworld_comparison"}
-
-
-def test_the_tokenizer_loses_nothing():
-    tokenizer = build_tokenizer()
-    for text in (
-        "Zoë's 3rd “quote”\n\n\t<think>",
-        "</information>.</think>x</search>",
-        "  two  spaces ",
-        "日本語 Doc 12: ok",
-    ):
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_tags_and_names_are_one_token_each_and_tags_are_ordinary_tokens():
-    tokenizer = build_tokenizer()
-    text = "<think> Look up Clara Voss. </think> <search> Clara Voss hails from </search>"
-    assert len(tokenizer.tokenize(text)) == 13
-    for row in EVALUATION.passages()[:200]:
-        sentence = " " + row["contents"].split("\n")[1]
-        assert len(tokenizer.tokenize(sentence)) == len(sentence.replace(".", " .").split())
-    assert tokenizer.all_special_tokens == ["<|endoftext|>", "<|pad|>"]
-
-
-def test_the_chat_template_passes_messages_through_and_ends_the_assistant_s():
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Who?\n"}]
-    tokenizer = build_tokenizer()
-    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == "Who?\n"
-    messages.append({"role": "assistant", "content": "Ada"})
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "Who?\nAda<|endoftext|>"
 
 
 def test_every_relation_reads_as_a_sentence_and_a_question():

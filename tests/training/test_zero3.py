@@ -16,37 +16,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml"))
 ZERO3 = (*ZERO3, "--main_process_port", "29517")
-WORDS = "Emma Jane Austen rain novel born who where".split()
-
 pytestmark = pytest.mark.slow
-
-
-def train(output: Path, policy: Path, data: Path, launcher: tuple[str, ...], **settings: Any) -> None:
-    settings = {
-        "model_name_or_path": policy,
-        "dataset": data / "qa.jsonl",
-        "engine": "bm25",
-        "corpus": data / "corpus.jsonl",
-        "output_dir": output,
-        "algorithm": "ppo",
-        "critic_learning_rate": 1e-4,
-        "critic_warmup_steps": 0,
-        "num_generations": 4,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "max_turns": 2,
-        "max_turn_tokens": 24,
-        "max_observation_tokens": 128,
-        "max_trajectory_tokens": 1536,
-        "learning_rate": 1e-4,
-        "gradient_checkpointing": "false",
-        "logging_steps": 1,
-        "report_to": "none",
-        **settings,
-    }
-    pairs = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    run([*launcher, str(ROOT / "recipes/grpo.py"), *pairs])
 
 
 def run(command: list[str]) -> None:
@@ -60,57 +30,14 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def log_of(output: Path) -> list[dict[str, Any]]:
-    return json.loads((output / "trainer_state.json").read_text())["log_history"]
-
-
-def test_ppo_is_sharded_and_makes_the_update_of_one_process(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    questions = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(one, tiny_policy_dir, tmp_path, (), gradient_accumulation_steps=4, max_steps=1)
-    train(two, tiny_policy_dir, tmp_path, ZERO3, gradient_accumulation_steps=2, max_steps=1)
-
-    first, other = log_of(one)[0], log_of(two)[0]
-    for name in ("reward", "search/policy_tokens", "critic/squared_error", "grad_norm"):
-        assert other[name] == pytest.approx(first[name], rel=1e-3), name
-    start = load_file(tiny_policy_dir / "model.safetensors")
-    alone, sharded = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-    for name, weight in alone.items():
-        # Adam's first step moves each weight by the learning rate; a gradient of about 0 may go either way.
-        moved = (weight - start[name]).abs() > 0.5e-4
-        apart = (weight - sharded[name]).abs() > 0.5e-4
-        assert moved.float().mean() > 0.3, name
-        assert apart.float().mean() < 0.01, name
-
-    # Of the critic, each rank keeps half: its optimizer state holds half of the parameters, in 32 bits.
-    critic = torch.load(one / "checkpoint-1/critic/critic.pt")["model"]
-    size = sum(weight.numel() for weight in critic.values())
-    found = sorted((two / "checkpoint-1/critic").glob("*/*optim_states.pt"))
-    assert len(found) == 2
-    for path in found:
-        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        share = sum(group.numel() for group in state["fp32_flat_groups"])
-        assert size / 2 <= share < 0.55 * size
-
-    # And the run goes on from there, the critic with it.
-    train(
-        two,
-        tiny_policy_dir,
-        tmp_path,
-        ZERO3,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        resume_from_checkpoint="true",
-    )
-    assert [entry["step"] for entry in log_of(two)[:2]] == [1, 2]
-
-
 # What `zero3_ranks.py` runs on one process and, under ZeRO-3, on two, with a vLLM engine in each; and what is sharded.
-CASES = {case: {"policy", "reference"} for case in ("reinforce", "rloo", "grpo")}
-CASES |= {"ppo": {"policy", "reference", "critic"}, "lora": {"policy", "critic"}, "qlora": {"policy"}}
+CASES = {
+    "grpo": {"policy", "reference"},
+    "gathered": {"policy", "reference"},
+    "ppo": {"policy", "reference", "critic"},
+    "lora": {"policy", "critic"},
+    "qlora": {"policy"},
+}
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # by vLLM
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -134,12 +61,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @every_case
 def test_every_model_is_sharded_beside_a_vllm_on_each_rank(one_and_two: tuple[Path, Path], case: str) -> None:
     ranks = records(one_and_two[1] / case)
-    assert [rank["generator"] for rank in ranks] == ["VLLMGenerator", "VLLMGenerator"]
+    generator = "TransformersGenerator" if case == "gathered" else "VLLMGenerator"
+    assert [rank["generator"] for rank in ranks] == [generator] * 2
     for held in (held for rank in ranks for held in rank["held"]):
         assert held.keys() == CASES[case]
         for name, elements in held.items():
             assert elements["whole"] == 0, name
             assert elements["share"] == pytest.approx(elements["all"] / 2, rel=1e-3), name
+
+
+@every_case
+def test_weights_are_pushed_once_a_step(one_and_two: tuple[Path, Path], case: str) -> None:
+    pushes = 0 if case == "gathered" else 2
+    assert [rank["pushes"] for run in one_and_two for rank in records(run / case)] == [pushes] * 3
 
 
 @every_case
@@ -156,7 +90,8 @@ def test_two_ranks_log_what_one_does(one_and_two: tuple[Path, Path], case: str) 
     for expected, found in zip(alone["log"][:2], first["log"][:2], strict=True):
         assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-4, abs=1e-6)
         assert expected["grad_norm"] > 0.01
-        assert found["sampling/sampling_logp_difference/max"] < 1e-3, "vLLM samples from the policy"
+        if case != "gathered":
+            assert found["sampling/sampling_logp_difference/max"] < 1e-3, "vLLM samples from the policy"
     assert alone["log"][1]["kl"] > 1e-5, "the policy has left the reference"
 
 
@@ -178,9 +113,11 @@ def test_two_ranks_learn_the_weights_of_one(one_and_two: tuple[Path, Path], case
                 assert (moved > 0) == (name == "second-critic" or part in trained), (name, part)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gathered"])
 def test_vllm_generates_with_the_weights_of_the_step_before(one_and_two: tuple[Path, Path], case: str) -> None:
-    for path in sorted((one_and_two[0] / case).glob("vllm-?.*")) + sorted((one_and_two[1] / case).glob("vllm-?.*")):
+    paths = [path for run in one_and_two for path in sorted((run / case).glob("vllm-?.*"))]
+    assert len(paths) == 3
+    for path in paths:
         policy = merged(load_file(path.with_name(path.name.replace("vllm", "first-policy"))))
         in_vllm = load_file(path)
         assert len(in_vllm) == 15
@@ -213,3 +150,23 @@ def test_two_ranks_save_what_one_does(one_and_two: tuple[Path, Path], case: str)
     for name, weight in sharded.items():
         whole = trained[name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")]
         assert torch.equal(weight, whole), name
+
+
+@every_case
+def test_a_sharded_run_resumes_as_if_it_had_gone_on(one_and_two: tuple[Path, Path], case: str) -> None:
+    paths = sorted((one_and_two[1] / case).glob("resumed-*.safetensors"))
+    assert len(paths) == (4 if "critic" in CASES[case] else 2)
+    for path in paths:
+        straight, resumed = load_file(path.with_name(path.name.replace("resumed", "second"))), load_file(path)
+        assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items()), path.name
+
+
+def test_each_rank_saves_its_half_of_the_critic(one_and_two: tuple[Path, Path]) -> None:
+    weights = load_file(one_and_two[1] / "ppo/second-critic-0.safetensors")
+    size = sum(weight.numel() for weight in weights.values())
+    found = sorted((one_and_two[1] / "ppo/checkpoint-1/critic").glob("*/*optim_states.pt"))
+    assert len(found) == 2
+    for path in found:
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        share = sum(group.numel() for group in state["fp32_flat_groups"])
+        assert size / 2 <= share < 0.55 * size

@@ -16,19 +16,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from zerosearch.engines import SearchEngine, SearchRequest
 from zerosearch.errors import UserError
-from zerosearch.prompts import (
-    INVALID_ACTION_HINT,
-    TINYWORLD,
-    simulator_prompt,
-)
-from zerosearch.protocol import format_observation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 FIRST_NAMES = (
     "Ada Alan Amos Anna Boris Carl Clara Cora Dora Edith Elias Ella Emil Esther Felix Flora Frida Georg Greta Hanna "
@@ -68,13 +58,6 @@ FIRST_YEAR, LAST_YEAR = 1900, 1979
 COMPARISON = "Who was born first, {} or {}?"
 
 HELD_OUT_SHARE = 0.25
-
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-# Messages as they are, one after another; an assistant's ends the text.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -345,61 +328,3 @@ def _draw_names(kind: str, size: int, rng: random.Random) -> list[str]:
     while len(names) < size:
         names[draw_name(kind, rng)] = None
     return list(names)
-
-
-# Tags and document headers are one token each; everything else splits as in GPT-2.
-TOKEN_PATTERN = (
-    r" ?</?(?:think|search|information|answer)>|Doc \d+:"
-    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s+(?!\S)|\s+"
-)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build TinyWorld's tokenizer: a byte-level BPE whose vocabulary is the 256 bytes and every word of the world.
-
-    It encodes any text without loss, and a word that TinyWorld does not use byte by byte. Tags are ordinary tokens.
-    The chat template passes messages through, so that a chat endpoint serves a model that has never seen roles.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    splitter = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    words = (word for text in _all_texts() for word, _ in splitter.pre_tokenize_str(text))
-    tokens = dict.fromkeys([END_OF_TEXT, PADDING, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def _all_texts() -> Iterator[str]:
-    """Yield texts that hold every word of TinyWorld, with and without the space before it where both occur."""
-    names = (*FIRST_NAMES, *LAST_NAMES, *CITY_NAMES, *CITY_PREFIXES, *COUNTRY_NAMES, *WORK_ADJECTIVES, *WORK_NOUNS)
-    yield " ".join(["", "The", *names, *ORGANISATION_NAMES, *ORGANISATION_KINDS, "Republic of"])
-    yield " ".join(["", *(str(year) for year in range(FIRST_YEAR, LAST_YEAR + 1))])
-    for relation in RELATIONS:
-        yield f" {relation.statement} {relation.noun} unknown.".format("The", "The")
-        yield relation.question.format("the")
-        yield f" {relation.question}".format("the")
-    yield " ".join(["", *FILLERS, "Look up.", COMPARISON.format("A", "B")])
-    yield TINYWORLD.policy.prompt("Who?")
-    yield INVALID_ACTION_HINT
-    for noisy in (False, True):
-        yield simulator_prompt(
-            question="Who?", golden_answers=["A"], query="A", noisy=noisy, template=TINYWORLD.simulator
-        )
-    yield format_observation(["A"] * 6)
-    for tag in ("think", "search", "information", "answer"):
-        yield f"<{tag}> <{tag}> </{tag}>\n</{tag}>"

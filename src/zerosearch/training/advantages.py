@@ -4,7 +4,7 @@ REINFORCE, RLOO and GRPO have one number per trajectory, which holds for each of
 each policy token. A reward of NaN marks a trajectory that nothing can be learned from (its search failed): its
 advantage is 0, and it takes part in no statistic.
 
-An `AdvantageFunction` of one's own gets the rewards (N,), the N trajectories and the size of a group, consecutive
+A user's `AdvantageFunction` gets the rewards (N,), the N trajectories and the size of a group, consecutive
 trajectories of one question. It returns one number a trajectory, (N,), or a list for each trajectory with one number
 a turn or one a completion token.
 """
@@ -120,10 +120,27 @@ def whiten(
     return whitened.where(mask.bool(), 0.0)
 
 
-def per_token(values: Sequence[Any], trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    """Spread what an `AdvantageFunction` returned for these trajectories over their completion tokens, (n, T).
+def custom_advantages(
+    function: AdvantageFunction, rewards: torch.Tensor, trajectories: Sequence[Trajectory], group: int, own: slice
+) -> torch.Tensor:
+    """Return the function's advantages of the rows `own` of all (N,): (n,), or (n, T) if they differ by turn or token.
 
-    A turn's number holds for the tokens of that turn; observations get 0, padding too. Raises `UserError` for a list
+    Raises `UserError` if it does not return one row a trajectory.
+    """
+    returned = function(rewards, trajectories, group)
+    if isinstance(returned, torch.Tensor) and returned.shape == rewards.shape:
+        return returned[own].to(rewards).nan_to_num(nan=0.0)
+    if len(returned) != len(trajectories):
+        raise UserError(
+            f"the advantage function returned {len(returned)} rows, and there are {len(trajectories)} trajectories"
+        )
+    return per_token(returned[own], trajectories[own]).to(rewards).nan_to_num(nan=0.0)
+
+
+def per_token(values: Sequence[Any], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    """Spread numbers, one a trajectory, a turn or a token, over the completion tokens, (n, T).
+
+    A turn's number holds for the tokens of that turn; observations and padding get 0. Raises `UserError` for a list
     that has neither one number a turn nor one a token.
     """
     rows = []

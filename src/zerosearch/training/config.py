@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from trl import GRPOConfig
 
+from zerosearch.command_line import check_bounds
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import fit_to_cpu
 from zerosearch.noise import NoiseSchedule
@@ -23,9 +24,9 @@ RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 @dataclass
 class SearchConfig(GRPOConfig):
-    """Everything a training run can be told. First the fields of GRPOConfig whose default differs, then ours.
+    """All settings of a training run: first the fields of GRPOConfig whose default differs, then ours.
 
-    "Our choice" marks what the paper does not say. On a machine without an accelerator it sets what that needs.
+    "Our choice" marks what the paper does not say. Without an accelerator, the settings are fitted to a CPU.
     Raises `UserError` for values that cannot work, with the reason and a value that does.
     """
 
@@ -34,7 +35,8 @@ class SearchConfig(GRPOConfig):
     # with top_p 0.95 and trained on log-probabilities of the whole. Each rollout makes one update; the released code
     # makes two (64 and 16 of the 80 trajectories of a GPU).
     beta: float = field(
-        default=0.001, metadata={"help": "Weight of the KL to the reference model (released code; k3 estimate)."}
+        default=0.001,
+        metadata={"min": 0, "help": "Weight of the KL to the reference model (released code; k3 estimate)."},
     )
     # 64 questions x 5 trajectories a step (Table 8), on one device: 20 x 16 = 320.
     per_device_train_batch_size: int = field(default=20, metadata={"help": "Trajectories a micro-batch and device."})
@@ -72,13 +74,22 @@ class SearchConfig(GRPOConfig):
         },
     )
     # Of ppo alone. The KL (k1, weight `beta`) is in its reward, not in its loss (released code).
-    gae_gamma: float = field(default=1.0, metadata={"help": "For ppo: discount of a policy token (the paper)."})
-    gae_lambda: float = field(default=1.0, metadata={"help": "For ppo: lambda of the advantages (the paper)."})
-    critic_learning_rate: float = field(default=1e-5, metadata={"help": "For ppo: of the critic (released code)."})
-    critic_warmup_steps: int = field(
-        default=3, metadata={"help": "For ppo: steps to the critic's full rate (released code: 0.015 of 203)."}
+    gae_gamma: float = field(
+        default=1.0, metadata={"min": 0, "max": 1, "help": "For ppo: discount of a policy token (the paper)."}
     )
-    value_clip: float = field(default=0.5, metadata={"help": "For ppo: how far a value may move (released code)."})
+    gae_lambda: float = field(
+        default=1.0, metadata={"min": 0, "max": 1, "help": "For ppo: lambda of the advantages (the paper)."}
+    )
+    critic_learning_rate: float = field(
+        default=1e-5, metadata={"above": 0, "help": "For ppo: of the critic (released code)."}
+    )
+    critic_warmup_steps: int = field(
+        default=3,
+        metadata={"min": 0, "help": "For ppo: steps to the critic's full rate (released code: 0.015 of 203)."},
+    )
+    value_clip: float = field(
+        default=0.5, metadata={"above": 0, "help": "For ppo: how far a value may move (released code)."}
+    )
     mask_observations: bool = field(
         default=True, metadata={"help": "Learn from the policy's tokens only; false is the ablation of Table 7."}
     )
@@ -110,7 +121,8 @@ class SearchConfig(GRPOConfig):
         metadata={"help": "Longest turn; if none ends within it, the run stops with a checkpoint (our choice)."},
     )
     max_failed_search_share: float = field(
-        default=0.1, metadata={"help": "Stop when more of a step's trajectories lost a search (our choice)."}
+        default=0.1,
+        metadata={"min": 0, "max": 1, "help": "Stop when more of a step's trajectories lost a search (our choice)."},
     )
     logged_trajectories: int = field(
         default=4, metadata={"help": "Trajectories of each step that go to <output_dir>/trajectories.jsonl."}
@@ -127,7 +139,9 @@ class SearchConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise UserError(f"{error} {self._batch_that_works()}") from error
+            batch = "per_device_train_batch_size x gradient_accumulation_steps x devices"
+            raise UserError(f"{error} (A step has {batch} trajectories.)") from error
+        check_bounds(self)
         if self.use_vllm:
             self._check_vllm()
         elif not self.ds3_gather_for_generation:
@@ -135,24 +149,9 @@ class SearchConfig(GRPOConfig):
         self._check_algorithm()
         if self.algorithm == "ppo":
             self._check_ppo()
-        if not 0.0 <= self.max_failed_search_share <= 1.0:
-            raise UserError(f"max_failed_search_share is {self.max_failed_search_share}: a share lies in [0, 1]")
         self.noise_schedule()  # each raises UserError for values that cannot work
         self.rollout_settings()
         self._check_budgets()
-
-    def _batch_that_works(self) -> str:
-        """Return the smallest larger micro-batch that holds whole groups, where the batch is what was wrong."""
-        group, batch = self.num_generations or 0, self.generation_batch_size
-        if group < 2:
-            return "num_generations 5 works (Table 8)."
-        if batch is None or batch % group == 0:
-            return ""
-        parts = batch // self.per_device_train_batch_size
-        size = next(
-            size for size in range(self.per_device_train_batch_size, batch * group) if size * parts % group == 0
-        )
-        return f"per_device_train_batch_size {size} works."
 
     def _check_algorithm(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -173,9 +172,9 @@ class SearchConfig(GRPOConfig):
                 f"multi_objective_aggregation is {self.multi_objective_aggregation!r}: rewards are added up "
                 "first, for every algorithm alike; sum_then_normalize works"
             )
-        for name, least in (("beta", 0.0), ("epsilon", 0.0), ("learning_rate", 0.0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be {least:g} or more")
+        for name in ("epsilon", "learning_rate"):
+            if getattr(self, name) < 0.0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if self.temperature <= 0.0:
             raise UserError(
                 f"temperature is {self.temperature}: greedy turns are all alike, and log-probabilities are divided by "
@@ -187,14 +186,6 @@ class SearchConfig(GRPOConfig):
             )
 
     def _check_ppo(self) -> None:
-        for name in ("gae_gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"{name} is {getattr(self, name)}: it lies in [0, 1]; 1.0 works (the paper)")
-        for name, works in (("critic_learning_rate", "1e-5"), ("value_clip", "0.5")):
-            if getattr(self, name) <= 0.0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0; {works} works (released code)")
-        if self.critic_warmup_steps < 0:
-            raise UserError(f"critic_warmup_steps is {self.critic_warmup_steps}: it must be 0 or more")
         if self.loss_type not in RATIO_LOSSES:
             raise UserError(
                 f"loss_type is {self.loss_type!r}: it takes one advantage a trajectory, and ppo has one a token; "
@@ -233,17 +224,7 @@ class SearchConfig(GRPOConfig):
 
     def rollout_settings(self) -> RolloutSettings:
         """Return the budgets and the sampling of a rollout."""
-        return RolloutSettings(
-            max_turns=self.max_turns,
-            max_turn_tokens=self.max_turn_tokens,
-            max_observation_tokens=self.max_observation_tokens,
-            max_trajectory_tokens=self.max_trajectory_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            search_timeout_s=self.search_timeout_s,
-            turn_timeout_s=self.turn_timeout_s,
-            noise_per_group=self.noise_per_group,
-        )
+        return RolloutSettings(**{setting.name: getattr(self, setting.name) for setting in fields(RolloutSettings)})
 
 
 def is_fsdp(args: SearchConfig) -> bool:

@@ -1,8 +1,8 @@
 """PPO's value model: the policy's base weights under a head of one number, with an optimizer of its own.
 
-It is a second engine beside the policy, not a second head on it or a second module in one wrapper: TRL gathers, saves
-and sends to vLLM whatever the prepared model holds, by name. So the critic is prepared for itself, as TRL prepares the
-reference model: with DeepSpeed in its own engine, whose ZeRO-3 shards parameters, gradients and optimizer state.
+TRL gathers, saves and sends to vLLM whatever the policy's prepared model holds, by name. So the critic is prepared
+apart, as TRL prepares the reference model: with DeepSpeed in its own engine, whose ZeRO-3 shards parameters, gradients
+and optimizer state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zerosearch.errors import UserError
-from zerosearch.training.micro_batches import trimmed_parts
+from zerosearch.training.advantages import masked_gae, token_rewards, whiten
+from zerosearch.training.micro_batches import policy_mask, trimmed_parts, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,6 +88,32 @@ class Critic:
             values = values.index_put((part.rows,), torch.nn.functional.pad(kept, (0, width - kept.shape[1])))
         return values * scored
 
+    @torch.no_grad()
+    def advantages(
+        self, batch: dict[str, torch.Tensor], rewards: torch.Tensor, logps: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Return advantages, values and returns (n, C) of this rank's batch, and what is logged of all ranks'.
+
+        `rewards` (n,) are those of the trajectories, `logps` (n, C) the policy's log-probabilities. The advantages are
+        whitened over the policy tokens of all ranks.
+        """
+        mask, ref_logps = policy_mask(batch), batch.get("ref_per_token_logps")
+        values = self.values(*whole(batch), mask, self.args.per_device_train_batch_size)
+        paid = token_rewards(rewards, mask, logps, ref_logps, self.args.beta)
+        advantages, returns = masked_gae(paid, values, mask, self.args.gae_gamma, self.args.gae_lambda)
+        by_token = {"critic/value": values, "critic/squared_error": (returns - values).square()}
+        if ref_logps is not None:
+            by_token["kl"] = logps - ref_logps  # k1, as in the reward
+        logged = {name: self._from_all_ranks(of[mask.bool()]).mean().item() for name, of in by_token.items()}
+        whitened = whiten(advantages, mask, self._from_all_ranks(advantages[mask.bool()]))
+        return {"advantages": whitened, "values": values, "returns": returns}, logged
+
+    def _from_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values (n,) of this rank and those of all others, one after another, (M,)."""
+        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
+        gathered: torch.Tensor = self.accelerator.gather(padded)
+        return gathered[~gathered.isnan()]
+
     def learn(self, micro_batches: Sequence[dict[str, Any]], num_tokens: torch.Tensor) -> float:
         """Make one update from the micro-batches of an optimizer step and return its loss over all ranks.
 
@@ -99,11 +126,7 @@ class Critic:
         total = 0.0
         for place, batch in enumerate(micro_batches):
             scored = policy_mask(batch)
-            values = self.values(
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-                scored,
-            )
+            values = self.values(*whole(batch), scored)
             loss = value_loss(values, batch["values"], batch["returns"], scored, self.args.value_clip)
             loss = loss / num_tokens.clamp(min=1)
             self._backward(loss, last=place == len(micro_batches) - 1)
@@ -197,12 +220,6 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def policy_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Return which completion tokens are learned from, (B, C)."""
-    mask: torch.Tensor = batch["completion_mask"] * batch["tool_mask"]
-    return mask
 
 
 def value_loss(

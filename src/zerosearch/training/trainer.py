@@ -1,27 +1,22 @@
 """`SearchTrainer`: TRL's GRPOTrainer with search rollouts, keyed noise and the paper's algorithms.
 
-Built on TRL 1.16's `rollout_func` and `env_mask`. What it overrides or reads beyond TRL's public interface is all in
-this file and `zerosearch.generation`, and tests of their names hold it:
+It uses TRL 1.16's `rollout_func` and `env_mask`. Beyond TRL's public interface it overrides or reads the following,
+and tests hold the names:
 
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
 2. `_calculate_rewards` returns the rewards of all ranks, from which the advantages are made;
-3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` leave out work that changes no result: padding, and the
-   head of the model at tokens that are not learned from;
-4. `_compute_loss` is TRL's, told which tokens those are, with PPO's KL kept out of it (it is in the reward);
-5. `_save_checkpoint` and `_load_optimizer_and_scheduler` take the critic along;
-6. `_metrics` and `_logs` take what TRL logs, `_step` and `_buffered_inputs` say where in an optimizer step we are.
+3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` skip work that changes no result: see `micro_batches`;
+4. `_compute_loss` is TRL's on the policy's tokens, without the KL for PPO, whose reward holds it;
+5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic, too;
+6. `_metrics` and `_logs` are what TRL logs, `_step` and `_buffered_inputs` the place within an optimizer step.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +25,31 @@ from accelerate.utils import gather_object, is_peft_model
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from zerosearch.checkpoints import forget_later_steps
+from zerosearch.data import row_number
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.errors import UserError
-from zerosearch.files import read_json, write_json
-from zerosearch.generation import GenerationError, Generator, RemoteGenerator
+from zerosearch.generation import GenerationError
 from zerosearch.generation.adapter_weights import push_merged_copies
-from zerosearch.generation.loading import longest_context
 from zerosearch.generation.tokenization import decoded_text
-from zerosearch.generation.transformers_engine import TransformersGenerator
-from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.generation.vllm_server import VLLMServerGenerator, policy_server_client, server_url, wait_for_weights
-from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
+from zerosearch.generation.vllm_server import policy_server_client
 from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import RolloutClock, Trajectory, run_rollouts
 from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
 from zerosearch.training.advantages import (
     AdvantageFunction,
+    custom_advantages,
     group_normalized,
     leave_one_out,
-    masked_gae,
-    per_token,
     raw_return,
-    token_rewards,
-    whiten,
 )
 from zerosearch.training.config import SearchConfig, check_arguments
-from zerosearch.training.critic import Critic, policy_mask
-from zerosearch.training.micro_batches import compact_lm_head, sort_micro_batches, trimmed_parts
-
-__all__ = ["NoiseFunction", "SearchConfig", "SearchTrainer"]
+from zerosearch.training.critic import Critic
+from zerosearch.training.generators import policy_generator
+from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
+from zerosearch.training.runs import append_trajectories, count_queries, forget_later_steps
 
 # From the step, counted from 1, the number of steps, and what was logged so far (TRL's `log_history`) to p_noise.
 NoiseFunction = Callable[[int, int, Sequence[Mapping[str, Any]]], float]
@@ -71,7 +57,7 @@ NoiseFunction = Callable[[int, int, Sequence[Mapping[str, Any]]], float]
 
 @dataclass
 class Handed:
-    """What one of TRL's calls hands to a later one of the same batch, as TRL has no argument for it."""
+    """What one of TRL's calls passes to a later one of the same batch, where TRL has no argument for it."""
 
     rows: Sequence[dict[str, Any]] = ()  # from `_generate_and_score_completions` to `rollout_func`
     rewards: torch.Tensor | None = None  # (N, reward functions), from `_calculate_rewards` back to it
@@ -89,7 +75,7 @@ class SearchTrainer(GRPOTrainer):
     Rows of the dataset are `{id, question, golden_answers, dataset}`; one with a `prompt` of its own is asked that.
     Reward functions get `answer`, `outcome` and `trajectories` beside TRL's arguments.
     Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine of the
-    policy does. After either, and after any other exception of a rollout, the last state is saved first.
+    policy does. Before these and any other exception of a rollout, a checkpoint is saved.
     """
 
     _tag_names = ["trl", "zerosearch"]  # noqa: RUF012 (as in TRL)
@@ -108,7 +94,9 @@ class SearchTrainer(GRPOTrainer):
         noise: NoiseFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        self.engine, self.agent, self.advantages, self.noise = engine, agent, advantages, noise
+        schedule = args.noise_schedule()
+        self.engine, self.agent, self.advantages = engine, agent, advantages
+        self.noise = noise or (lambda step, total_steps, history: schedule.p_noise(step, total_steps))
         self._handed = Handed()
         if advantages is not None and args.algorithm == "ppo":
             raise UserError("ppo has the advantages of its critic; an advantage function needs another algorithm")
@@ -122,49 +110,29 @@ class SearchTrainer(GRPOTrainer):
         let_quantized_policy_learn(self.model)
         if args.use_vllm and is_peft_model(self.model):
             push_merged_copies(self.vllm_generation)
-        self.generator = self._make_generator()
+        self.generator = policy_generator(self)
         self.critic: Critic | None = None
         if args.algorithm == "ppo":
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step beyond the last when a finished run is resumed; the Trainer would take one more."""
+        """Do nothing when a finished run is resumed; the Trainer would take one more step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler with the order of an epoch made from seed and epoch alone.
 
-        TRL's own order goes on from epoch to epoch, so a run resumed in a later one would ask the first one's again.
+        TRL draws the orders of all epochs from one generator, so a resumed run would start with the first one's again.
         """
         sampler = super()._get_train_sampler(dataset)
         if self.shuffle_dataset:
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
         return sampler
 
-    def _make_generator(self) -> Generator | RemoteGenerator:
-        limit, timeout_s = self.args.max_trajectory_tokens, self.args.turn_timeout_s
-        if self.use_vllm and self.args.vllm_mode == "server":
-            ready = partial(wait_for_weights, self.accelerator, self.vllm_generation)
-            return VLLMServerGenerator(server_url(self.args), self._tokenizer, limit, timeout_s=timeout_s, ready=ready)
-        if self.use_vllm and self.args.vllm_tensor_parallel_size > 1:
-            ranks = Ranks(self.args.vllm_tensor_parallel_size, timeout_s)
-            return TensorParallelGenerator(ranks, self.vllm_generation, self._tokenizer)
-        if self.use_vllm:
-            return VLLMGenerator(self.vllm_generation.llm, self._tokenizer, self.vllm_generation)
-        longest = longest_context(self.model.config, limit)
-        return TransformersGenerator(self._load_for_generation, self._tokenizer, self.eos_token_ids, longest)
-
-    def _load_for_generation(self) -> AbstractContextManager[Any]:
-        return unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        )
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Roll out and score this rank's rows; TRL's advantages give way to ours."""
+        """Roll out and score this rank's rows, and replace TRL's advantages by ours."""
         self._handed.rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         assert self._handed.rewards is not None
@@ -175,8 +143,8 @@ class SearchTrainer(GRPOTrainer):
         if self.critic is not None:
             batch |= self._ppo_advantages(batch, rewards[own], self.critic)
         elif self.advantages is not None:
-            trajectories = [row["trajectories"] for row in inputs]
-            custom = self._custom_advantages(self.advantages, rewards, trajectories, own).to(rewards)
+            everyone = gather_object([row["trajectories"] for row in inputs])
+            custom = custom_advantages(self.advantages, rewards, everyone, self._group, own)
             width = batch["completion_ids"].shape[1]
             batch["advantages"] = custom if custom.ndim == 1 else pad(custom, (0, width - custom.shape[1]))
         else:
@@ -185,7 +153,7 @@ class SearchTrainer(GRPOTrainer):
         if mean.ndim == 2:
             mask = policy_mask(batch)
             mean = (mean * mask).sum(1) / mask.sum(1).clamp(min=1)
-        # As many as the log holds: they replace TRL's, which the call above has just written there.
+        # The log keeps as many as a step has: these replace TRL's, which the call above has just written there.
         self._logs["advantages"].extend(self.accelerator.gather(mean).tolist())
         return batch
 
@@ -198,20 +166,6 @@ class SearchTrainer(GRPOTrainer):
         """Return how many consecutive trajectories answer one question."""
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _custom_advantages(
-        self, function: AdvantageFunction, rewards: torch.Tensor, trajectories: list[Trajectory], own: slice
-    ) -> torch.Tensor:
-        """Return what the user's function makes of all ranks' rewards (N,) for this rank, (n,) or (n, C)."""
-        everyone = gather_object(trajectories)
-        returned = function(rewards, everyone, self._group)
-        if isinstance(returned, torch.Tensor) and returned.shape == rewards.shape:
-            return returned[own].nan_to_num(nan=0.0)
-        if len(returned) != len(everyone):
-            raise UserError(
-                f"the advantage function returned {len(returned)} rows, and there are {len(everyone)} trajectories"
-            )
-        return per_token(returned[own], trajectories).nan_to_num(nan=0.0)
-
     def _algorithm_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Return the advantages (N,) of the trajectories of all ranks from their rewards (N,)."""
         group = self._group
@@ -222,32 +176,16 @@ class SearchTrainer(GRPOTrainer):
         return raw_return(rewards, group, self.args.baseline)
 
     @torch.no_grad()
-    def _ppo_advantages(self, batch: dict[str, Any], rewards: torch.Tensor, critic: Critic) -> dict[str, Any]:
+    def _ppo_advantages(self, batch: dict[str, Any], rewards: torch.Tensor, critic: Critic) -> dict[str, torch.Tensor]:
         """Return PPO's advantages, values and returns (n, C) of this rank's trajectories, from their rewards (n,)."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        mask = policy_mask(batch)
-        size = self.args.per_device_train_batch_size
-        logps, ref_logps = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
+        logps = batch.get("old_per_token_logps")
         if logps is None:
-            logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, mask.shape[1], size)
-        values = critic.values(ids, attention_mask, mask, size)
-        paid = token_rewards(rewards, mask, logps, ref_logps, self.beta)
-        advantages, returns = masked_gae(paid, values, mask, self.args.gae_gamma, self.args.gae_lambda)
-        everyone = self._from_all_ranks(advantages[mask.bool()])
-        logged = {"critic/value": values, "critic/squared_error": (returns - values).square()}
-        if ref_logps is not None:
-            logged["kl"] = logps - ref_logps  # k1, as in the reward
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, of_tokens in logged.items():
-            metrics[name].append(self._from_all_ranks(of_tokens[mask.bool()]).mean().item())
-        return {"advantages": whiten(advantages, mask, everyone), "values": values, "returns": returns}
-
-    def _from_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the values (n,) of this rank and those of all others, one after another, (M,)."""
-        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
-        gathered: torch.Tensor = self.accelerator.gather(padded)
-        return gathered[~gathered.isnan()]
+            width, size = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            logps, _, _ = self._get_per_token_logps_and_entropies(self.model, *whole(batch), width, size)
+        found, logged = critic.advantages(batch, rewards, logps)
+        for name, value in logged.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return found
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Return the next micro-batch; those of one optimizer step hold rows of like length, for less padding.
@@ -290,40 +228,16 @@ class SearchTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **images: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Compute as TRL does, at the tokens that are learned from alone, in parts trimmed to their own longest row.
-
-        Takes ids and mask (B, P + C) and returns log-probabilities and entropies (B, C), 0 at every other token.
-        """
+        """Compute as TRL does, for the tokens that are learned from; ids and mask (B, P + C), results (B, C)."""
         assert all(value is None for value in images.values()), "text only"
-        prompt_length = input_ids.shape[1] - logits_to_keep
-        # (B, C): the marks that `_rollout` or `_compute_loss` handed on for these rows, less what TRL took out since.
         assert self._handed.scored is not None
-        scored = self._handed.scored
-        scored = pad(scored, (0, logits_to_keep - scored.shape[1])).to(input_ids.device).bool()
-        scored = scored & attention_mask[:, prompt_length:].bool()
-        logps = torch.zeros(scored.shape, device=input_ids.device)
-        entropies = torch.zeros_like(logps)
-        aux_losses = []
-        for part in trimmed_parts(attention_mask, scored, batch_size):
-            columns = slice(part.start, part.end)
-            ids, mask = input_ids[part.rows, columns], attention_mask[part.rows, columns]
-            marks = pad(scored[part.rows], (prompt_length, 0))[:, columns]
-            with self.accelerator.autocast(), compact_lm_head():
-                outputs = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    labels=ids.masked_fill(~marks, -100),
-                    fused_lm_head=True,
-                    **({"output_router_logits": True} if compute_aux_loss else {}),
-                )
-            first = prompt_length - part.start - 1  # the first column says what it makes of the second
-            widen = (0, logits_to_keep - outputs.log_probs[:, first:].shape[1])
-            logps = logps.index_put((part.rows,), pad(outputs.log_probs[:, first:], widen))
-            if compute_entropy:
-                entropies = entropies.index_put((part.rows,), pad(outputs.entropy[:, first:], widen))
-            aux_losses.append(outputs.aux_loss)
-        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-        return logps, entropies if compute_entropy else None, aux_loss
+        # The marks that `_rollout` or `_compute_loss` handed on for these rows, less what TRL took out since.
+        scored = pad(self._handed.scored, (0, logits_to_keep - self._handed.scored.shape[1]))
+        scored = scored.to(input_ids.device).bool() & attention_mask[:, -logits_to_keep:].bool()
+        with self.accelerator.autocast(), compact_lm_head():
+            return scored_logps(
+                model, input_ids, attention_mask, scored, batch_size, compute_entropy, compute_aux_loss
+            )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute TRL's loss on the policy's tokens, with the entropy bonus averaged over those of the whole step."""
@@ -365,7 +279,7 @@ class SearchTrainer(GRPOTrainer):
         except Exception as error:  # raised in `_log_rollout`, once every rank has saved its part of a checkpoint
             failure = error
         trainer._log_rollout(trajectories, clock, failure)
-        trainer._write_trajectories(rows, trajectories)
+        trainer._record_trajectories(rows, trajectories)
         masks = [trainer._loss_mask(trajectory) for trajectory in trajectories]
         trainer._handed.scored = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
@@ -391,12 +305,10 @@ class SearchTrainer(GRPOTrainer):
 
     def _p_noise(self) -> float:
         """Return the noise of this step; an evaluation inside a training run is free of it."""
-        step, total = self.state.global_step + 1, self.state.max_steps
         if not self.model.training:
             return 0.0
-        if self.noise is None:
-            return self.args.noise_schedule().p_noise(step, total)
-        p_noise = float(self.noise(step, total, self.state.log_history))
+        step = self.state.global_step + 1
+        p_noise = float(self.noise(step, self.state.max_steps, self.state.log_history))
         if not 0.0 <= p_noise <= 1.0:
             raise UserError(f"the noise function returned {p_noise} at step {step}: a probability lies in [0, 1]")
         return p_noise
@@ -413,57 +325,46 @@ class SearchTrainer(GRPOTrainer):
 
         `failure` is what ended this rank's rollout, `None` if nothing did.
         """
+        step = self.state.global_step + 1
         own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
         account = getattr(self.engine, "account", None)
         sent = account.newly_sent() if account else sum(fact.searches + fact.retries for fact in own_facts)
         ranks = gather_object([(own_facts, clock, failure and f"{failure}", sent)])
-        self._count_queries(sum(rank_sent for *_, rank_sent in ranks))
+        if self.accelerator.is_main_process:
+            count_queries(Path(self.args.output_dir), self.engine.name, sum(rank_sent for *_, rank_sent in ranks))
         failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure is not None]
         if failures:
             self._save_progress()
             if failure is not None and not isinstance(failure, GenerationError):
                 raise failure
-            raise GenerationError(f"step {self.state.global_step + 1} could not be rolled out: {failures[0]}")
+            raise GenerationError(f"step {step} could not be rolled out: {failures[0]}")
         facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
         metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
-        metrics["search/p_noise"] = self._p_noise()
+        metrics["search/p_noise"] = trajectories[0].p_noise
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         failed = metrics["search/failed_search"]
         if failed > self.args.max_failed_search_share:
-            self._stop(failed, next(fact.error for fact in facts if fact.error))
-
-    def _count_queries(self, sent: int) -> None:
-        """Add what all ranks sent, retries included, to `engine_queries.json`: what was really asked of whom."""
-        if not self.accelerator.is_main_process:
-            return
-        path = Path(self.args.output_dir) / "engine_queries.json"
-        queries = read_json(path) if path.exists() else {}
-        write_json(path, {**queries, self.engine.name: queries.get(self.engine.name, 0) + sent})
-
-    def _stop(self, failed_share: float, error: str) -> None:
-        """Save what was learned so far, and raise `SearchError`."""
-        self._save_progress()
-        raise SearchError(
-            f"{failed_share:.0%} of the trajectories of step {self.state.global_step + 1} lost a search, more than "
-            f"max_failed_search_share ({self.args.max_failed_search_share:.0%}) allows: {error}"
-        )
+            self._save_progress()
+            raise SearchError(
+                f"{failed:.0%} of the trajectories of step {step} lost a search, more than max_failed_search_share "
+                f"({self.args.max_failed_search_share:.0%}) allows: {next(fact.error for fact in facts if fact.error)}"
+            )
 
     def _save_progress(self) -> None:
         if self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
 
-    def _write_trajectories(self, rows: Sequence[Mapping[str, Any]], trajectories: list[Trajectory]) -> None:
-        """Append a few trajectories, spread over the rows of the first rank, to `trajectories.jsonl`."""
+    def _record_trajectories(self, rows: Sequence[Mapping[str, Any]], trajectories: list[Trajectory]) -> None:
+        """Write down a few trajectories, spread over the rows of the first rank."""
         wanted = min(self.args.logged_trajectories, len(rows))
         if not self.accelerator.is_main_process or not self.model.training or wanted < 1:
             return
-        step = self.state.global_step + 1
-        with (Path(self.args.output_dir) / "trajectories.jsonl").open("a", encoding="utf-8") as file:
-            for place in range(0, len(rows), len(rows) // wanted)[:wanted]:
-                prompt = decoded_text(self._tokenizer, trajectories[place].prompt_ids)
-                record = trajectories[place].to_record(rows[place], prompt, step)
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        step, records = self.state.global_step + 1, []
+        for place in range(0, len(rows), len(rows) // wanted)[:wanted]:
+            prompt = decoded_text(self._tokenizer, trajectories[place].prompt_ids)
+            records.append(trajectories[place].to_record(rows[place], prompt, step))
+        append_trajectories(Path(self.args.output_dir), records)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the critic first: a checkpoint is whole once TRL has written its trainer_state.json."""
@@ -479,10 +380,10 @@ class SearchTrainer(GRPOTrainer):
         if self.critic is not None:
             self.critic.load(Path(checkpoint) / "critic")
         if self.accelerator.is_main_process:
-            forget_later_steps(Path(self.args.output_dir) / "trajectories.jsonl", self.state.global_step)
+            forget_later_steps(Path(self.args.output_dir), self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's step time under the name of the other times, too."""
+        """Log TRL's step time beside the other times, too."""
         metrics = self._metrics["train"]
         if "step_time" in metrics:
             metrics["time/step_s"] = list(metrics["step_time"])
@@ -496,9 +397,3 @@ def with_prompts(dataset: Any, agent: Agent) -> Any:
     if dataset is None or "prompt" in (dataset.column_names or []):
         return dataset
     return dataset.map(lambda row: {"prompt": agent.messages(row["question"])}, desc="prompts")
-
-
-def row_number(row: Mapping[str, Any]) -> int:
-    """Return a number for a dataset row that its names alone decide, wherever it stands in the dataset."""
-    name = f"{row.get('dataset')}/{row['id']}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
