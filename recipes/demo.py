@@ -41,62 +41,38 @@ class DemoArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the results of an earlier demo"})
 
 
-class Demo:
-    """Runs the recipes one after another, each as a user would, and says in a line what each has come to."""
+def run(arguments: DemoArguments, directory: Path, stages: Stages) -> float:
+    """Run the recipes one after another, each as a user would, and return the seconds that training took."""
+    data, simulator, policy = (directory / name for name in ("data", "simulator", "policy"))
+    seed = ("--seed", arguments.seed)
 
-    def __init__(self, directory: Path, seed: int, generator: str):
-        self.directory = directory
-        self.seed = seed
-        self.generator = generator
-        self.data, self.simulator, self.policy = (directory / name for name in ("data", "simulator", "policy"))
-        self.stages = Stages(directory / "logs", ROOT)
-
-    def make_data(self) -> None:
-        """Draw the worlds, the questions and the searches that the simulator learns from."""
-        self.stages.run("data", "data/make_tinyworld.py", "--output_dir", self.data, "--seed", self.seed)
-
-    def tune_simulator(self) -> None:
-        """Tune the simulator's base on judged searches of a training world."""
-        flags = ("--searches", self.data / "searches.jsonl", "--output_dir", self.simulator, "--seed", self.seed)
-        self.stages.run(
-            "simulator tuning", "recipes/sft_simulator.py", "--config", CONFIGS / "sft-tinyworld.yaml", *flags
-        )
-
-    def train(self, simulator_url: str) -> float:
-        """Train the policy against the simulator alone and return the seconds it took."""
-        flags = ("--dataset", self.data / "train.jsonl", "--output_dir", self.policy, "--seed", self.seed)
-        generator = ("--simulator_url", simulator_url, "--use_vllm", self.generator == "vllm")
-        recipe = ("recipes/grpo.py", "--config", CONFIGS / "tinyworld.yaml", *flags, *generator)
-        launch = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml")
-        return self.stages.run("training", *launch, *recipe, status=training_status(5))
-
-    def evaluate(self, when: str, model: Path, engine: str, simulator_url: str = "") -> None:
+    def evaluate(when: str, model: Path, engine: str, *source: object) -> None:
         """Score a policy on the evaluation world with one engine."""
-        config = ("--config", CONFIGS / "evaluate-tinyworld.yaml", "--dataset", self.data / "test.jsonl")
-        flags = ("--model", model, "--generator", self.generator, "--engine", engine)
-        source = (
-            ("--simulator_url", simulator_url) if engine == "simulated" else ("--corpus", self.data / "corpus.jsonl")
-        )
-        where = self.directory / "evaluation" / f"{when}-{engine}"
-        title = f"evaluation {when} training with {engine}"
-        self.stages.run(title, "recipes/evaluate.py", *config, *flags, *source, "--output_dir", where)
+        config = ("--config", CONFIGS / "evaluate-tinyworld.yaml", "--dataset", data / "test.jsonl")
+        flags = ("--model", model, "--generator", arguments.generator, "--engine", engine, *source)
+        where = ("--output_dir", directory / "evaluation" / f"{when}-{engine}")
+        stages.run(f"evaluation {when} training with {engine}", "recipes/evaluate.py", *config, *flags, *where)
 
-    def run(self, port: int) -> float:
-        """Run everything up to the report and return the seconds that training took."""
-        self.make_data()
-        self.tune_simulator()
-        with ThreadPoolExecutor(1) as meanwhile, self.stages:
-            before = meanwhile.submit(self.evaluate, "before", BASE_POLICY, "bm25")
-            with simulator_server(
-                str(self.simulator), port, max_model_len=1024, dtype="float32", num_threads=1
-            ) as server:
-                self.stages.say(f"simulator ready at {server.base_url}")
-                before.result()
-                self.evaluate("before", BASE_POLICY, "simulated", server.base_url)
-                train_seconds = self.train(server.base_url)
-                self.evaluate("after", self.policy, "simulated", server.base_url)
-        self.evaluate("after", self.policy, "bm25")
-        return train_seconds
+    real = ("bm25", "--corpus", data / "corpus.jsonl")
+    stages.run("data", "data/make_tinyworld.py", "--output_dir", data, *seed)
+    searches = ("--searches", data / "searches.jsonl", "--output_dir", simulator, *seed)
+    sft = ("recipes/sft_simulator.py", "--config", CONFIGS / "sft-tinyworld.yaml")
+    stages.run("simulator tuning", *sft, *searches)
+    server_options: dict[str, Any] = {"max_model_len": 1024, "dtype": "float32", "num_threads": 1}
+    with ThreadPoolExecutor(1) as meanwhile, stages:
+        before = meanwhile.submit(evaluate, "before", BASE_POLICY, *real)
+        with simulator_server(str(simulator), arguments.port, **server_options) as server:
+            stages.say(f"simulator ready at {server.base_url}")
+            before.result()
+            simulated = ("simulated", "--simulator_url", server.base_url)
+            evaluate("before", BASE_POLICY, *simulated)
+            launch = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml")
+            grpo = ("recipes/grpo.py", "--config", CONFIGS / "tinyworld.yaml", "--dataset", data / "train.jsonl")
+            flags = ("--output_dir", policy, *seed, "--use_vllm", arguments.generator == "vllm", *simulated[1:])
+            train_seconds = stages.run("training", *launch, *grpo, *flags, status=training_status(5))
+            evaluate("after", policy, *simulated)
+    evaluate("after", policy, *real)
+    return train_seconds
 
 
 def results(directory: Path, arguments: DemoArguments, train_seconds: float, total_seconds: float) -> dict[str, Any]:
@@ -111,18 +87,18 @@ def results(directory: Path, arguments: DemoArguments, train_seconds: float, tot
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the demo, write results.json and report.html, print a table."""
-    (arguments,) = parse(DemoArguments)
+    (arguments,) = parse(DemoArguments, argv=argv)
     exit_on_signals()  # so that no server outlives the demo
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
     free_port("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
     with sole_writer(directory):
         clear(directory, MADE_BY_THE_DEMO)
-        demo = Demo(directory, arguments.seed, arguments.generator)
-        train_seconds = demo.run(arguments.port)
-        outcome = results(directory, arguments, train_seconds, time.monotonic() - demo.stages.started)
+        stages = Stages(directory / "logs", ROOT)
+        train_seconds = run(arguments, directory, stages)
+        outcome = results(directory, arguments, train_seconds, time.monotonic() - stages.started)
         write_json(directory / "results.json", outcome)
         report = write_report(directory)
     print(f"\n{summary_table(directory)}\n\nreport: {report}\nresults: {directory / 'results.json'}")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from zerosearch.checkpoints import clear
 from zerosearch.files import sole_writer
 from zerosearch.stages import Stages, training_status
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Put back the handlers that the demo sets."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +38,6 @@ def test_a_stage_reports_what_status_makes_of_its_output(tmp_path: Path, capsys:
     Stages(tmp_path / "logs", tmp_path).run("work", script, status=training_status(5))
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
     assert len(lines) == 1 and lines[0].endswith("step   5: reward 0.25, 1.5 searches a question, noise 0.12")
-
-
-def test_clear_removes_what_the_demo_made_and_nothing_else(recipe: ModuleType, tmp_path: Path) -> None:
-    for name in recipe.MADE_BY_THE_DEMO:
-        path = tmp_path / name
-        if "." in name:
-            path.write_text("old")
-        else:
-            (path / "inner").mkdir(parents=True)
-    (tmp_path / "notes.txt").write_text("mine")
-    clear(tmp_path, recipe.MADE_BY_THE_DEMO)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_results_count_every_query_to_an_engine_that_is_not_the_simulator(recipe: ModuleType, tmp_path: Path) -> None:
@@ -73,33 +65,24 @@ def test_results_count_every_query_to_an_engine_that_is_not_the_simulator(recipe
     }
 
 
-def run_demo(*flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "recipes/demo.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    refusal: Callable[[str, list[str]], str], tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert "--overwrite_output_dir" in refusal("demo", ["--output_dir", str(tmp_path / "full")])
+    assert "llamacpp" in refusal("demo", ["--output_dir", str(tmp_path / "new"), "--generator", "llamacpp"])
+    with sole_writer(tmp_path / "held"):
+        flags = ["--output_dir", str(tmp_path / "held"), "--overwrite_output_dir", "true", "--port", "0"]
+        assert f"another run is writing to {tmp_path / 'held'}" in refusal("demo", flags)
 
 
-def test_a_folder_that_is_not_empty_and_a_generator_that_is_none_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    refused = run_demo("--output_dir", tmp_path)
-    assert refused.returncode == 2 and "--overwrite_output_dir" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    unknown = run_demo("--output_dir", tmp_path / "other", "--generator", "llamacpp")
-    assert unknown.returncode == 2 and "llamacpp" in unknown.stderr and "Traceback" not in unknown.stderr
-
-
-def test_a_second_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with sole_writer(tmp_path):
-        refused = run_demo("--output_dir", tmp_path, "--overwrite_output_dir", "true", "--port", 0)
-    assert refused.returncode == 2
-    assert f"another run is writing to {tmp_path}" in refused.stderr and "Traceback" not in refused.stderr
-
-
-def test_a_port_that_is_taken_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said_before_anything_is_computed(
+    refusal: Callable[[str, list[str]], str], tmp_path: Path
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        refused = run_demo("--output_dir", tmp_path / "demo", "--port", taken.getsockname()[1])
-    assert refused.returncode == 2
-    assert "error: cannot serve on 127.0.0.1" in refused.stderr and "Traceback" not in refused.stderr
-    assert not os.path.exists(tmp_path / "demo/data")
+        port = str(taken.getsockname()[1])
+        assert "cannot serve on 127.0.0.1" in refusal("demo", ["--output_dir", str(tmp_path / "demo"), "--port", port])
+    assert not (tmp_path / "demo/data").exists()
