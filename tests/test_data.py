@@ -40,26 +40,22 @@ def jsonl(tmp_path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def test_a_row_becomes_a_question(tmp_path: Path) -> None:
-    questions = load_questions(jsonl(tmp_path, {**ROW, "metadata": {"x": 1}}))
-    assert questions.to_list() == [ROW]
-    assert questions.column_names == ["id", "question", "golden_answers", "dataset"]
-
-
-def test_what_a_row_lacks_comes_from_its_place_and_file(tmp_path: Path) -> None:
-    bare = {"question": "Why?", "golden_answers": ["x"]}
-    source = jsonl(tmp_path, bare, "", {**bare, "data_source": "hotpotqa", "id": 7}, {**bare, "id": None})
-    assert [(row["id"], row["dataset"]) for row in load_questions(source)] == [
-        ("qa_0", "qa"),
-        ("7", "hotpotqa"),
-        ("qa_2", "qa"),
+def test_a_row_becomes_a_question_and_what_it_lacks_comes_from_its_place_and_file(tmp_path: Path) -> None:
+    bare = {"question": "Why?", "golden_answers": [" ", " x "]}  # a blank answer is dropped
+    rows = [
+        {**ROW, "metadata": {"x": 1}},
+        bare,
+        "",
+        {**bare, "data_source": "hotpotqa", "id": 7},
+        {**bare, "id": None},
     ]
-
-
-def test_blank_answers_are_dropped_and_limit_keeps_the_first_rows(tmp_path: Path) -> None:
-    rows = [{**ROW, "id": str(number), "golden_answers": [" ", f" a{number} "]} for number in range(5)]
-    kept = load_questions(jsonl(tmp_path, *rows), limit=2)
-    assert [(row["id"], row["golden_answers"]) for row in kept] == [("0", ["a0"]), ("1", ["a1"])]
+    asked = {"question": "Why?", "golden_answers": ["x"]}
+    assert load_questions(jsonl(tmp_path, *rows)).to_list() == [
+        ROW,
+        {"id": "qa_1", "dataset": "qa", **asked},
+        {"id": "7", "dataset": "hotpotqa", **asked},
+        {"id": "qa_3", "dataset": "qa", **asked},
+    ]
 
 
 def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
@@ -142,20 +138,14 @@ def test_no_column_opens_an_address(
             listener.accept()
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_half_characters_and_nul_are_replaced(tmp_path: Path, suffix: str) -> None:
-    texts = {"question": "Who \ud83d wrote\0it?", "golden_answers": ["caf\udce9"], "id": "a\ud83d"}
-    path = jsonl(tmp_path, texts)
-    if suffix == "parquet":  # a file there may hold NUL, and no half characters
-        path = write_parquet(
-            tmp_path / "a.parquet", question=["Who \0 wrote\0it?"], golden_answers=[["caf\0"]], id=["a\0"]
-        )
-    (row,) = load_questions(path)
-    assert (row["id"], row["question"], row["golden_answers"]) == (
-        "a\ufffd",
-        "Who \ufffd wrote\ufffdit?",
-        ["caf\ufffd"],
-    )
+def test_half_characters_and_nul_are_replaced(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"question": "Who \ud83d wrote\0it?", "golden_answers": ["caf\udce9"], "id": "a\ud83d"})
+    # A parquet file may hold NUL, and no half characters.
+    columns = {"question": ["Who \0 wrote\0it?"], "golden_answers": [["caf\0"]], "id": ["a\0"]}
+    for source in (path, write_parquet(tmp_path / "a.parquet", **columns)):
+        (row,) = load_questions(source).to_list()
+        assert (row["id"], row["question"]) == ("a\ufffd", "Who \ufffd wrote\ufffdit?")
+        assert row["golden_answers"] == ["caf\ufffd"]
 
 
 def test_a_hub_dataset_is_read_with_its_own_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +233,6 @@ def test_a_document_names_its_title_once() -> None:
 def test_a_bad_passage_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(UserError, match='line 2 needs "contents"'):
         read_passages(jsonl(tmp_path, {"contents": "x"}, row))
-
-
-def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no passages"):
         read_passages(jsonl(tmp_path))
 
@@ -268,30 +255,18 @@ def benchmark_folder(root: Path, num_rows: int = 3) -> Path:
     return root
 
 
-def test_the_seven_benchmarks_come_from_flashrags_layout(tmp_path: Path) -> None:
-    rows = load_question_sets(["benchmarks"], benchmark_source=str(benchmark_folder(tmp_path)))
-    assert [(row["dataset"], row["id"]) for row in rows if row["id"].endswith("_1")] == [
-        ("nq", "test_1"),
-        ("triviaqa", "test_1"),
-        ("popqa", "test_1"),
-        ("hotpotqa", "dev_1"),
-        ("2wikimultihopqa", "dev_1"),
-        ("musique", "dev_1"),
-        ("bamboogle", "test_1"),
+def test_the_seven_benchmarks_come_from_flashrags_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = str(benchmark_folder(tmp_path))
+    rows = load_question_sets(["benchmarks"], benchmark_source=folder)
+    names = "nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle".split()
+    splits = "test test test dev dev dev test".split()
+    assert [(row["dataset"], row["id"]) for row in rows[1::3]] == [
+        (name, f"{split}_1") for name, split in zip(names, splits, strict=True)
     ]
-    assert len(rows) == 21
-    assert rows[0]["question"] == "what is number 0 of nq"
-
-
-def test_a_benchmark_of_another_size_than_flashrags_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_question_sets(["nq"], benchmark_source=str(benchmark_folder(tmp_path)))
+    assert len(rows) == 21 and rows[0]["question"] == "what is number 0 of nq"
     assert "nq has 3 questions here, and 3610 in FlashRAG" in caplog.text
-
-
-def test_benchmarks_and_files_are_asked_one_after_another(tmp_path: Path) -> None:
-    folder = benchmark_folder(tmp_path / "flashrag")
-    rows = load_question_sets([jsonl(tmp_path, ROW), "musique"], limit=2, benchmark_source=str(folder))
-    assert [row["id"] for row in rows] == ["q1", "dev_0", "dev_1"]
+    rows = load_question_sets([jsonl(tmp_path, ROW), "musique"], limit=2, benchmark_source=folder)
+    assert [row["id"] for row in rows] == ["q1", "dev_0", "dev_1"], "benchmarks and files one after another"
 
 
 def test_a_benchmark_comes_from_the_hub_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,12 +52,6 @@ def test_half_a_line_is_dropped_and_said_so(tmp_path: Path, caplog: pytest.LogCa
     assert rows_of(path) == [{"n": 1}, {"n": ODD_TEXT}, {"n": 3}]
 
 
-def test_a_file_of_half_a_line_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_bytes(b'{"n"')
-    JsonlLog(tmp_path / "log.jsonl").close()
-    assert (tmp_path / "log.jsonl").read_bytes() == b""
-
-
 def test_half_a_line_of_a_run_under_way_is_skipped_if_wanted(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"n": 1}\n\n{"n"')
     assert list(read_jsonl(tmp_path / "log.jsonl", skip_half_line=True)) == [

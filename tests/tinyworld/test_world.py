@@ -179,9 +179,3 @@ def test_question_rows_have_the_columns_of_a_benchmark():
     assert [set(row) for row in rows] == [{"id", "question", "golden_answers", "dataset"}] * 50
     assert len({row["id"] for row in rows}) == 50
     assert {row["dataset"] for row in rows} == {"tinyworld_one_hop", "tinyworld_two_hop", "tinyworld_comparison"}
-
-
-def test_every_relation_reads_as_a_sentence_and_a_question():
-    for relation in RELATIONS:
-        assert relation.statement.startswith("{} ") and len(relation.statement.split()) == 3
-        assert relation.question.endswith("?") and "{}" in relation.question and relation.noun.startswith("the ")

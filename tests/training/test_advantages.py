@@ -37,14 +37,6 @@ def test_rloo_takes_off_the_mean_of_the_others() -> None:
     assert leave_one_out(torch.tensor([NAN, 1.0, NAN, NAN]), 2).tolist() == [0.0] * 4
 
 
-def test_rloo_is_the_group_baseline_times_g_over_g_minus_1() -> None:
-    rewards = torch.rand(60, generator=torch.Generator().manual_seed(0))
-    for group in (2, 3, 5):
-        torch.testing.assert_close(
-            leave_one_out(rewards, group), raw_return(rewards, group, "group") * group / (group - 1)
-        )
-
-
 def test_grpo_normalises_within_each_group() -> None:
     # Group 1: mean 0.5, deviation sqrt(((-0.5)^2 + 0.5^2) / 1) = 0.7071. Group 2: no deviation, nothing to learn.
     advantages = group_normalized(torch.tensor([0.0, 1.0, 0.3, 0.3]), num_generations=2, epsilon=0.0)
@@ -53,19 +45,13 @@ def test_grpo_normalises_within_each_group() -> None:
     assert group_normalized(torch.tensor([0.3, 0.3]), num_generations=2).tolist() == [0.0, 0.0]
 
 
-def test_grpo_divides_by_n_minus_1_and_adds_epsilon() -> None:
+def test_grpo_divides_by_n_minus_1_of_the_known_rewards_and_adds_epsilon() -> None:
     # mean 1, deviations -1, 0, 1: variance 2 / 2 = 1.
     advantages = group_normalized(torch.tensor([0.0, 1.0, 2.0]), num_generations=3, epsilon=1.0)
     torch.testing.assert_close(advantages, torch.tensor([-0.5, 0.0, 0.5]))
-
-
-def test_a_failed_search_takes_part_in_no_statistic() -> None:
     # Known: 0 and 2, mean 1, deviation sqrt(2).
     advantages = group_normalized(torch.tensor([0.0, NAN, 2.0]), num_generations=3, epsilon=0.0)
     torch.testing.assert_close(advantages, torch.tensor([-0.70711, 0.0, 0.70711]), atol=1e-5, rtol=0)
-
-
-def test_a_group_with_one_known_reward_teaches_nothing() -> None:
     assert group_normalized(torch.tensor([NAN, 1.0, NAN, NAN]), num_generations=2).tolist() == [0.0, 0.0, 0.0, 0.0]
 
 

@@ -18,13 +18,6 @@ BATCH = {
 }
 
 
-def test_f1_reward() -> None:
+def test_f1_and_em() -> None:
     assert f1_reward(**BATCH) == [pytest.approx(2 / 3), 1.0, 0.0, None]
-
-
-def test_em_reward() -> None:
     assert em_reward(**BATCH) == [0.0, 1.0, 0.0, None]
-
-
-def test_each_logs_under_its_own_name() -> None:
-    assert (f1_reward.__name__, em_reward.__name__) == ("f1_reward", "em_reward")
