@@ -27,7 +27,7 @@ TRACES = [
     for name, place in [("Emma", "Bath"), ("Jane", "Steventon"), ("Austen", "Hampshire")]
 ]
 RECORD = {
-    **{"question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "searches": 1, "invalid_actions": 0},
+    **{"question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "searches": 1},
     "segments": [
         {"source": "prompt", "text": "..."},
         {"source": "policy", "text": "<search> who </search>"},
@@ -84,7 +84,7 @@ def test_trajectories_are_learned_by_their_score_and_an_adapter_is_saved_alone(
     load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     scored = [{**RECORD, "f1": score} for score in (1.0, 0.5, 0.4)]
-    path = write(tmp_path / "trajectories.jsonl", [*scored, {**RECORD, "f1": 1.0, "invalid_actions": 1}])
+    path = write(tmp_path / "trajectories.jsonl", [*scored, {**RECORD, "f1": 1.0, "answer": None}])
     changes = {"trajectories": path, "min_f1": 0.5, "use_peft": True, "lora_target_modules": "all-linear"}
     load_recipe("sft_policy").main(flags(tiny_policy_dir, tmp_path / "out", **changes))
     assert json.loads((tmp_path / "out/cold_start.json").read_text())["examples"] == 2

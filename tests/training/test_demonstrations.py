@@ -24,7 +24,7 @@ from zerosearch.training.demonstrations import (
 SETTINGS = RolloutSettings(max_turns=2)
 SEARCHES = [
     ("Emma author", ["Rain: It rains.", "Emma: Emma is a novel. Its author is Jane Austen of Steventon."]),
-    ("Jane Austen born", ["Austen family: They lived in Bath.", "Jane Austen: She liked tea. She was born in 1775."]),
+    ("Jane Austen born", ["Austen family: They lived in Bath.", "Jane Austen: She was the author. It was in 1775."]),
 ]
 SHOWN = Demonstration(
     "When was the author of Emma born?",
@@ -36,7 +36,7 @@ SHOWN = Demonstration(
             "<search> Jane Austen born </search>",
             tuple(SEARCHES[1][1]),
         ),
-        Step("<think> She was born in 1775. So the answer is 1775. </think>\n<answer> 1775 </answer>"),
+        Step("<think> It was in 1775. So the answer is 1775. </think>\n<answer> 1775 </answer>"),
     ),
 )
 

@@ -111,7 +111,7 @@ def from_record(record: Mapping[str, Any]) -> Demonstration | None:
             if documents is None:
                 return None
             steps[-1] = Step(steps[-1].text, documents)
-    if record["invalid_actions"] or record["searches"] != len(steps) - 1 or record["answer"] is None:
+    if record["searches"] != len(steps) - 1 or record["answer"] is None:
         return None
     return Demonstration(record["question"], tuple(record["golden_answers"]), tuple(steps))
 
