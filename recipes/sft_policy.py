@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     given = demonstrations(recipe)
     trajectories = replay([one for one in given if one], tokenizer, settings, PROMPT_SETS[recipe.prompt].policy)
-    kept = [trajectory for trajectory in trajectories if trajectory.outcome == "answered"]
+    # Of a document that was cut a thought might quote what the policy cannot see.
+    kept = [one for one in trajectories if one.outcome == "answered" and not one.cut_observations]
     source = recipe.traces or recipe.trajectories
     counted = f"{len(kept)} of {len(given)} become demonstrations; {len(trajectories) - len(kept)} exceed the budgets"
     if not kept:

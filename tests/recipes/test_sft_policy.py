@@ -95,9 +95,9 @@ def test_what_cannot_work_is_refused(
     refusal: Callable[[str, list[str]], str], tiny_policy_dir: Path, traces: Path, tmp_path: Path
 ) -> None:
     assert "--traces or --trajectories, one of the two" in refusal("sft_policy", flags(tiny_policy_dir, tmp_path))
-    few = flags(tiny_policy_dir, tmp_path, traces=traces, max_turn_tokens=5)
-    said = refusal("sft_policy", few)
-    assert "0 of 4 become demonstrations; 3 exceed the budgets" in said
+    for budget in ({"max_turn_tokens": 5}, {"max_observation_tokens": 24}):
+        said = refusal("sft_policy", flags(tiny_policy_dir, tmp_path, traces=traces, **budget))
+        assert "0 of 4 become demonstrations; 3 exceed the budgets" in said
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("mine")
     used = flags(tiny_policy_dir, tmp_path / "used", traces=traces)
