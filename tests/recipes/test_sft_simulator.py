@@ -131,9 +131,12 @@ def test_a_tuning_that_is_killed_resumes_by_the_same_command(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path]) -> None:
+def test_an_adapter_is_saved_alone_and_clears_what_an_earlier_run_has_made(tuned: dict[str, Path]) -> None:
     folder = tuned["lora"]
-    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "checkpoint-notes.txt"} <= names
+    assert not names & {"fidelity.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert not (folder / "checkpoint-5/model.safetensors").exists()
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(BASE) and settings["r"] == 16
     assert {"q_proj", "down_proj"} <= set(settings["target_modules"])
@@ -141,14 +144,6 @@ def test_an_adapter_is_saved_alone_over_an_untouched_base(tuned: dict[str, Path]
     assert f"python recipes/serve_simulator.py --model {folder}\n" in card and "has not been measured" in card
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "peft" and "search-simulator" in header["tags"]
-
-
-@pytest.mark.slow
-def test_overwriting_clears_what_the_recipe_makes_and_nothing_else(tuned: dict[str, Path]) -> None:
-    names = {path.name for path in tuned["lora"].iterdir()}
-    assert "checkpoint-notes.txt" in names
-    assert not names & {"fidelity.json", "config.json", "generation_config.json"}
-    assert not (tuned["lora"] / "checkpoint-5/model.safetensors").exists()
 
 
 @pytest.mark.slow

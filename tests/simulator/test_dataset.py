@@ -60,16 +60,12 @@ def test_a_query_gives_a_set_of_each_label() -> None:
     }
 
 
-def test_sets_can_be_filled_up_from_the_question_but_not_made_of_it() -> None:
+def test_sets_can_be_filled_up_from_the_question_but_not_made_of_it_and_small_ones_left_out() -> None:
     sets = contents(build_sets(EMMA, SetOptions(fill_from_question=True, num_documents=3)))
     assert sets[("Austen novels", True)] == ["Emma, by Jane Austen.", "By Jane Austen.", "Jane Austen wrote it."]
     assert sets[("weather", False)] == ["It thaws.", "It rains.", "It snows."]
     assert ("weather", True) not in sets
-
-
-def test_small_sets_can_be_left_out() -> None:
-    sets = contents(build_sets(EMMA, SetOptions(min_documents=2)))
-    assert set(sets) == {("Emma author", True), ("Emma author", False)}
+    assert set(contents(build_sets(EMMA, SetOptions(min_documents=2)))) == {("Emma author", x) for x in (True, False)}
 
 
 def test_a_set_keeps_what_its_search_says_and_the_first_wording_of_a_document() -> None:
@@ -169,34 +165,56 @@ NOVEL = Passage(
 )
 
 
-def test_a_short_passage_is_kept_whole() -> None:
-    assert excerpt(Passage("Emma", "It is a novel."), 30, "Emma") == "Emma: It is a novel."
-
-
-def test_the_sentence_with_the_answer_is_kept_and_what_follows_it() -> None:
-    assert excerpt(NOVEL, 16, "Emma author", ["Jane Austen"]) == (
-        "Emma (novel): It was written by Jane Austen from January 1814. It is about a matchmaker who is wrong."
-    )
-
-
-def test_without_an_answer_the_sentence_nearest_to_the_query_is_kept() -> None:
-    assert excerpt(NOVEL, 10, "who published it in London") == (
-        "Emma (novel): John Murray of Albemarle St. in London published it."
-    )
-
-
-def test_sentences_before_the_chosen_one_fill_what_room_is_left() -> None:
-    text = "One two three four. Five six seven eight. Nine ten eleven twelve. Here it rains indeed."
-    assert excerpt(Passage("", text), 10, "rain rains") == text.partition(". ")[2]  # 12 words, to the last
+FOUR = "One two three four. Five six seven eight. Nine ten eleven twelve. Here it rains indeed."
+LETTERS = "a b c d e f g h i j k l m n o p q r s t"
+SPLIT = "a b c d e f g h i j k l one two three. Four words are here. "
 
 
 @pytest.mark.parametrize(
-    "sentence",
-    ["It is by J. Austen of Steventon.", "He lived close to St. Louis then.", "There came with Mrs. Austen at last."],
+    ("passage", "num_words", "query", "answers", "expected"),
+    [
+        (Passage("Emma", "It is a novel."), 30, "Emma", [], "Emma: It is a novel."),  # short: kept whole
+        (
+            *(NOVEL, 16, "Emma author", ["Jane Austen"]),  # the sentence with the answer, and what follows it
+            "Emma (novel): It was written by Jane Austen from January 1814. It is about a matchmaker who is wrong.",
+        ),
+        (
+            *(NOVEL, 10, "who published it in London", []),  # the sentence nearest to the query
+            "Emma (novel): John Murray of Albemarle St. in London published it.",
+        ),
+        (
+            Passage("", FOUR),
+            10,
+            "rain rains",
+            [],
+            FOUR.partition(". ")[2],
+        ),  # what is before fills the room of 12 words
+        # A title takes half of the room at most.
+        (Passage("A1 B2 C3 D4 E5 F6", LETTERS), 10, "q", [], "A1 B2 C3 D4 E5 F6: a b c d e f ..."),
+        (Passage("A1 B2 C3 D4 E5 F6 G7", LETTERS), 10, "q", [], "a b c d e f g h i j k l ..."),
+        (
+            *(
+                Passage("Numbers", SPLIT + "And no more. " * 9),
+                8,
+                "else",
+                ["three four"],
+            ),  # over the end of a sentence
+            "Numbers: ... l one two three. Four words are here. ...",
+        ),
+        *(
+            (Passage("", f"One two three four five six seven. {sentence} It rains."), 7, word, [], sentence)
+            for sentence, word in (
+                ("It is by J. Austen of Steventon.", "Steventon"),  # no end: an initial or an abbreviation
+                ("He lived close to St. Louis then.", "then"),
+                ("There came with Mrs. Austen at last.", "last"),
+            )
+        ),
+    ],
 )
-def test_a_sentence_does_not_end_after_an_initial_or_an_abbreviation(sentence: str) -> None:
-    text = f"One two three four five six seven. {sentence} It rains."
-    assert excerpt(Passage("", text), 7, sentence.split()[-1]) == sentence
+def test_an_excerpt_is_the_sentences_that_matter(
+    passage: Passage, num_words: int, query: str, answers: list[str], expected: str
+) -> None:
+    assert excerpt(passage, num_words, query, answers) == expected
 
 
 @pytest.mark.parametrize(
@@ -215,19 +233,6 @@ def test_a_long_sentence_is_cut_around_the_answer_and_says_so(answers: list[str]
     sentence = " ".join(f"w{n}" for n in range(100))
     start, end = "... " if window[0] else "", "" if window[-1] == 99 else " ..."
     assert excerpt(Passage("", sentence), 10, "q", answers) == start + " ".join(f"w{n}" for n in window) + end
-
-
-def test_a_title_takes_at_most_half_of_the_room() -> None:
-    text = "a b c d e f g h i j k l m n o p q r s t"
-    assert excerpt(Passage("One two three four five six", text), 10, "q").startswith(
-        "One two three four five six: a b"
-    )
-    assert excerpt(Passage("One two three four five six seven", text), 10, "q").startswith("a b c")
-
-
-def test_a_title_stays_where_the_answer_runs_over_the_end_of_a_sentence() -> None:
-    passage = Passage("Numbers", "a b c d e f g h i j k l one two three. Four words are here. " + "And no more. " * 9)
-    assert excerpt(passage, 8, "else", ["three four"]) == "Numbers: ... l one two three. Four words are here. ..."
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,6 @@ def test_the_rule_looks_for_a_golden_answer(document: str, golden_answers: list[
         ("  **Verdict:** Insufficient.\n", False),
         ("The document names her.\n\nVERDICT: SUFFICIENT", True),
         ("Insufficient.", False),
-        ("Verdict: sufficient\nVerdict: sufficient", True),
         ("Verdict: sufficient\nVerdict: insufficient", None),
         ("Verdict: sufficient or insufficient", None),
         ("The document is sufficient", None),
@@ -207,41 +206,32 @@ def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, c
     assert second[:1] == first and second[1]["content"] == "It depends." and "no verdict" in second[2]["content"]
 
 
-def test_no_verdict_twice_is_counted_kept_and_not_guessed(server: JudgeServer, cache: Cache) -> None:
-    server.answer = lambda n, messages: reply_of("It depends.")
-    for _ in range(2):
-        judge = make_judge(server)
-        assert judge_traces(SEARCHES[1:], judge, cache) == [[None]]
-        assert (judge.counts["judged"], len(server.requests)) == (1, 2)
-    assert judge.counts["from_cache"] == 1
+THOUGHT = "Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient"
+PARTS = [{"type": "thinking", "thinking": "Verdict: sufficient"}, {"type": "text", "text": "Verdict: insufficient"}]
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "verdict", "shown_again"),
     [
-        "<think>Verdict: sufficient\nOr is it?</think>\n\nVerdict: insufficient",
-        [{"type": "thinking", "thinking": "Verdict: sufficient"}, {"type": "text", "text": "Verdict: insufficient"}],
+        (f"<think>{THOUGHT}", False, None),
+        (THOUGHT, False, None),  # the chat template opened the thought
+        (PARTS, False, None),
+        ("<think>\nVerdict: sufficient\n", None, "(nothing)"),  # cut off
+        ("It depends.", None, "It depends."),
     ],
 )
-def test_what_a_judge_thinks_is_not_its_verdict(server: JudgeServer, cache: Cache, reply: Any) -> None:
+def test_a_verdict_is_never_guessed_nor_asked_for_a_third_time(
+    server: JudgeServer, cache: Cache, reply: Any, verdict: Verdict, shown_again: str | None
+) -> None:
     server.answer = lambda n, messages: reply_of(reply)
-    judge = make_judge(server)
-    assert judge_traces(SEARCHES[1:], judge, cache) == [[False]]
-    assert judge.counts["asked_again"] == 0
-
-
-def test_a_thought_that_is_cut_off_holds_no_verdict_and_is_not_sent_back(server: JudgeServer, cache: Cache) -> None:
-    server.answer = lambda n, messages: reply_of("<think>\nVerdict: sufficient\n")
-    assert judge_traces(SEARCHES[1:], make_judge(server), cache) == [[None]]
-    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "(nothing)"}
-
-
-@pytest.mark.parametrize("failure", [(429, "slow down"), (500, "oops"), (200, '{"choices": [{"mess')])
-def test_what_may_pass_is_tried_again(server: JudgeServer, cache: Cache, failure: tuple[int, str]) -> None:
-    server.answer = lambda n, messages: failure if n < 2 else verdict_of(messages)
-    judge = make_judge(server)
-    assert judge_traces(SEARCHES[1:], judge, cache) == [[True]]
-    assert judge.client.counts["retries"] == 2
+    for _ in range(2):
+        judge = make_judge(server)
+        assert judge_traces(SEARCHES[1:], judge, cache) == [[verdict]]
+        assert len(server.requests) == 1 + (shown_again is not None)
+        assert judge.counts["judged"] == 1
+    assert judge.counts["from_cache"] == 1
+    if shown_again:
+        assert server.requests[1]["messages"][1] == {"role": "assistant", "content": shown_again}
 
 
 @pytest.mark.parametrize(
@@ -283,21 +273,6 @@ def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cac
         judge_traces([{"query": "q", "documents": [f"document {n}" for n in range(20)]}], judge, cache)
     assert all(cache.get(judge.cached_as(("q", f"document {n}"))) for n in (1, 2, 3))
     assert len(server.requests) == 4  # and nothing more was asked
-
-
-def test_calls_are_in_flight_together_up_to_the_limit(server: JudgeServer, cache: Cache) -> None:
-    together: set[int] = set()
-
-    def hold(n: int) -> bool:
-        """Let calls go once 16 of them are there, and never more than that."""
-        together.add(server.held)
-        return max(together) < 16
-
-    server.hold = hold
-    judge_traces(
-        [{"query": "q", "documents": [f"document {n}" for n in range(32)]}], make_judge(server, concurrency=16), cache
-    )
-    assert max(together) == 16
 
 
 def write_traces(path: Path, num_searches: int) -> Path:

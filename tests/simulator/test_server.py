@@ -119,10 +119,11 @@ def test_a_server_that_ignores_sigterm_is_killed_with_its_children(monkeypatch: 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_server_ends_with_its_owner(ending: signal.Signals) -> None:
     owner = (
-        "import os, signal; from zerosearch.simulator.server import _process, exit_on_signals\n"
+        "import os, signal, threading; from zerosearch.simulator.server import _process, exit_on_signals\n"
         f"signal.signal({ending}, signal.SIG_DFL) if {ending} != 9 else None; exit_on_signals()\n"
         "with _process(['bash', '-c', '(sleep 60) & sleep 60'], {}, 'http://127.0.0.1:1/v1') as server:\n"
-        f"    print(server.process.pid, flush=True); os.kill(os.getpid(), {ending}); signal.pause()"
+        "    print(server.process.pid, flush=True)\n"
+        f"    threading.Timer(0.2, os.kill, (os.getpid(), {ending})).start(); server.wait()"
     )
     done = subprocess.run([sys.executable, "-c", owner], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (-ending if ending == signal.SIGKILL else 128 + ending), done.stderr
