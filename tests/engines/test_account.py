@@ -8,37 +8,22 @@ from types import SimpleNamespace
 import pytest
 
 from zerosearch.engines import BudgetSpent, SearchError
-from zerosearch.engines.account import GOOGLE_USD_PER_QUERY, Account, LimitReached, Limits, Spending, cost_table
+from zerosearch.engines.account import Account, LimitReached, Limits, Spending, cost_table
 from zerosearch.errors import UserError
 from zerosearch.http import CallFailed, ServiceError
-
-
-def test_the_paper_s_run_costs_what_the_paper_says() -> None:
-    assert round(64_000 * GOOGLE_USD_PER_QUERY, 1) == 586.7  # Table 8
 
 
 def test_searches_are_booked_and_failures_as_such() -> None:
     account = Account("rain")
     with account.search():
         pass
-    with pytest.raises(OSError), account.search():
-        raise OSError
+    for failure in (OSError, asyncio.CancelledError):  # one that is cancelled at its time limit has failed, too
+        with pytest.raises(failure), account.search():
+            raise failure
     with pytest.raises(BudgetSpent), account.search():
         raise BudgetSpent("the limit of 3 queries is reached")
-    assert account.counts() == {"queries": 2, "sent": 0, "replayed": 0, "retries": 0, "failures": 1}
+    assert account.counts() == {"queries": 3, "sent": 0, "replayed": 0, "retries": 0, "failures": 2}
     assert account.spent == "the limit of 3 queries is reached"
-
-
-def test_a_search_that_is_cancelled_has_failed() -> None:
-    account = Account("rain")
-
-    async def search() -> None:
-        with account.search():
-            await asyncio.sleep(60)
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(search(), 0.01))
-    assert (account.queries, account.failures) == (1, 1)
 
 
 @pytest.mark.parametrize(("status", "refused"), [(401, "no"), (402, "no"), (403, "no"), (429, "no"), (500, None)])
@@ -90,20 +75,18 @@ def test_what_was_sent_is_told_once() -> None:
     assert (account.newly_sent(), account.newly_sent()) == (2, 0)
 
 
-def test_a_machine_costs_by_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    account = Account("simulated", sent=1, usd=0.5, usd_per_hour=3600.0)
+def test_the_price_of_the_calls_and_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account("simulated", sent=10, usd=0.05, usd_per_hour=3600.0)
     account.opened = 100.0
     monkeypatch.setattr("time.monotonic", lambda: 102.0)
-    assert account.usd_here == pytest.approx(2.5)
-
-
-def test_the_mean_price_of_one_rank_counts_for_the_queries_of_all() -> None:
-    assert Account("google", sent=10, usd=0.05).usd_of(40) == pytest.approx(0.20)
+    assert account.usd_here == pytest.approx(2.05)
+    assert account.usd_of(40) == pytest.approx(2.20), "the mean price of one rank counts for the queries of all"
     assert Account("google").usd_of(0) == 0.0
 
 
 def test_the_table_sets_both_bills_side_by_side() -> None:
-    lines = cost_table({"simulated": 64_000, "bm25": 300}, {"simulated": 17.70}).splitlines()  # Table 8, one A100
+    # Table 8: 64,000 queries are 586.7 USD at Google, and 17.7 with one A100.
+    lines = cost_table({"simulated": 64_000, "bm25": 300}, {"simulated": 17.70}).splitlines()
     assert [line.split() for line in lines] == [
         ["engine", "queries", "USD", "at", "Google", "USD", "here"],
         ["simulated", "64,000", "586.67", "17.70"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import traceback
 from collections.abc import Iterator
@@ -125,20 +126,21 @@ def test_no_results_are_no_documents(
     assert (engine.account.sent, engine.account.failures) == (1, 0)
 
 
-FINAL: dict[str, tuple[GoogleProvider, Reply, str]] = {
-    "serpapi, wrong key": ("serpapi", (401, {"error": "Invalid API key. Your API key should be here: ..."}), "401"),
-    "serpapi, account gone": ("serpapi", (403, {"error": "Account deleted."}), "403"),
-    "serpapi, payment due": ("serpapi", (402, {"error": "Payment required."}), "402"),
-    "serpapi, nothing left": ("serpapi", (429, {"error": "Your account has run out of searches."}), "run out of"),
-    "serper, wrong key": ("serper", (403, {"message": "Unauthorized.", "statusCode": 403}), "Unauthorized"),
-    "serper, payment due": ("serper", (402, {"message": "Payment Required", "statusCode": 402}), "402"),
-    "serper, nothing left": ("serper", (400, {"message": "Not enough credits", "statusCode": 400}), "Not enough"),
-}
+REFUSALS: list[tuple[GoogleProvider, Reply, str]] = [
+    ("serpapi", (401, {"error": "Invalid API key. Your API key should be here: ..."}), "Invalid API key"),
+    ("serpapi", (403, {"error": "Account deleted."}), "403"),
+    ("serpapi", (402, {"error": "Payment required."}), "402"),
+    ("serpapi", (429, {"error": "Your account has run out of searches."}), "run out of"),
+    ("serper", (403, {"message": "Unauthorized.", "statusCode": 403}), "Unauthorized"),
+    ("serper", (402, {"message": "Payment Required", "statusCode": 402}), "402"),
+    ("serper", (400, {"message": "Not enough credits", "statusCode": 400}), "Not enough"),
+]
 
 
-@pytest.mark.parametrize("case", FINAL)
-def test_a_refusal_is_final_named_and_free(server: Server, case: str) -> None:
-    provider, reply, message = FINAL[case]
+@pytest.mark.parametrize(("provider", "reply", "message"), REFUSALS)
+def test_a_refusal_is_final_named_and_free(
+    server: Server, provider: GoogleProvider, reply: Reply, message: str
+) -> None:
     server.answer = in_turn(reply)
     engine, (error,) = searched(server, provider)
     assert isinstance(error, SearchError) and message in str(error)
@@ -148,21 +150,17 @@ def test_a_refusal_is_final_named_and_free(server: Server, case: str) -> None:
     assert (engine.account.failures, engine.account.usd) == (1, pytest.approx(0.0))
 
 
-PASSING: dict[str, tuple[GoogleProvider, Reply]] = {
-    "serpapi, too many at once": ("serpapi", (429, {"error": "You are exceeding 1000 searches per hour."})),
-    "serpapi, their error": ("serpapi", (500, {"error": "Something went wrong."})),
-    "serpapi, a search that failed": (
-        "serpapi",
-        (200, {"search_metadata": {"status": "Error"}, "error": "We couldn't get valid results for this search."}),
-    ),
-    "serper, too many at once": ("serper", (429, {"message": "Too many requests", "statusCode": 429})),
-    "serper, their error": ("serper", (500, {"message": "Internal Server Error", "statusCode": 500})),
-}
+IN_PASSING: list[tuple[GoogleProvider, Reply]] = [
+    ("serpapi", (429, {"error": "You are exceeding 1000 searches per hour."})),
+    ("serpapi", (500, {"error": "Something went wrong."})),
+    ("serpapi", (200, {"search_metadata": {"status": "Error"}, "error": "We couldn't get valid results."})),
+    ("serper", (429, {"message": "Too many requests", "statusCode": 429})),
+    ("serper", (500, {"message": "Internal Server Error", "statusCode": 500})),
+]
 
 
-@pytest.mark.parametrize("case", PASSING)
-def test_what_may_pass_is_tried_again_within_a_bound(server: Server, case: str) -> None:
-    provider, reply = PASSING[case]
+@pytest.mark.parametrize(("provider", "reply"), IN_PASSING)
+def test_what_may_pass_is_tried_again_within_a_bound(server: Server, provider: GoogleProvider, reply: Reply) -> None:
     page = SERPAPI_PAGE if provider == "serpapi" else SERPER_PAGE
     server.answer = in_turn(reply, reply, (200, page))
     engine, results = searched(server, provider)
@@ -175,32 +173,30 @@ def test_what_may_pass_is_tried_again_within_a_bound(server: Server, case: str) 
     assert (len(server.seen), engine.account.retries) == (4, 3)
 
 
-NOT_PAGES: dict[str, tuple[GoogleProvider, Any]] = {
-    "nothing": ("serper", {}),
-    "null": ("serpapi", None),
-    "a list": ("serpapi", ["organic_results"]),
-    "results are a text": ("serpapi", SERPAPI_NOTHING | {"organic_results": "none"}),
-    "results are null": ("serper", SERPER_NOTHING | {"organic": None}),
-    "results of nothing, unsigned": ("serper", {"organic": []}),
-    "results without a text, unsigned": (
-        "serpapi",
-        {"organic_results": [{"title": {"a": 1}, "snippet": ["x"]}, None]},
-    ),
-    "a gateway's refusal": ("serper", {"message": "Unauthorized."}),
-    "a gateway's errors": ("serper", {"errors": [{"message": "quota exceeded"}]}),
-    "the other provider's page": ("serper", SERPAPI_PAGE),
-    "the other provider's page, too": ("serpapi", SERPER_PAGE),
-    "not done yet": ("serpapi", {"search_metadata": {"status": "Processing"}}),
-    "failed": ("serpapi", {"search_metadata": {"status": "Error"}}),
-    "an error that is an object": ("serpapi", SERPAPI_NOTHING | {"error": {"code": 1}}),
-    "metadata of another form": ("serpapi", {"search_metadata": "Success"}),
-}
+NOT_PAGES: list[tuple[GoogleProvider, Any]] = [
+    ("serper", {}),
+    ("serpapi", None),
+    ("serpapi", ["organic_results"]),
+    ("serpapi", SERPAPI_NOTHING | {"organic_results": "none"}),
+    ("serper", SERPER_NOTHING | {"organic": None}),
+    ("serper", {"organic": []}),  # results of nothing, unsigned
+    ("serpapi", {"organic_results": [{"title": {"a": 1}, "snippet": ["x"]}, None]}),
+    ("serper", {"message": "Unauthorized."}),  # a gateway's
+    ("serper", {"errors": [{"message": "quota exceeded"}]}),
+    ("serper", SERPAPI_PAGE),  # the other provider's
+    ("serpapi", SERPER_PAGE),
+    ("serpapi", {"search_metadata": {"status": "Processing"}}),
+    ("serpapi", {"search_metadata": {"status": "Error"}}),
+    ("serpapi", {"search_metadata": "Success"}),
+    ("serpapi", SERPAPI_NOTHING | {"error": {"code": 1}}),
+]
 
 
-@pytest.mark.parametrize("case", NOT_PAGES)
-def test_a_reply_that_is_not_a_page_is_a_failed_call_and_free(server: Server, case: str) -> None:
-    provider, reply = NOT_PAGES[case]
-    server.answer = in_turn((200, reply))
+@pytest.mark.parametrize(("provider", "reply"), NOT_PAGES)
+def test_a_reply_that_is_not_a_page_is_a_failed_call_and_free(
+    server: Server, provider: GoogleProvider, reply: Any
+) -> None:
+    server.answer = in_turn((200, json.dumps(reply)))
     engine, (error,) = searched(server, provider, max_retries=0)
     assert isinstance(error, SearchError)
     assert (engine.account.usd, engine.account.sent, engine.account.failures) == (pytest.approx(0.0), 1, 1)
