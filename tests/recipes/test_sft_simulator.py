@@ -221,7 +221,7 @@ def test_the_folder_is_pushed_with_its_card_and_without_the_token(
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "simulator.json"}
     assert names <= HubStub.committed.keys() and "training_args.bin" not in HubStub.committed
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert folder / "checkpoint-1/training_args.bin" in files
+    assert folder / "checkpoint-1/trainer_state.json" in files and not any("training_args" in f.name for f in files)
     written = [*HubStub.committed.values(), *(path.read_bytes() for path in files)]
     assert not any(b"hf_MARKER" in content for content in written)
     assert HubStub.committed["README.md"] == (folder / "README.md").read_bytes()
