@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported; its start fills the screen
@@ -26,14 +25,13 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines import SearchError
 from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.answering import NoEngine
+from zerosearch.evaluation.answering import GreedySettings, NoEngine
 from zerosearch.generation import GenerationError
 from zerosearch.generation.chat_endpoint import EndpointOptions
 from zerosearch.generation.loading import GeneratorKind, open_generator
 from zerosearch.prompts import PAPER, PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.live import Chat
-from zerosearch.rollout.loop import RolloutSettings
 
 
 @dataclass
@@ -56,13 +54,6 @@ class ChatArguments:
             raise UserError("the question is empty")
 
 
-@dataclass(frozen=True)
-class ChatSettings(RolloutSettings):
-    """The budgets of the rollout, and how it samples: the likeliest token always."""
-
-    temperature: float = 0.0
-
-
 @dataclass
 class ChatEngine(EngineOptions):
     """The engine to search with: by default one that is real and costs nothing."""
@@ -70,58 +61,47 @@ class ChatEngine(EngineOptions):
     engine: EngineKind = field(default="bm25", metadata={"help": "The search engine."})
 
 
-def questions_of_the_user() -> Iterator[str]:
-    """Yield what is typed, a line a question, until an empty line or the end of the input."""
+def converse(chat: Chat) -> None:
+    """Answer what the user types, until an empty line; what stops one question does not stop the next."""
     with suppress(ImportError):
         import readline  # noqa: F401 (earlier lines come back with the arrow keys)
-    while True:
-        try:
-            line = input("\n? ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not line:
-            return
-        yield line
-
-
-def answer_questions(chat: Chat) -> None:
-    """Answer what the user types; what stops one question does not stop the next."""
-    for question in questions_of_the_user():
-        try:
-            chat.ask(question)
-        except KeyboardInterrupt:
-            chat.screen.end_turn()
-            chat.screen.line("stopped", "note")
-        except (SearchError, GenerationError) as error:
-            chat.screen.line(f"error: {error}", "note")
+    try:
+        while question := input("\n? ").strip():
+            try:
+                chat.ask(question)
+            except KeyboardInterrupt:
+                chat.screen.end_turn()
+                chat.screen.line("stopped", "note")
+            except (SearchError, GenerationError) as error:
+                chat.screen.line(f"error: {error}", "note")
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Load the model and the engine, then answer."""
     arguments, engine_options, settings, endpoint = parse(
-        ChatArguments, ChatEngine, ChatSettings, EndpointOptions, argv=argv
+        ChatArguments, ChatEngine, GreedySettings, EndpointOptions, argv=argv
     )
     prompts = PROMPT_SETS[arguments.prompt]
     (agent,) = prompts.choose([arguments.agent])
     disable_progress_bar()
-    engine = make_engine(engine_options, prompts.simulator) if agent.searches else NoEngine()
-    try:
-        with open_generator(arguments.model, arguments.generator, endpoint, settings.max_trajectory_tokens) as (
-            generator,
-            _,
-        ):
+    with ExitStack() as stack:
+        engine = make_engine(engine_options, prompts.simulator) if agent.searches else NoEngine()
+        stack.callback(close_engine, engine)
+        try:
+            generator, _ = stack.enter_context(
+                open_generator(arguments.model, arguments.generator, endpoint, settings.max_trajectory_tokens)
+            )
             chat = Chat(generator, engine, agent, settings, arguments.answer, sys.stdout)
             if arguments.question:
                 chat.ask(arguments.question)
             else:
                 chat.screen.line(f"{arguments.model} ({agent.name}) with {engine.name}; an empty line ends", "note")
-                answer_questions(chat)
-    except (SearchError, GenerationError) as error:
-        raise UserError(str(error)) from error
-    finally:
-        close_engine(engine)
+                converse(chat)
+        except (SearchError, GenerationError) as error:
+            raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -13,16 +13,18 @@ error or a limit the same command goes on, and nothing is paid for twice. `--max
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.data import load_questions
-from zerosearch.engines.account import Limits
+from zerosearch.engines import SearchError
+from zerosearch.engines.account import LimitReached, Limits
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.collect import GOES_ON, collect_traces
+from zerosearch.evaluation.collect import collect_traces
 from zerosearch.files import sole_writer
 from zerosearch.generation import GenerationError
 from zerosearch.generation.chat_endpoint import EndpointOptions
@@ -30,7 +32,6 @@ from zerosearch.generation.loading import GeneratorKind, open_generator
 from zerosearch.prompts import PAPER
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import RolloutSettings
-from zerosearch.text import printable
 
 # How the model is asked. The paper does not give the words it collected with.
 AGENT = PAPER.policy
@@ -57,64 +58,51 @@ class CollectArguments:
 
 @dataclass
 class CollectEngine(EngineOptions):
-    """The engine to collect from: a real one."""
+    """The engine to collect from: a real one, for a simulator has nothing to learn from another."""
 
     engine: Literal["google", "retriever", "bm25"] = field(  # type: ignore[assignment]
         default="google", metadata={"help": "The search engine (paper: Google)."}
     )
 
-    def __post_init__(self) -> None:
-        if self.engine == "simulated":
-            raise UserError("--engine simulated has nothing to learn a simulator from: collect from a real engine")
-        super().__post_init__()
-
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    """Answer the questions, and write every search."""
     arguments, engine_options, endpoint, settings = parse(
         CollectArguments, CollectEngine, EndpointOptions, RolloutSettings, argv=argv
     )
     limits = Limits(arguments.max_usd, arguments.max_seconds)
     questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit).to_list()
     output_dir = Path(arguments.output_dir)
-    with sole_writer(output_dir):
+    with sole_writer(output_dir), ExitStack() as stack:
         engine_options.search_cache = engine_options.search_cache or str(output_dir / "searches.sqlite")
         engine = make_engine(engine_options, PAPER.simulator)
+        stack.callback(close_engine, engine)
         try:
-            with open_generator(arguments.model, arguments.generator, endpoint, settings.max_trajectory_tokens) as (
-                generator,
-                identity,
-            ):
-                results = collect_traces(
-                    questions,
-                    generator,
-                    engine,
-                    settings,
-                    output_dir,
-                    agent=AGENT,
-                    seed=arguments.seed,
-                    about={**identity, "dataset": arguments.dataset, "generator": arguments.generator}
-                    | {"prompt": AGENT.template},
-                    limits=limits,
-                    max_live=arguments.questions_in_flight,
-                    max_failed=arguments.max_failed,
-                )
-        except GenerationError as error:
-            raise UserError(f"{error}; {GOES_ON}") from error
-        finally:
-            close_engine(engine)
-    spent = results["this_command"]
-    print(
-        f"{results['questions']:,} of {len(questions):,} questions, {results['searches']:,} searches, EM "
-        f"{results['em'] or 0:.3f}; this command cost {spent['usd']:.2f} USD"
-    )
-    if results["missing"]:
-        why = results["stopped"] or f"{results['lost_a_search']} lost a search ({results['last_failure']})"
-        print(printable(f"{results['missing']:,} questions are missing: {why}; the same command goes on"))
-    print(
-        f"traces: {output_dir / 'traces.jsonl'}; judge them: python recipes/judge_traces.py --traces "
-        f"{output_dir / 'traces.jsonl'}"
-    )
+            generator, identity = stack.enter_context(
+                open_generator(arguments.model, arguments.generator, endpoint, settings.max_trajectory_tokens)
+            )
+            results = collect_traces(
+                output_dir,
+                questions=questions,
+                generator=generator,
+                engine=engine,
+                settings=settings,
+                agent=AGENT,
+                seed=arguments.seed,
+                about={**identity, "dataset": arguments.dataset, "generator": arguments.generator}
+                | {"prompt": AGENT.template},
+                limits=limits,
+                max_live=arguments.questions_in_flight,
+                max_failed=arguments.max_failed,
+            )
+        except (SearchError, GenerationError, LimitReached) as error:
+            raise UserError(f"{error}; what was finished is kept, and the same command goes on") from error
+    traces, usd = output_dir / "traces.jsonl", results["this_command"]["usd"]
+    say(f"{results['n']:,} of {len(questions):,} questions, EM {results['em']['mean']:.3f}; this cost {usd:.2f} USD")
+    if missing := results["stopped"] or results["lost"]:
+        say(f"{missing}; the same command goes on")
+    say(f"traces: {traces}; judge them: python recipes/judge_traces.py --traces {traces}")
 
 
 if __name__ == "__main__":

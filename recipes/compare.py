@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.errors import UserError, user_mistakes
+from zerosearch.command_line import exit_on_user_error, parse, say
+from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import read_trajectories
 from zerosearch.evaluation.scores import Record, compare
 from zerosearch.evaluation.tables import comparison_table
@@ -43,12 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     """Read two evaluations, compare them, print and keep the result."""
     (arguments,) = parse(ComparisonArguments, argv=argv)
     differences = compare(trajectories(arguments.first), trajectories(arguments.second), arguments.seed)
-    print(comparison_table(differences))
+    say(comparison_table(differences))
     if differences["unpaired"]:
-        print(f"\n{differences['unpaired']} questions are in one of the two only, and left out")
+        say(f"\n{differences['unpaired']} questions are in one of the two only, and left out")
     if arguments.output:
-        with user_mistakes():
-            write_json(Path(arguments.output), differences)
+        write_json(Path(arguments.output), differences)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zerosearch.command_line import exit_on_user_error, parse
+import numpy as np
+
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.errors import UserError
-from zerosearch.files import write_text
+from zerosearch.evaluation.matrix import model_labels
+from zerosearch.files import claim_output_dir, write_text
 from zerosearch.report.plots import curves_plot, values_of
 from zerosearch.report.run import read_log
 
@@ -33,17 +36,18 @@ def main(argv: list[str] | None = None) -> None:
     """Read the logs, draw and write."""
     (arguments,) = parse(CurvesArguments, argv=argv)
     logs = {}
-    for run in arguments.runs:
+    for run, name in zip(arguments.runs, model_labels(arguments.runs), strict=True):
         log = read_log(Path(run, "trainer_state.json"))
         if not log:
             raise UserError(f"{run} holds no finished training run: trainer_state.json is missing or empty")
         for key in arguments.keys:
-            if not (values_of(log, key) == values_of(log, key)).any():
-                raise UserError(f"the log of {run} has no {key}; it has {', '.join(sorted(log[0]))}")
-        logs[Path(run).name] = log
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(arguments.output), curves_plot(logs, arguments.keys))
-    print(arguments.output)
+            if np.isnan(values_of(log, key)).all():
+                raise UserError(f"the log of {run} has no numbers under {key}; it has {', '.join(sorted(log[0]))}")
+        logs[name] = log
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
+    write_text(output, curves_plot(logs, arguments.keys))
+    say(str(output))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ and every engine it can use, and one table compares them. The paper's seven benc
     python recipes/evaluate.py --model outputs/policy Qwen/Qwen2.5-3B --agent policy direct cot rag \
         --dataset benchmarks --num_questions 500 --engine bm25 --corpus wiki-18.jsonl --output_dir outputs/table3
 
-Writes results.json (scores with 95 % intervals and a manifest), trajectories.jsonl (every question), table.md and
-scores.svg to the output folder, and with several evaluations a folder for each. One that was killed, or stopped at
+Writes results.json (scores with 95 % intervals and a manifest), trajectories.jsonl (every question) and table.md to
+the output folder, and with several evaluations a folder for each. One that was killed, or stopped at
 `--max_usd`, `--max_seconds` or a limit of `--engine google`, goes on with `--resume true`. What Google answers stays
 there, too, in searches.sqlite: no query is paid for twice. A value comes from the defaults, then
 `--config FILE.yaml`, then flags. With `--engine simulated`, start a simulator first (recipes/serve_simulator.py).
@@ -19,28 +19,25 @@ there, too, in searches.sqlite: no query is paid for twice. A value comes from t
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.data import BENCHMARKS, FLASHRAG, load_question_sets
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.account import LimitReached, Limits, cost_table
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError
-from zerosearch.evaluation.answering import check_samples
+from zerosearch.evaluation.answering import GreedySettings, check_samples
 from zerosearch.evaluation.matrix import claim_evaluation_dir, plan_evaluations, run_evaluations
 from zerosearch.evaluation.tables import markdown_tables, matrix_table, results_table
 from zerosearch.files import sole_writer, write_json, write_text
 from zerosearch.generation import GenerationError
 from zerosearch.generation.chat_endpoint import EndpointOptions
 from zerosearch.generation.loading import GeneratorKind, open_generator
-from zerosearch.prompts import PAPER, PROMPT_SETS, PromptSetName, SimulatorTemplate
-from zerosearch.report.plots import scores_plot
+from zerosearch.prompts import PAPER, PROMPT_SETS, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
-from zerosearch.rollout.loop import RolloutSettings
-from zerosearch.text import printable
 
 PAID_SEARCHES = "searches.sqlite"  # the cache in the output folder, for an engine that costs money
 
@@ -53,7 +50,7 @@ class EvaluationArguments:
     dataset: list[str] = field(
         metadata={"help": f"Files (.jsonl, .parquet), datasets on the Hub, {', '.join(BENCHMARKS)}, or 'benchmarks'."}
     )
-    output_dir: str = field(metadata={"help": "Folder for results, trajectories, table and plot."})
+    output_dir: str = field(metadata={"help": "Folder for results, trajectories and table."})
     agent: list[str] = field(
         default_factory=lambda: ["policy"], metadata={"help": f"How the model is used: {', '.join(PAPER.agents)}."}
     )
@@ -79,17 +76,6 @@ class EvaluationArguments:
     resume: bool = field(default=False, metadata={"help": "Go on with the evaluation that is in output_dir."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
 
-    def __post_init__(self) -> None:
-        for name in ("model", "dataset", "agent"):
-            setattr(self, name, as_list(name, getattr(self, name)))
-
-
-@dataclass(frozen=True)
-class EvaluationSettings(RolloutSettings):
-    """The budgets of the rollout, and how it samples: the likeliest token always."""
-
-    temperature: float = 0.0  # the paper does not say; its code sampled at 1.0 (our choice)
-
 
 @dataclass
 class EvaluationEngines(EngineOptions):
@@ -100,55 +86,34 @@ class EvaluationEngines(EngineOptions):
     )
 
     def __post_init__(self) -> None:
-        self.engine = as_list("engine", self.engine)
         self.each()
 
     def each(self) -> list[EngineOptions]:
         """Return the options of each engine. Raises `UserError` for one that cannot work."""
-        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "engine"}
-        return [EngineOptions(engine=kind, **shared) for kind in self.engine]  # type: ignore[arg-type]
-
-    def ready(self, output_dir: Path, template: SimulatorTemplate) -> list[SearchEngine]:
-        """Return the engines. What Google answers is recorded in any case: it is paid for once."""
-        options = self.each()
-        for one in options:
-            if one.engine == "google":
-                one.search_cache = one.search_cache or str(output_dir / PAID_SEARCHES)
-        return [make_engine(one, template) for one in options]
-
-
-def as_list(name: str, values: str | list[str]) -> list[str]:
-    """Return the values of a flag: a config file may give one of them by itself."""
-    values = [values] if isinstance(values, str) else list(values)
-    if len(set(values)) < len(values):
-        raise UserError(f"{name} names something twice: {', '.join(values)}")
-    return values
+        return [EngineOptions(**vars(self) | {"engine": kind}) for kind in self.engine]
 
 
 def report(found: dict[str, Any], engines: list[SearchEngine], output_dir: Path) -> None:
-    """Write the table and the plot, and print the scores and what the searches cost."""
+    """Write the table, and print the scores and what the searches cost."""
     write_text(output_dir / "table.md", markdown_tables(found))
-    write_text(output_dir / "scores.svg", scores_plot(found))
-    if len(found) == 1:
-        print(f"\n{results_table(*found.values())}")
-    else:
+    if len(found) > 1:
         write_json(output_dir / "results.json", {"evaluations": found})
-        print(f"\n{matrix_table(found)}")
+    say(f"\n{matrix_table(found) if len(found) > 1 else results_table(*found.values())}")
     for name, results in found.items():
         if results["stopped"]:
-            print(printable(f"\n{name}: {results['stopped']}; --resume true goes on"))
-    print(f"\n{output_dir}/results.json, trajectories.jsonl, table.md, scores.svg")
+            say(f"\n{name}: {results['stopped']}; --resume true goes on")
+    say(f"\n{output_dir}/results.json, trajectories.jsonl, table.md")
     accounts = [account for engine in engines if (account := getattr(engine, "account", None)) and account.queries]
     if accounts:
         queries = {account.engine: account.queries for account in accounts}
-        print(f"\n{cost_table(queries, {account.engine: account.usd_here for account in accounts})}")
+        say(f"\n{cost_table(queries, {account.engine: account.usd_here for account in accounts})}")
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check all that can be checked early, answer the questions, write and print the scores."""
     arguments, engine_options, settings, endpoint = parse(
-        EvaluationArguments, EvaluationEngines, EvaluationSettings, EndpointOptions, argv=argv
+        EvaluationArguments, EvaluationEngines, GreedySettings, EndpointOptions, argv=argv
     )
     prompts = PROMPT_SETS[arguments.prompt]
     agents = prompts.choose(arguments.agent)
@@ -163,10 +128,12 @@ def main(argv: list[str] | None = None) -> None:
             arguments.num_questions,
             arguments.benchmark_source,
         )
-        search = any(agent.searches for agent in agents)
-        engines = engine_options.ready(output_dir, prompts.simulator) if search else []
-        for engine in engines:
-            stack.callback(close_engine, engine)
+        engines: list[SearchEngine] = []
+        for options in engine_options.each() if any(agent.searches for agent in agents) else []:
+            if options.engine == "google":  # what it answers is recorded in any case: it is paid for once
+                options.search_cache = options.search_cache or str(output_dir / PAID_SEARCHES)
+            engines.append(make_engine(options, prompts.simulator))
+            stack.callback(close_engine, engines[-1])
         try:
             found = run_evaluations(
                 plan_evaluations(arguments.model, agents, engines, output_dir),
@@ -175,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
                 settings,
                 output_dir,
                 limits=limits,
-                announce=lambda text: print(f"\n{printable(text)}", flush=True),
+                announce=lambda text: say(f"\n{text}"),
                 about={
                     "dataset": ", ".join(arguments.dataset),
                     "prompt": arguments.prompt,

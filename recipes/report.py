@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.report import summary_table, write_report
 
 
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table, write the page."""
     (arguments,) = parse(ReportArguments, argv=argv)
     run_dir = Path(arguments.run_dir)
-    print(summary_table(run_dir))
-    print(write_report(run_dir))
+    say(summary_table(run_dir))
+    say(str(write_report(run_dir)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from zerosearch.command_line import parse
+from zerosearch.command_line import parse, say
 from zerosearch.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_yaml_may_give_one_value_for_a_list_and_null_for_none(tmp_path: Path) ->
         ("limit", "-1", "limit is -1: it must be at least 1"),
         ("rate", "0", "rate is 0.0: it must be above 0"),
         ("rate", "1.5", "rate is 1.5: it must be at most 1"),
-        ("rate", "nan", "rate is nan: it must be above 0"),
+        ("rate", "nan", "rate is nan: it must be a number"),
         ("kind", "half", "argument --kind: invalid choice: 'half' (choose from"),
         ("merge", "true", "merge needs lora"),
     ],
@@ -88,11 +88,17 @@ def test_wrong_flags(argv: list[str], message: str) -> None:
         ("env: {LD_PRELOAD: x.so}", "config.yaml names 'env', which is unknown"),
         ("- steps", "must hold names with values, a YAML mapping"),
         ("steps: [1", "expected ',' or ']'"),
+        ("steps: [1, 2]", r"config.yaml gives steps a list, \[1, 2\]: it takes one value"),
     ],
 )
 def test_wrong_config_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(Options, argv=config(tmp_path, text))
+
+
+def test_what_is_said_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\x1b[2J\u202e\nb")
+    assert capsys.readouterr().out == "a\\x1b[2J\\u202e\nb\n"
 
 
 def test_flags_for_another_program_are_returned() -> None:

@@ -158,6 +158,9 @@ def test_an_output_folder_is_made_and_kept_from_being_overwritten(tmp_path: Path
         claim_output_dir(new / "results.json", overwrite=True)
     with pytest.raises(UserError, match="cannot be used"):
         claim_output_dir(new / "results.json" / "c")
+    for impossible in ("a\0b", "x" * 300):
+        with pytest.raises(UserError, match="cannot be used"):
+            claim_output_dir(tmp_path / impossible)
 
 
 HOLD = """\

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerosearch.metrics import cover_exact_match, exact_match, f1, holds_answer, normalize_answer
+from zerosearch.metrics import METRICS, cover_exact_match, exact_match, f1, holds_answer, normalize_answer
 
 REAL_QUESTIONS = Path(__file__).parent.parent.parent / "shared/data/qa_dev.jsonl"
 
@@ -248,22 +249,40 @@ def test_scores_of_perturbed_answers_to_real_questions(perturb: Perturb, expecte
 
 
 ANSWERS = st.text(st.sampled_from("ab THEthe.,?!é’ 1\n\u2028"), max_size=12) | st.text(max_size=12)
+WORDS = st.lists(st.text(st.characters(categories=["L", "Nd"]), min_size=1, max_size=6), min_size=1, max_size=3)
 
 
+@settings(max_examples=60)
 @given(st.none() | ANSWERS, st.lists(ANSWERS, min_size=1, max_size=3), ANSWERS)
 def test_metrics_keep_their_properties(prediction: str | None, golden: list[str], other: str) -> None:
-    em, cover, score = (metric(prediction, golden) for metric in (exact_match, cover_exact_match, f1))
-    assert em in (0.0, 1.0) and cover in (0.0, 1.0) and 0.0 <= score <= 1.0
-    assert em <= cover and em <= score  # an exact match is covered, and has every word
-    for metric, value in ((exact_match, em), (cover_exact_match, cover), (f1, score)):
+    scores = {name: metric(prediction, golden) for name, metric in METRICS.items()}
+    assert scores["em"] in (0.0, 1.0) and scores["cover_em"] in (0.0, 1.0) and 0.0 <= scores["f1"] <= 1.0
+    assert scores["em"] <= min(scores["cover_em"], scores["f1"])  # an exact match is covered, and has every word
+    for name, metric in METRICS.items():
         assert metric(None, golden) == 0.0
-        assert metric(prediction, [*golden, other]) == max(value, metric(prediction, [other]))  # the best counts
-        assert metric(prediction, golden[::-1]) == value
+        assert metric(prediction, [*golden, other]) == max(
+            scores[name], metric(prediction, [other])
+        )  # the best counts
+        assert metric(prediction, golden[::-1]) == scores[name]
         if prediction is not None:
-            assert metric(f" {prediction}\n", golden) == value
+            assert metric(f" {prediction}\n", golden) == metric(normalize_answer(prediction), golden) == scores[name]
+
+
+@given(ANSWERS, ANSWERS)
+def test_exact_match_and_f1_are_symmetric(first: str, second: str) -> None:
+    assert exact_match(first, [second]) == exact_match(second, [first])
+    assert f1(first, [second]) == f1(second, [first])
 
 
 @given(ANSWERS)
 def test_an_answer_that_says_something_matches_itself(answer: str) -> None:
     assert normalize_answer(normalize_answer(answer)) == normalize_answer(answer)
-    assert exact_match(answer, [answer]) == float(bool(answer.strip()))
+    assert {metric(answer, [answer]) for metric in METRICS.values()} == {float(bool(answer.strip()))}
+
+
+@given(WORDS)
+def test_a_document_holds_words_that_stand_in_it_however_they_are_encoded(words: list[str]) -> None:
+    answer = " ".join(words)
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        document = unicodedata.normalize(form, f"“Title”: it is {answer}, they say.")
+        assert holds_answer(document, [answer]) and holds_answer(document, [unicodedata.normalize("NFD", answer)])

@@ -10,10 +10,12 @@ from copy import copy
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
+from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from zerosearch.errors import UserError
+from zerosearch.text import printable
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -58,17 +60,24 @@ def parse(*classes: type, argv: Sequence[str] | None = None, usage: str | None =
 
 
 def check_bounds(options: Any) -> None:
-    """Raise `UserError` for a number of a dataclass outside the bounds in its field's metadata; `None` passes."""
+    """Raise `UserError` for NaN, and for a number outside the bounds in its field's metadata; `None` passes."""
     for field in fields(options):
         value, bounds = getattr(options, field.name), field.metadata
         if not isinstance(value, int | float):
             continue
+        if isinstance(value, float) and isnan(value):
+            raise UserError(f"{field.name} is nan: it must be a number")
         if "min" in bounds and not value >= bounds["min"]:
             raise UserError(f"{field.name} is {value}: it must be at least {bounds['min']}")
         if "above" in bounds and not value > bounds["above"]:
             raise UserError(f"{field.name} is {value}: it must be above {bounds['above']}")
         if "max" in bounds and not value <= bounds["max"]:
             raise UserError(f"{field.name} is {value}: it must be at most {bounds['max']}")
+
+
+def say(text: str) -> None:
+    """Print text that may hold words from outside: what a terminal would obey is shown, not sent."""
+    print(printable(text), flush=True)
 
 
 def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -104,10 +113,12 @@ def _flags_of_config(flags: list[str], parser: ArgumentParser) -> list[str]:
     config = yaml.safe_load(Path(path).read_bytes())
     if not isinstance(config, dict):
         raise UserError(f"the config file {path} must hold names with values, a YAML mapping")
-    known = {action.dest for action in parser._actions}
-    for name in config:
+    known = {action.dest: action for action in parser._actions}
+    for name, value in config.items():
         if name not in known:
             raise UserError(f"{path} names {name!r}, which is unknown{_hint(str(name), parser)}")
+        if isinstance(value, list) and known[name].nargs not in ("+", "*"):
+            raise UserError(f"{path} gives {name} a list, {value}: it takes one value")
     parser.set_defaults(**{name: None for name, value in config.items() if value is None})
     return [part for name, value in config.items() if value is not None for part in _as_flag(name, value)]
 

@@ -118,6 +118,8 @@ def load_question_sets(
     `num_questions` keeps so many of each set (see `choose_questions`); `limit` the first rows of each source.
     """
     names = [name for source in sources for name in (BENCHMARKS if source == ALL_BENCHMARKS else [source])]
+    if len(set(names)) < len(names):
+        raise UserError(f"a dataset is named twice: {', '.join(names)}")
     rows: list[dict[str, Any]] = []
     for name in names:
         loaded = load_questions(name, split, limit=limit, benchmark_source=benchmark_source).to_list()

@@ -142,12 +142,12 @@ def json_object(content: bytes, place: str) -> dict[str, Any]:
 def claim_output_dir(path: str | Path, overwrite: bool = False) -> Path:
     """Create the folder and return it. Raises `UserError` if it holds something and `overwrite` is not set."""
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"the output folder {path} is a file")
     try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"the output folder {path} is a file")
         path.mkdir(parents=True, exist_ok=True)
         is_empty = all(entry.name == LOCK for entry in path.iterdir())
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"the output folder {path} cannot be used: {error}") from error
     if not is_empty and not overwrite:
         raise UserError(f"the output folder {path} is not empty; name another, or pass --overwrite_output_dir")

@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,6 +46,19 @@ def cover_exact_match(prediction: str | None, golden_answers: Sequence[str]) -> 
     return float(any(answer and f" {answer} " in f" {predicted} " for answer in golden))
 
 
+def f1(prediction: str | None, golden_answers: Sequence[str]) -> float:
+    """Score the best harmonic mean of word precision and recall over the golden answers (Section 3.5)."""
+    predicted, golden = _normalized(prediction, golden_answers)
+    return max(_word_f1(predicted.split(), answer.split()) for answer in golden)
+
+
+METRICS: Mapping[str, Callable[[str | None, Sequence[str]], float]] = {
+    "em": exact_match,
+    "f1": f1,
+    "cover_em": cover_exact_match,
+}
+
+
 def holds_answer(document: str, golden_answers: Sequence[str]) -> bool:
     """Say whether the words of a golden answer stand, in order and together, in a document as pages are written.
 
@@ -66,12 +79,6 @@ def _readings(text: str) -> tuple[str, str]:
     if not text.isascii():
         text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).translate(ASCII_SIGNS)
     return normalize_answer(FOREIGN_SIGN.sub(" ", text)), " ".join(NUMBER_OR_WORD.findall(text.lower()))
-
-
-def f1(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """Score the best harmonic mean of word precision and recall over the golden answers (Section 3.5)."""
-    predicted, golden = _normalized(prediction, golden_answers)
-    return max(_word_f1(predicted.split(), answer.split()) for answer in golden)
 
 
 def _word_f1(predicted: list[str], golden: list[str]) -> float:

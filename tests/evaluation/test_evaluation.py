@@ -17,7 +17,7 @@ import pytest
 from scripted import Library, Writer
 
 from zerosearch.data import load_questions, read_passages
-from zerosearch.engines import SearchError, SearchRequest, SearchResult, account
+from zerosearch.engines import SearchError, account
 from zerosearch.engines.account import LimitReached, Limits
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.errors import UserError
@@ -75,58 +75,13 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     )  # real passages were read
 
 
-def test_greedy_evaluation_repeats_itself(
-    corpus: Path,
-    questions: Path,
-    random_model: Path,
-    tmp_path: Path,
-) -> None:
+def test_greedy_evaluation_repeats_itself(corpus: Path, questions: Path, random_model: Path, tmp_path: Path) -> None:
     greedy = RolloutSettings(max_turn_tokens=16, max_observation_tokens=200, temperature=0.0)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
         generator = load_generator(str(random_model), "transformers", 2048)
-        evaluate(rows_of(questions), generator, BM25Engine(corpus), greedy, tmp_path / name)
+        evaluate(rows_of(questions), generator, BM25Engine(corpus), greedy, folder)
     assert trajectories(tmp_path / "a") == trajectories(tmp_path / "b")
-
-
-class BrokenEngine:
-    """Fails every third search for good, and remembers what it was asked."""
-
-    name = "broken"
-    max_concurrency = 4
-
-    def __init__(self) -> None:
-        self.requests: list[SearchRequest] = []
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.requests.append(request)
-        if len(self.requests) % 3 == 0:
-            raise SearchError("the broken engine is broken")
-        return SearchResult(("a document",))
-
-    async def aclose(self) -> None:
-        pass
-
-
-def test_a_lost_search_leaves_trajectories_and_no_scores(questions: Path, random_model: Path, tmp_path: Path) -> None:
-    generator = load_generator(str(random_model), "transformers", 2048)
-    engine = BrokenEngine()
-    with pytest.raises(
-        SearchError, match="of 24 questions lost a search, so there are no scores: the broken engine is"
-    ):
-        evaluate(rows_of(questions, copies=8), generator, engine, SETTINGS, tmp_path, p_noise=0.5, seed=9)
-    assert len((tmp_path / "trajectories.jsonl").read_text().splitlines()) == 24
-    assert not (tmp_path / "results.json").exists()
-    assert {request.p_noise for request in engine.requests} == {0.5}
-    keys = [request.key for request in engine.requests]
-    assert len(set(keys)) == len(keys) and {(key[0], key[1]) for key in keys} == {
-        (9, 0)
-    }  # (seed, step, row, sample, turn)
-
-
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no model"):
-        load_generator(str(tmp_path / "nothing"), "transformers", 512)
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +110,6 @@ def search_then_answer(context: str) -> str:
     return f"<answer> {'no' if int(number) % 3 == 0 else number} </answer>"
 
 
-GREEDY = RolloutSettings(temperature=0.0)
 RAG_LIKE = PAPER.agents["ra-agent"]
 
 
@@ -181,9 +135,12 @@ def the_same(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(output_dir: Path, write: Callable[[str], str] = search_then_answer, **options: Any) -> dict[str, Any]:
+    """Evaluate on twelve questions with a scripted policy; `options` are those of `evaluate`, and what differs."""
     output_dir.mkdir(exist_ok=True)
     options = {"agent": RAG_LIKE, "max_live": 4} | options
-    return evaluate(asked(12), Writer(write), options.pop("engine", Library()), GREEDY, output_dir, **options)
+    engine, generator = options.pop("engine", Library()), options.pop("generator", None) or Writer(write)
+    settings = RolloutSettings(**{"temperature": 0.0} | options.pop("settings", {}))
+    return evaluate(asked(options.pop("count", 12)), generator, engine, settings, output_dir, **options)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -203,11 +160,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "killed/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
-def test_a_finished_evaluation_that_is_resumed_asks_nothing(tmp_path: Path) -> None:
+def test_a_finished_evaluation_is_asked_again_only_without_resume(tmp_path: Path) -> None:
     whole = run(tmp_path)
     engine = Library()
     assert the_same(run(tmp_path, dying(search_then_answer, 0), engine=engine, resume=True)) == the_same(whole)
     assert engine.requests == []
+    run(tmp_path, engine=engine)
+    assert len(engine.requests) == 12
 
 
 def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,13 +181,6 @@ def test_a_line_that_a_kill_cut_short_is_rolled_out_again(tmp_path: Path, caplog
         run(tmp_path, resume=True)
 
 
-def test_without_resume_an_evaluation_starts_afresh(tmp_path: Path) -> None:
-    run(tmp_path)
-    engine = Library()
-    run(tmp_path, engine=engine)
-    assert len(engine.requests) == 12
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -236,6 +188,8 @@ def test_without_resume_an_evaluation_starts_afresh(tmp_path: Path) -> None:
         ({"agent": PAPER.agents["search-r1"]}, "agent is 'ra-agent' there, and 'search-r1' here"),
         ({"about": {"model": "m"}}, "model is None there, and 'm' here"),
         ({"p_noise": 0.5}, "p_noise is 0.0 there, and 0.5 here"),
+        ({"count": 11}, "data_sha256 is"),
+        ({"settings": {"max_turn_tokens": 9}}, "settings.max_turn_tokens is 500 there, and 9 here"),
     ],
 )
 def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -246,48 +200,57 @@ def test_another_evaluation_is_not_resumed(tmp_path: Path, change: dict[str, Any
     assert (tmp_path / "trajectories.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
-def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "is not a JSON object"), ('{"seed": 1}', "holds another evaluation")],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json is not .*name another folder"):
+    with pytest.raises(UserError, match=message):
         run(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(("line", "lacks"), [("{}", "row, sample, dataset"), ('{"row": 0, "sample": 0}', "dataset")])
-def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, line: str, lacks: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": 5}, "its answer is '5'"),
+        ({"golden_answers": []}, "its golden_answers are not texts, one at least"),
+        ({"golden_answers": [1]}, "its golden_answers are not texts, one at least"),
+        ({"row": "0"}, "its row is '0'"),
+        (None, "it lacks id"),
+    ],
+)
+def test_a_line_that_is_no_trajectory_is_named(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
     run(tmp_path)
-    with (tmp_path / "trajectories.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(UserError, match=f"line 13 is not a trajectory of an evaluation: it lacks {lacks}"):
+    path = tmp_path / "trajectories.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    with path.open("a") as file:
+        file.write(json.dumps({} if change is None else last | change) + "\n")
+    with pytest.raises(UserError, match=f"line 13 is not a trajectory: {message}"):
         run(tmp_path, resume=True)
-
-
-def test_other_questions_or_settings_are_another_evaluation(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(UserError, match="data_sha256 is"):
-        evaluate(asked(11), Writer(search_then_answer), Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True)
-    longer = RolloutSettings(temperature=0.0, max_turn_tokens=9)
-    with pytest.raises(UserError, match=r"settings.max_turn_tokens is 500 there, and 9 here"):
-        evaluate(asked(12), Writer(search_then_answer), Library(), longer, tmp_path, agent=RAG_LIKE, resume=True)
 
 
 def test_a_resume_may_have_other_time_limits(tmp_path: Path) -> None:
     whole = run(tmp_path)
-    patient = RolloutSettings(temperature=0.0, search_timeout_s=9.0, turn_timeout_s=9.0)
-    resumed = evaluate(asked(12), Writer(str), Library(), patient, tmp_path, agent=RAG_LIKE, resume=True)
+    resumed = run(tmp_path, str, settings={"search_timeout_s": 9.0, "turn_timeout_s": 9.0}, resume=True)
     assert resumed["by_dataset"] == whole["by_dataset"]
 
 
-def test_a_lost_search_is_tried_again_by_a_resume(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match="12 of 12 questions lost a search"):
-        run(tmp_path, engine=Library(broken=True))
-    assert the_same(run(tmp_path, resume=True)) == the_same(run(tmp_path))
+def test_a_lost_search_leaves_trajectories_and_no_scores_until_a_resume(tmp_path: Path) -> None:
+    engine = Library(broken=True)
+    with pytest.raises(SearchError, match="12 of 12 questions lost a search, so there are no scores: the library is"):
+        run(tmp_path, engine=engine, p_noise=0.5, seed=9)
+    assert len(trajectories(tmp_path)) == 12 and not (tmp_path / "results.json").exists()
+    assert {request.p_noise for request in engine.requests} == {0.5}
+    keys = [request.key for request in engine.requests]  # (seed, step, row, sample, turn)
+    assert len(set(keys)) == 12 and {key[:2] for key in keys} == {(9, 0)}
+    resumed = run(tmp_path, resume=True, p_noise=0.5, seed=9)
+    assert the_same(resumed) == the_same(run(tmp_path, p_noise=0.5, seed=9))
 
 
 def test_prompts_that_leave_no_room_for_a_turn_are_no_result(tmp_path: Path) -> None:
-    cramped = RolloutSettings(temperature=0.0, max_trajectory_tokens=10)
     with pytest.raises(UserError, match="no prompt leaves room for a turn: max_trajectory_tokens"):
-        evaluate(asked(3), Writer(search_then_answer), Library(), cramped, tmp_path, agent=RAG_LIKE)
+        run(tmp_path, settings={"max_trajectory_tokens": 10})
 
 
 def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
@@ -341,10 +304,7 @@ def test_money_that_runs_out_stops_and_what_was_paid_for_is_kept(chat_server: Ch
     def pay(limit: float | None) -> dict[str, Any]:
         options = EndpointOptions(chat_server.url, endpoint_usd_written=1e6, endpoint_concurrency=1)
         made.append(EndpointGenerator(options, "m"))
-        limits = Limits(usd=limit)
-        return evaluate(
-            asked(12), made[-1], Library(), GREEDY, tmp_path, agent=RAG_LIKE, resume=True, limits=limits, max_live=2
-        )
+        return run(tmp_path, generator=made[-1], resume=True, limits=Limits(usd=limit), max_live=2)
 
     stopped = pay(20.0)  # a dollar a word written: 2 for a search, 2 for an answer
     assert 0 < stopped["n"] < 12 and "stopped at the limit of 20 USD" in stopped["stopped"]
@@ -407,12 +367,12 @@ def test_a_refusal_ends_an_evaluation_that_cannot_go_on(paid_search: PaidSearch,
 
 def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:
     writer = Writer(lambda context: f"<answer> {number_in(context)} </answer>")
-    sampling = RolloutSettings(temperature=1.0)
-    results = evaluate(asked(3), writer, None, sampling, tmp_path, agent=PAPER.agents["direct"], num_samples=4)
+    direct = {"generator": writer, "agent": PAPER.agents["direct"], "count": 3, "settings": {"temperature": 1.0}}
+    results = run(tmp_path, num_samples=4, **direct)
     assert len(set(writer.seeds)) == 12
     assert (results["n"], results["pass_at_k"]["4"]["mean"]) == (3, 1.0)
-    records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
-    assert [(record["row"], record["sample"]) for record in records] == [(n, k) for n in range(3) for k in range(4)]
+    places = [(record["row"], record["sample"]) for record in trajectories(tmp_path)]
+    assert places == [(n, k) for n in range(3) for k in range(4)]
 
 
 def test_samples_that_would_all_be_the_same_are_refused(tmp_path: Path) -> None:
@@ -444,7 +404,7 @@ from zerosearch.rollout.loop import RolloutSettings
 
 def run(model, questions, corpus, output_dir, lines, steps):
     left = {"lines": int(lines), "steps": int(steps)}  # until it is killed
-    rows = load_questions(questions).to_list() * 20
+    rows = load_questions(questions).to_list() * 10
     settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
     generator = load_generator(model, "transformers", 2048)
     append, step = JsonlLog.append, generator.step
@@ -473,12 +433,12 @@ for line in sys.stdin:  # a process for each, which need not import everything a
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_points_change_nothing(
+def test_kills_at_random_points_change_nothing(
     corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     """Each kill is a SIGKILL to the process, some decoding steps after one of its trajectories has ended."""
     rng, never = random.Random(0), 1000
-    kills = [(rng.randint(0, 4), rng.randint(0, 20)) for _ in range(10)]
+    kills = [(rng.randint(0, 4), rng.randint(0, 20)) for _ in range(5)]
 
     def endings(name: str, *runs: tuple[int, int]) -> list[int]:
         """Return how each run ended: by itself, or killed after so many lines and then steps."""
@@ -495,9 +455,9 @@ def test_ten_kills_at_random_points_change_nothing(
         return [int(line) for line in done.stdout.split()]
 
     assert endings("whole", (never, never)) == [0]
-    assert endings("killed", *kills) == [-signal.SIGKILL] * 10
+    assert endings("killed", *kills) == [-signal.SIGKILL] * 5
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert 10 <= len(trajectories(killed)) < 60 and not (killed / "results.json").exists()
+    assert 3 <= len(trajectories(killed)) < 30 and not (killed / "results.json").exists()
     assert endings("killed", (never, never)) == [0]
     assert the_same(json.loads((killed / "results.json").read_text())) == the_same(
         json.loads((whole / "results.json").read_text())

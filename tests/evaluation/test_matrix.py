@@ -84,5 +84,5 @@ def test_a_limit_ends_it_with_what_there_is(tmp_path: Path) -> None:
 
 
 def test_names_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too alike to name folders by them: a b, a-b"):
+    with pytest.raises(UserError, match=r"would share a folder: name each model \(a b, a-b\)"):
         plan_evaluations(["a b", "a-b"], [DIRECT], [], tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,24 +20,25 @@ from zerosearch.evaluation.tables import (
 )
 
 
-def record(
-    dataset: str, answer: str | None, golden: str, searches: int = 1, outcome: str = "answered"
-) -> dict[str, Any]:
+def record(dataset: str, answer: str | None, searches: int = 1, **changed: Any) -> dict[str, Any]:
+    """Return a trajectory of a question of its own, whose golden answer is "x"."""
     return {
+        "row": next(ROWS),
         "dataset": dataset,
         "answer": answer,
-        "golden_answers": [golden],
+        "golden_answers": ["x"],
         "searches": searches,
         "turns": searches + 1,
-        "outcome": outcome,
-    }
+        "outcome": "answered",
+    } | changed
 
 
+ROWS = count()
 RECORDS = [
-    record("nq", "the Jane Austen", "Jane Austen"),  # EM 1, F1 1, cover 1
-    record("nq", "Jane Austen of Steventon", "Jane Austen", searches=3),  # EM 0, F1 2/3, cover 1
-    record("nq", None, "Emma", searches=0, outcome="turns_exhausted"),  # all 0
-    record("musique", "London", "Paris", searches=2),  # all 0
+    record("nq", "the Jane Austen", golden_answers=["Jane Austen"]),  # EM 1, F1 1, cover 1
+    record("nq", "Jane Austen of Steventon", 3, golden_answers=["Jane Austen"]),  # EM 0, F1 2/3, cover 1
+    record("nq", None, searches=0, outcome="turns_exhausted"),  # all 0
+    record("musique", "London", searches=2),  # all 0
 ]
 
 
@@ -53,42 +55,41 @@ def test_scores_are_means_over_questions_by_dataset_and_over_datasets() -> None:
     assert scores["macro_average"]["cover_em"]["mean"] == pytest.approx(1 / 3)
 
 
-def test_an_interval_holds_95_percent() -> None:
-    # 200 right of 400: the normal approximation gives 0.5 +- 1.96 sqrt(0.25 / 400) = 0.5 +- 0.049.
-    scores = summarize([record("nq", "a1" if place % 2 else "a2", "a1") for place in range(400)])
-    assert scores["em"]["low"] == pytest.approx(0.451, abs=0.006)
-    assert scores["em"]["high"] == pytest.approx(0.549, abs=0.006)
+def halves(dataset: str, n: int) -> list[dict[str, Any]]:
+    """Return trajectories of which every other is right."""
+    return [record(dataset, "x" if place % 2 else "y") for place in range(n)]
 
 
-def test_the_macro_interval_is_that_of_the_mean_of_the_datasets() -> None:
+def test_intervals_hold_95_percent() -> None:
+    # The normal approximation gives 0.5 +- 1.96 sqrt(0.25 / 400) = 0.5 +- 0.049.
+    em = summarize(halves("nq", 400))["em"]
+    assert (em["low"], em["high"]) == pytest.approx((0.451, 0.549), abs=0.006)
     # 100 of a set at 0.5, and one of a set that is always right: 0.75 +- 1.96 sqrt(0.25 / 100) / 2 = 0.75 +- 0.049.
-    halves = [record("half", "a1" if place % 2 else "a2", "a1") for place in range(100)]
-    macro = summarize([*halves, record("right", "a1", "a1")])["macro_average"]["em"]
-    assert macro["mean"] == 0.75
-    assert macro["low"] == pytest.approx(0.701, abs=0.011)
-    assert macro["high"] == pytest.approx(0.799, abs=0.011)
+    macro = summarize([*halves("half", 100), record("right", "x")])["macro_average"]["em"]
+    assert (macro["mean"], macro["low"], macro["high"]) == pytest.approx((0.75, 0.701, 0.799), abs=0.011)
 
 
 def test_intervals_repeat_with_the_seed_and_vanish_without_variation() -> None:
-    assert summarize(RECORDS, seed=1) == summarize(RECORDS, seed=1)
-    records = [record("nq", "right" + " wrong" * place, "right") for place in range(50)]
+    records = [record("nq", "x" + " wrong" * place) for place in range(50)]
+    assert summarize(records, seed=1) == summarize(records, seed=1)
     assert summarize(records, seed=1)["f1"] != summarize(records, seed=2)["f1"]
-    assert summarize([record("nq", "x", "x")] * 5)["em"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert summarize([record("nq", "x") for _ in range(5)])["em"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_the_table_has_a_line_a_dataset_and_their_mean() -> None:
-    assert results_table(summarize([record("nq", "x", "x")] * 5 + [record("musique", None, "x", searches=2)])) == (
+    records = [*(record("nq", "x") for _ in range(5)), record("musique", None, searches=2)]
+    assert results_table(summarize(records)) == (
         "dataset           n  EM [95 %]             F1 [95 %]             cover-EM  answered  searches  turns\n"
         "nq                5  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]     1.000     1.000      1.00   2.00\n"
         "musique           1  0.000 [0.000, 0.000]  0.000 [0.000, 0.000]     0.000     0.000      2.00   3.00\n"
         "mean of datasets     0.500 [0.500, 0.500]  0.500 [0.500, 0.500]     0.500"
     )
-    assert "mean of datasets" not in results_table(summarize([record("nq", "x", "x")]))
+    assert "mean of datasets" not in results_table(summarize([record("nq", "x")]))
 
 
 def sampled(row: int, answers: list[str | None], dataset: str = "nq") -> list[dict[str, Any]]:
-    """Return samples of one question, whose golden answer is "x"."""
-    return [record(dataset, answer, "x") | {"row": row, "sample": place} for place, answer in enumerate(answers)]
+    """Return samples of one question."""
+    return [record(dataset, answer, row=row, sample=place) for place, answer in enumerate(answers)]
 
 
 def test_several_samples_of_a_question_count_as_one_question() -> None:
@@ -113,10 +114,7 @@ def test_a_question_with_too_few_samples_is_left_out_of_pass_at_k() -> None:
 
 
 def paired(answers: list[str | None], dataset: str = "nq") -> list[dict[str, Any]]:
-    return [
-        record(dataset, answer, "x") | {"id": str(place), "question": f"{place}?"}
-        for place, answer in enumerate(answers)
-    ]
+    return [record(dataset, answer, id=str(n), question=f"{n}?") for n, answer in enumerate(answers)]
 
 
 def test_two_runs_are_compared_question_by_question() -> None:
@@ -137,7 +135,7 @@ def test_a_comparison_is_of_the_questions_that_both_runs_have() -> None:
     with pytest.raises(UserError, match="share no question"):
         compare(paired(["x"]), paired(["x"], dataset="popqa"))
     with pytest.raises(UserError, match="the question '0' of nq comes twice"):
-        compare(paired(["x"]) * 2, paired(["x"]))
+        compare(paired(["x"]) + paired(["x"]), paired(["x"]))
 
 
 def test_a_comparison_averages_datasets() -> None:
@@ -161,9 +159,9 @@ def evaluated(*records: dict[str, Any], stopped: str | None = None) -> dict[str,
 
 EVALUATIONS = {
     "direct": evaluated(
-        record("popqa", "y", "x", searches=0), record("nq", None, "x", searches=0), stopped="no more money"
+        record("popqa", "y", searches=0), record("nq", None, searches=0), stopped="no more \x1b money"
     ),
-    "policy": evaluated(record("popqa", "x", "x", searches=2), record("nq", "x of", "x"), record("mine", "x", "x")),
+    "policy": evaluated(record("popqa", "x", searches=2), record("nq", "x of"), record("mine", "x")),
 }
 
 
@@ -180,7 +178,7 @@ def test_the_markdown_table_has_the_papers_shape() -> None:
         "|---|---:|---:|---:|---:|---:|---:|---:|\n"
         "| direct | 2 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 50.0 | 0.00 | 1.00 |\n"
         "| policy | 3 | 66.7 [0.0, 100.0] | 100.0 [100.0, 100.0] | 88.9 [66.7, 100.0] | 100.0 | 1.33 | 2.33 |\n\n"
-        "direct: no more money.\n"
+        "direct: no more \\x1b money.\n"
     )
 
 

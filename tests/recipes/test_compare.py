@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,15 @@ LoadRecipe = Callable[[str], ModuleType]
 
 def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
     folder.mkdir()
-    alike = {"dataset": "nq", "golden_answers": ["x"], "sample": 0, "outcome": "answered", "searches": 1, "turns": 2}
+    alike: dict[str, Any] = {
+        "dataset": "nq",
+        "golden_answers": ["x"],
+        "sample": 0,
+        "outcome": "answered",
+        "searches": 1,
+        "turns": 2,
+    }
+    alike |= {"em": 0.0, "f1": 0.0, "segments": []}
     rows = [
         {**alike, "id": str(n), "row": n, "question": f"{n}?", "answer": answer}
         for n, answer in enumerate(answers, start=first)
@@ -43,7 +52,7 @@ def test_it_prints_and_keeps_the_differences(
     [
         ("none", "none holds no evaluation"),
         ("other", "the two runs share no question"),
-        ("strange", "line 1 is not a trajectory of an evaluation: it lacks row, sample"),
+        ("strange", "line 1 is not a trajectory: it lacks id"),
     ],
 )
 def test_a_mistake_gets_one_sentence(

@@ -18,7 +18,7 @@ from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.evaluation.matrix import model_labels
 from zerosearch.files import sole_writer
 from zerosearch.generation.loading import load_generator
-from zerosearch.metrics import exact_match, f1
+from zerosearch.metrics import METRICS
 from zerosearch.prompts import PAPER, TINYWORLD
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.tinyworld.world import World, question_rows
@@ -66,7 +66,7 @@ def test_it_prints_a_table_and_leaves_results(
         "nq",
         "musique",
         "mean of datasets",
-        f"{arguments['output_dir']}/results.json, trajectories.jsonl, table.md, scores.svg",
+        f"{arguments['output_dir']}/results.json, trajectories.jsonl, table.md",
         *(["engine", "bm25"] if results["searches"] else []),
     ]
     described = {"model": arguments["model"], "dataset": arguments["dataset"], "generator": "transformers"}
@@ -98,6 +98,8 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
     [
         ({"output_dir": "FULL"}, "the output folder FULL is not empty; name another, or pass --overwrite_output_dir"),
         ({"model": "FULL"}, "there is no model 'FULL'"),
+        ({"model": "FULL/cut"}, "the weights of FULL/cut cannot be read: "),
+        ({"output_dir": "a\0b"}, "the output folder a\\x00b cannot be used"),
         ({"dataset": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
         ({"dataset": "FULL/rows.jsonl"}, "FULL/rows.jsonl line 1 lacks 'golden_answers'; it has question"),
         ({"corpus": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
@@ -134,6 +136,8 @@ def test_a_mistake_gets_one_sentence(
 ) -> None:
     full = tmp_path / "full"
     full.mkdir()
+    shutil.copytree(arguments["model"], full / "cut")
+    (full / "cut/model.safetensors").write_bytes(b"cut")
     (full / "rows.jsonl").write_text('{"question": "Why?"}\n')
     (full / "config.yaml").write_text("no_such_key: 1\n")
     (full / "broken.yaml").write_text("model: [1,\n")
@@ -187,7 +191,6 @@ def test_one_command_compares_models_and_agents(
         assert json.loads((folder / "results.json").read_text()) == found[name]
         assert len((folder / "trajectories.jsonl").read_text().splitlines()) == 3
     assert (out / "table.md").read_text().count("| large rag |") == 2
-    assert "large rag" in (out / "scores.svg").read_text()
 
 
 def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
@@ -316,7 +319,7 @@ def real_model(load_recipe: LoadRecipe, tmp_path_factory: pytest.TempPathFactory
 @real_data
 @pytest.mark.slow
 def test_trajectories_and_masks_on_real_questions_and_passages(real_model: Path) -> None:
-    rows = load_questions(str(SHARED / "qa_multihop.jsonl"), limit=80).to_list()
+    rows = load_questions(str(SHARED / "qa_multihop.jsonl"), limit=30).to_list()
     generator = load_generator(str(real_model), "transformers", 4096)
     engine = BM25Engine(SHARED / "wiki_passages.jsonl")
     settings = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=1000)
@@ -341,49 +344,10 @@ def test_trajectories_and_masks_on_real_questions_and_passages(real_model: Path)
                 engine.lookup(turn.content) if turn.observation and turn.kind == "search" else ()
             )
         assert len(ids) - place == (trajectory.outcome == "answered")  # the end-of-sequence token after an answer
-    assert sum(trajectory.searches for trajectory in trajectories) >= 20
-    assert sum(trajectory.answer is not None for trajectory in trajectories) >= 5
+    assert sum(trajectory.searches for trajectory in trajectories) >= 8
+    assert sum(trajectory.answer is not None for trajectory in trajectories) >= 2
     assert any(turn.documents for trajectory in trajectories for turn in trajectory.turns)
     assert {trajectory.outcome for trajectory in trajectories} <= {"answered", "turns_exhausted", "truncated"}
-
-
-@real_data
-@pytest.mark.slow
-@pytest.mark.parametrize("generator", ["vllm", "transformers"])
-def test_the_recipe_scores_two_models_on_real_questions(generator: str, real_model: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(real_model, tmp_path / "other")
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", generator),
-            *("--model", str(other), str(real_model)),
-            *("--dataset", str(SHARED / "qa_multihop.jsonl"), "--dataset_limit", "60", "--engine", "bm25"),
-            *("--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(tmp_path / "out")),
-            *("--temperature", "1", "--max_turn_tokens", "48"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{real_model.name} policy" in done.stdout and "2 of 2" in done.stdout
-    assert "| method | HotpotQA |" in (tmp_path / "out/table.md").read_text()
-    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
-    assert list(found) == ["other policy", f"{real_model.name} policy"]
-    assert len({results["weights_fingerprint"] for results in found.values()}) == 1
-    folder = tmp_path / "out" / f"{real_model.name}-policy"
-    results = json.loads((folder / "results.json").read_text())
-    records = [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
-    assert results["n"] == len(records) == 60 and results["generator"] == generator
-    for name, metric in (("em", exact_match), ("f1", f1)):
-        scores = [metric(record["answer"], record["golden_answers"]) for record in records]
-        assert results[name]["mean"] == pytest.approx(sum(scores) / 60)
-        assert [record[name] for record in records] == scores
-    assert results["searches"] * 60 == sum(record["searches"] for record in records) >= 10
-    texts = {passage.text[:80] for passage in read_passages(SHARED / "wiki_passages.jsonl")}
-    observations = [part["text"] for record in records for part in record["segments"] if part["source"] == "documents"]
-    found = [text for text in observations if "Doc 1: " in text]
-    assert found and all(any(start[:30] in text for start in texts) for text in found)
 
 
 @real_data
@@ -393,7 +357,7 @@ def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_m
         "model": str(real_model),
         "generator": "transformers",
         "dataset": str(SHARED / "qa_multihop.jsonl"),
-        "num_questions": "10",
+        "num_questions": "4",
         "corpus": str(SHARED / "wiki_passages.jsonl"),
         "output_dir": str(tmp_path / "out"),
         "temperature": "1",
@@ -403,10 +367,33 @@ def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_m
     found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
     assert list(found) == list(PAPER.agents)
     for name, results in found.items():
-        assert results["n"] == 20 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
+        assert results["n"] == 8 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
         assert (results["searches"] > 0) == PAPER.agents[name].searches
     assert found["rag"]["searches"] == 1.0
     assert len({results["data_sha256"] for results in found.values()}) == 1
+
+
+@real_data
+@pytest.mark.slow
+def test_a_user_evaluates_with_vllm_on_real_questions(real_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", "vllm", "--model", str(real_model)]
+    command += ["--dataset", str(SHARED / "qa_multihop.jsonl"), "--dataset_limit", "30", "--engine", "bm25"]
+    command += ["--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(tmp_path / "out")]
+    command += ["--temperature", "1", "--max_turn_tokens", "48"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| method | HotpotQA |" in (tmp_path / "out/table.md").read_text()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "out/trajectories.jsonl").open(encoding="utf-8")]
+    assert results["n"] == len(records) == 30 and results["generator"] == "vllm"
+    for name in ("em", "f1"):
+        scores = [METRICS[name](record["answer"], record["golden_answers"]) for record in records]
+        assert results[name]["mean"] == pytest.approx(sum(scores) / 30)
+        assert [record[name] for record in records] == scores
+    found = [result for record in records for result in record["search_results"]]
+    assert results["searches"] * 30 == len(found) >= 5
+    texts = {passage.text for passage in read_passages(SHARED / "wiki_passages.jsonl")}
+    assert all(any(document in text for text in texts) for result in found for document in result["documents"])
 
 
 @pytest.mark.slow

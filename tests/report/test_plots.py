@@ -12,17 +12,17 @@ import pytest
 from zerosearch.report.plots import (
     PANELS,
     Drawing,
+    curves_plot,
     draw_panel,
     draw_time,
     draw_training,
     running_mean,
-    scores_plot,
     values_of,
     write_fidelity_plot,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
-KL = next(panel for panel in PANELS if panel[0] == "KL")
+REWARD, KL = ((*names, series) for names, series in PANELS.items() if names[0] in ("KL", "Reward"))
 
 
 def texts(drawing: Drawing) -> list[str]:
@@ -45,7 +45,6 @@ def test_a_run_of_one_step_is_drawn() -> None:
 def test_steps_that_are_not_finite_are_gaps() -> None:
     values = [0.1, math.nan, math.inf, 0.2, 0.3, None, True]
     drawing = draw_panel(*KL, [{"step": step, "kl": value} for step, value in enumerate(values, start=1)])
-    assert drawing.notes == ("“KL” has gaps: 4 of 7 logged steps have no finite kl.",)
     (line,) = curves(drawing, "var(--blue)")
     assert (line.count("M"), line.count("L")) == (2, 1)  # nothing is drawn from 0.1 to 0.2
     assert str(drawing.plot).count("<use ") == 1  # 0.1 stands alone
@@ -57,7 +56,7 @@ def test_the_axes_hold_zero_and_round_numbers() -> None:
     log = [{"step": step, "kl": 0.05 + step / 1000, "reward": 0.4} for step in range(1, 61)]
     assert texts(draw_panel(*KL, log)) == ["1", "21", "40", "60", "0", "0.05", "0.1", "0.15"]
     assert texts(draw_panel(*KL, [{"step": 7, "kl": 0.0}])) == ["7", "0", "0.25", "0.5", "0.75", "1"]
-    assert texts(draw_panel(*PANELS[0], log))[4:] == ["0", "0.25", "0.5", "0.75", "1"]  # a reward's end is 1
+    assert texts(draw_panel(*REWARD, log))[4:] == ["0", "0.25", "0.5", "0.75", "1"]  # a reward's end is 1
 
 
 def test_many_steps_get_a_running_mean() -> None:
@@ -90,19 +89,10 @@ def test_the_time_split_weighs_an_entry_by_the_steps_it_stands_for() -> None:
     )
 
 
-def evaluation(mean: float, low: float, high: float) -> dict[str, Any]:
-    return {"macro_average": {"em": {"mean": mean, "low": low, "high": high}}}
-
-
-def test_scores_are_drawn_with_a_row_an_evaluation() -> None:
-    name = "a/long/model-name " * 5
-    root = ElementTree.fromstring(scores_plot({"<b> $x$": evaluation(0.8, 0.7, 0.9), name: evaluation(0.4, 0.2, 0.5)}))
-    shown = {text.text: text for text in root.iter(f"{SVG}text")}
-    assert {"<b> $x$", name, "80.0 [70.0, 90.0]", "40.0 [20.0, 50.0]"} <= shown.keys()
-    assert float(shown[name].get("x", "")) >= 5 * len(name)  # room for it, left of the axis
-    places = [float(mark.get("x", "")) for mark in root.iter(f"{SVG}use") if "#0b5cab" in mark.get("style", "")]
-    zero, forty = (float(shown[tick].get("x", "")) for tick in ("0", "40"))
-    assert places == pytest.approx([zero + 2 * (forty - zero), forty], abs=0.1)
+def test_curves_of_several_runs_show_their_names_as_text() -> None:
+    logs = {"a\x1b$x$": [{"step": 1, "kl": 0.1}], "b": [{"step": 1, "kl": 0.2}]}
+    root = ElementTree.fromstring(curves_plot(logs, ["kl"]))
+    assert {r"a\x1b$x$", "b", "kl", "step"} <= {text.text for text in root.iter(f"{SVG}text")}
 
 
 def test_a_fidelity_card_is_drawn_with_its_rates_and_noise(tmp_path: Path) -> None:

@@ -211,11 +211,15 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
             '{"em": 0.5}',
             r"after-bm25/results\.json: 'em' is 0\.5, not an object",
         ),
-        ("policy/trajectories.jsonl", '{"question": "Who?"}', r"trajectories\.jsonl line 1 lacks 'golden_answers'"),
+        (
+            "policy/trajectories.jsonl",
+            '{"question": "Who?"}',
+            r"trajectories\.jsonl line 1 is not a trajectory: it lacks id",
+        ),
     ],
 )
 def test_a_broken_file_is_named(run_dir: Path, name: str, contents: str, message: str) -> None:
-    (run_dir / name).write_text(contents)
+    (run_dir / name).write_text(f"{contents}\n")
     with pytest.raises(UserError, match=message):
         write_report(run_dir)
 
@@ -227,15 +231,6 @@ def test_a_segment_of_unknown_source_is_refused(run_dir: Path) -> None:
         UserError, match=r"line 1: the segment .*'oracle'.* needs a text, a source \(prompt, policy, documents, hint\)"
     ):
         write_report(run_dir)
-
-
-def test_files_of_two_runs_are_noticed(run_dir: Path) -> None:
-    results = json.loads((run_dir / "results.json").read_text())
-    write_json(run_dir / "results.json", results | {"em_after": 0.9})
-    assert (
-        "results.json says em_after is 0.9, but evaluation/after-bm25/results.json says 0.8025"
-        in page_of(run_dir).text
-    )
 
 
 def test_a_score_that_is_no_number_is_said_to_be_none(run_dir: Path) -> None:
@@ -281,16 +276,16 @@ def test_the_summary_is_aligned_and_short(run_dir: Path) -> None:
 
 
 def test_pairs_are_the_first_of_each_change_and_empty_kinds_are_filled_up() -> None:
-    before = dict.fromkeys("abcdef", False) | {"g": True, "only before": True}
-    after = {"a": False, "b": True, "c": True, "d": True, "e": True, "f": True, "g": True, "only after": False}
-    chosen, num_paired = choose_pairs(before, after)
-    assert num_paired == 7
+    before = {name: record(name, name in ("g", "only before"), []) for name in [*"abcdefg", "only before"]}
+    after = {name: record(name, name in "bcdefg", []) for name in [*"abcdefg", "only after"]}
+    chosen = [(pair.before["id"], pair.change, pair.num_alike) for pair in choose_pairs(before, after) if pair.before]
     assert chosen == [
         ("b", "wrong before, right after", 5),
         ("c", "wrong before, right after", 5),
         ("g", "right before and after", 1),
         ("a", "wrong before and after", 1),
     ]
+    assert [pair.after["id"] for pair in choose_pairs({}, after) if pair.after] == ["a", "b", "c", "d"]
 
 
 def test_text_is_split_and_nothing_is_lost() -> None:

@@ -1,4 +1,4 @@
-"""Answer questions by the rollout of training, every trajectory on file as it ends: for evaluation and collection.
+"""Answer questions by the rollout of training, every trajectory on file as it ends.
 
 An output folder holds
     manifest.json        who answers what, and how; written first, and a resume must match it
@@ -25,10 +25,30 @@ from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 
-RECORD_COLUMNS = "row sample dataset id question golden_answers answer outcome searches turns".split()
+FIELDS: dict[str, Any] = {  # of `Trajectory.to_record`, as far as they are read again, with their types
+    "id": str | None,
+    "dataset": str | None,
+    "question": str,
+    "golden_answers": list,
+    "answer": str | None,
+    "outcome": str,
+    "searches": int,
+    "turns": int,
+    "em": int | float,
+    "f1": int | float,
+    "segments": list,
+}
+PLACE = {"row": int, "sample": int}  # which an evaluation adds
 MAX_LIVE = 512  # trajectories in flight: enough to keep a GPU busy, few enough that the first end soon
 
 Record = dict[str, Any]  # a line of trajectories.jsonl
+
+
+@dataclass(frozen=True)
+class GreedySettings(RolloutSettings):
+    """The budgets of the rollout, and how it samples: the likeliest token always."""
+
+    temperature: float = 0.0  # the paper does not say; its code sampled at 1.0 (our choice)
 
 
 class NoEngine:
@@ -53,11 +73,6 @@ class Answers:
     num_wanted: int
     num_new: int  # of this command
     spending: Spending
-
-    @property
-    def lost(self) -> list[str]:
-        """Return the errors of the trajectories that lost a search."""
-        return [record["error"] for record in self.records if record["outcome"] == "failed_search"]
 
 
 def answer_questions(
@@ -84,7 +99,7 @@ def answer_questions(
     `about` (model, dataset, ...) goes into the manifest as it is. With `resume`, what `output_dir` holds of the same
     manifest is kept; trajectories that lost a search are rolled out again.
     It ends early at one of the `limits` or of the engine's own, where the engine refuses (a wrong key, an empty
-    balance), and after `max_failed` lost searches.
+    balance), and when `max_failed` questions have lost a search.
     Raises `UserError` if `output_dir` holds another manifest than the one to resume.
     """
     check_samples(num_samples, settings)
@@ -115,18 +130,18 @@ def answer_questions(
 
     def watch(index: int, trajectory: Trajectory, event: Event) -> None:
         nonlocal num_failed
-        if event == "end":
-            row, sample = missing[index]
-            prompt = generator.tokenizer.decode(trajectory.prompt_ids)
-            record = trajectory.to_record(rows[row], prompt) | {"row": row, "sample": sample}
-            record["search_results"] = search_results(trajectory)
-            if isinstance(generator, EndpointGenerator):  # its turns, and its notes on documents
-                record["usage"] = asdict(generator.usage_of([index, index + len(missing)]))
-            if trajectory.error:
-                record["error"] = trajectory.error
-            log.append(record)
-            records[row, sample] = record
-            num_failed += trajectory.outcome == "failed_search"
+        if event != "end":
+            return
+        row, sample = missing[index]
+        record = trajectory.to_record(rows[row], generator.tokenizer.decode(trajectory.prompt_ids))
+        record |= {"row": row, "sample": sample, "search_results": search_results(trajectory)}
+        if isinstance(generator, EndpointGenerator):  # its turns, and its notes on documents
+            record["usage"] = asdict(generator.usage_of([index, index + len(missing)]))
+        if trajectory.error:
+            record["error"] = trajectory.error
+        log.append(record)
+        records[row, sample] = record
+        num_failed += trajectory.outcome == "failed_search"
 
     if isinstance(generator, RemoteGenerator):
         max_live = min(max_live, 2 * generator.max_concurrency)  # so that few are in flight when a limit is reached
@@ -170,55 +185,44 @@ def check_samples(num_samples: int, settings: RolloutSettings) -> None:
         raise UserError("num_samples above 1 needs a temperature above 0: greedy samples are all the same")
 
 
-def read_trajectories(path: Path) -> list[Record]:
+def read_trajectories(path: Path, fields: Mapping[str, Any] = FIELDS | PLACE) -> list[Record]:
     """Read trajectories, except for a last line that a kill cut short. Raises `UserError` for another broken one."""
     records = []
     for place, record in read_jsonl(path, skip_half_line=True):
-        lacks = [name for name in RECORD_COLUMNS if name not in record]
-        if lacks:
-            raise UserError(f"{place} is not a trajectory of an evaluation: it lacks {', '.join(lacks)}")
+        for name, kind in fields.items():
+            if name not in record or not isinstance(record[name], kind):
+                found = f"its {name} is {str(record[name])[:60]!r}" if name in record else f"it lacks {name}"
+                raise UserError(f"{place} is not a trajectory: {found}")
+        if not record["golden_answers"] or not all(isinstance(answer, str) for answer in record["golden_answers"]):
+            raise UserError(f"{place} is not a trajectory: its golden_answers are not texts, one at least")
         records.append(record)
     return records
 
 
 def _finished(path: Path, manifest: Mapping[str, Any]) -> dict[tuple[int, int], Record]:
-    """Return the trajectories of an earlier command by row and sample, without those that lost a search."""
-    if not (path.parent / "manifest.json").is_file():
+    """Return the trajectories of an earlier command by row and sample, without those that lost a search.
+
+    Raises `UserError` that names the first difference between its manifest and that of this command.
+    """
+    manifest_path = path.with_name("manifest.json")
+    if not manifest_path.is_file():
         return {}
-    _check_same(manifest, path.parent)
+    stored, wanted = _flat(read_json(manifest_path)), _flat(manifest)
+    for name in {**wanted, **stored}:
+        if stored.get(name) != wanted.get(name):
+            difference = f"{name} is {stored.get(name)!r} there, and {wanted.get(name)!r} here"
+            raise UserError(
+                f"{path.parent} holds another evaluation, which cannot be resumed as this one: {difference}; name "
+                "another folder"
+            )
     JsonlLog(path).close()  # drops half a line, and says so
     records = read_trajectories(path)
     return {(one["row"], one["sample"]): one for one in records if one["outcome"] != "failed_search"}
 
 
-def _check_same(manifest: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise `UserError` that names the first difference between the manifest of a folder and that of this command.
-
-    Time limits may differ: to raise one is what a resume may be for.
-    """
-    path = output_dir / "manifest.json"
-    try:
-        found = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; name another folder") from None
-    if not isinstance(found.get("settings"), dict):
-        raise UserError(f"{path} is not the manifest of an evaluation or collection; name another folder")
-    stored, wanted = _without_time_limits(found), _without_time_limits(manifest)
-    for name in {**wanted, **stored}:
-        if stored.get(name) != wanted.get(name):
-            was, now = _first_difference(name, stored.get(name), wanted.get(name))
-            raise UserError(
-                f"{output_dir} holds another evaluation, which cannot be resumed as this one: {was}, {now}"
-            )
-
-
-def _without_time_limits(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {name: value for name, value in manifest["settings"].items() if not name.endswith("_timeout_s")}
-    return {**manifest, "settings": settings}
-
-
-def _first_difference(name: str, stored: Any, wanted: Any) -> tuple[str, str]:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        key = next(key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key))
-        name, stored, wanted = f"{name}.{key}", stored.get(key), wanted.get(key)
-    return f"{name} is {stored!r} there", f"and {wanted!r} here"
+def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with dotted names, without time limits: to raise one is what a resume may be for."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if not name.endswith("_timeout_s")}

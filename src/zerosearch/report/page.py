@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from zerosearch.report.transcripts import pieces, read_examples
 from zerosearch.text import printable
 
 REPORT_NAME = "report.html"
+FACTS = {"seed": "seed", "steps": "steps", "generator": "generated with"}  # of results.json, and how the page says it
+DURATIONS = {"train_seconds": "training", "total_seconds": "everything"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -48,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
         drawings=draw_training(run.log) if run.log else [],
         smoothed=(SMOOTH_FROM, SMOOTH_STEPS),
         examples=examples,
-        made=dict(_made(run)),
+        made=_made(run),
         notes=[*run.notes(), *examples.notes],
         version=__version__,
     )
@@ -106,25 +108,17 @@ def _by_dataset(run: Run) -> dict[str, dict[str, Scores]]:
     }
 
 
-def _made(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what is known of how the run was made, as (term, text); the text of what is not known is empty."""
-    known = run.results
-    for key, term in {"seed": "seed", "steps": "steps", "generator": "generated with"}.items():
-        yield term, str(known.get(key, ""))
-    for key, term in {"train_seconds": "training", "total_seconds": "everything"}.items():
-        yield term, duration(known[key]) if key in known else ""
+def _made(run: Run) -> dict[str, str]:
+    """Return what is known of how the run was made, a text a term."""
+    known, found = run.results, [scores for *_, scores in run.evaluations]
+    made = {term: str(known[key]) for key, term in FACTS.items() if key in known}
+    made |= {term: duration(known[key]) for key, term in DURATIONS.items() if key in known}
     for policy in POLICIES:
         models = (scores.get("model", "") for _, one, scores in run.evaluations if one == policy)
-        yield f"policy {policy}", _joined(map(shown_path, models))
-    found = [scores for *_, scores in run.evaluations]
-    yield "evaluated on", _joined(scores.get("dataset", "") for scores in found)
-    seconds = [scores.get("seconds") for scores in found]
-    yield f"{len(found)} evaluations", duration(sum(seconds)) if found and all(map(is_finite, seconds)) else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "CPU cores where this page was written", str(cores)  # no file says where the run was made
+        made[f"policy {policy}"] = _joined(map(shown_path, models))
+    made["evaluated on"] = _joined(scores.get("dataset", "") for scores in found)
     versions = [scores.get("versions") or {} for scores in found]
-    for package in sorted(set().union(*versions)):
-        yield package, _joined(one.get(package, "") for one in versions)
+    return made | {name: _joined(one.get(name, "") for one in versions) for name in sorted(set().union(*versions))}
 
 
 def _joined(values: Iterable[Any]) -> str:

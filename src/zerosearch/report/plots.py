@@ -1,4 +1,4 @@
-"""Every picture the project draws, by matplotlib, as SVG: a run over its steps, scores, a simulator's fidelity.
+"""Every picture the project draws, by matplotlib, as SVG: a run over its steps, several runs, a simulator's fidelity.
 
 On the report's page colours become CSS variables, so that one drawing serves a light page, a dark page and paper;
 text stays text. Series differ by dash or hatching as well as by colour. A value that is not finite is a gap.
@@ -11,15 +11,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from zerosearch.evaluation.tables import is_finite, percent
+from zerosearch.evaluation.tables import is_finite
 from zerosearch.files import write_text
 from zerosearch.simulator.fidelity_card import RATES
+from zerosearch.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +40,7 @@ COLOURS = {  # the light theme's; each is a variable of page.css
     "card": "#ffffff",
 }
 HATCHES = {"blue": "", "orange": "////", "grey": "||||", "green": ""}
+LARGEST = 1e100
 SMOOTH_STEPS = 5  # steps in a running mean
 SMOOTH_FROM = 20  # fewer points than this are shown as they are
 
@@ -50,7 +53,6 @@ class Series:
     label: str
     colour: str
     style: Style = "line"
-    optional: bool = False  # whether a log without the key is worth no note
 
 
 @dataclass(frozen=True)
@@ -64,38 +66,22 @@ class Drawing:
     notes: tuple[str, ...] = ()
 
 
-PANELS = (
-    (
-        "Reward",
-        "mean of the trajectories of a step",
-        (
-            Series("reward", "reward", "blue"),
-            Series("rewards/em_reward/mean", "exact match", "orange", "dashed", optional=True),
-        ),
+PANELS = {  # title, unit: what is drawn
+    ("Reward", "mean of the trajectories of a step"): (Series("reward", "reward", "blue"),),
+    ("Searches and turns", "mean per question"): (
+        Series("search/searches", "searches", "blue"),
+        Series("search/turns", "turns", "orange", "dashed"),
     ),
-    (
-        "Searches and turns",
-        "mean per question",
-        (Series("search/searches", "searches", "blue"), Series("search/turns", "turns", "orange", "dashed")),
+    ("Noise", "share of searches that got noisy documents"): (
+        Series("search/p_noise", "requested", "blue", "exact"),
+        Series("search/noisy_share", "realised", "orange", "dots"),
     ),
-    (
-        "Noise",
-        "share of searches that got noisy documents",
-        (
-            Series("search/p_noise", "requested", "blue", "exact"),
-            Series("search/noisy_share", "realised", "orange", "dots"),
-        ),
+    ("KL", "to the reference model"): (Series("kl", "KL", "blue"),),
+    ("Tokens", "mean per trajectory"): (
+        Series("search/policy_tokens", "by the policy", "blue"),
+        Series("search/observation_tokens", "by the environment", "orange", "dashed"),
     ),
-    ("KL", "to the reference model", (Series("kl", "KL", "blue"),)),
-    (
-        "Tokens",
-        "mean per trajectory",
-        (
-            Series("search/policy_tokens", "by the policy", "blue"),
-            Series("search/observation_tokens", "by the environment", "orange", "dashed"),
-        ),
-    ),
-)
+}
 TIMES = (
     Series("time/generating_s", "generating", "blue", "area"),
     Series("time/waiting_s", "waiting for search", "orange", "area"),
@@ -106,11 +92,11 @@ TIMES = (
 
 def draw_training(log: Sequence[LogEntry]) -> list[Drawing]:
     """Draw the training log, one entry a logged step, panel by panel."""
-    return [*(draw_panel(title, unit, series, log) for title, unit, series in PANELS), draw_time(log)]
+    return [*(draw_panel(*names, series, log) for names, series in PANELS.items()), draw_time(log)]
 
 
 def draw_panel(title: str, unit: str, series: Iterable[Series], log: Sequence[LogEntry]) -> Drawing:
-    """Draw series over steps; a note names each that was not logged, and each with gaps.
+    """Draw series over steps; a note names each that was not logged.
 
     From `SMOOTH_FROM` points on a line is thin, with its running mean over it.
     """
@@ -119,17 +105,15 @@ def draw_panel(title: str, unit: str, series: Iterable[Series], log: Sequence[Lo
     legend, notes = [], []
     for one in series:
         values = values_of(log, one.key)
-        num_gaps = int(np.isnan(values).sum())
-        if num_gaps == len(values):
-            notes += [] if one.optional else [f"“{one.label}” is left out: the log has no finite {one.key}."]
+        if np.isnan(values).all():
+            notes.append(f"“{one.label}” is left out: the log has no finite {one.key}.")
             continue
-        if num_gaps:
-            notes.append(f"“{one.label}” has gaps: {num_gaps} of {len(values)} logged steps have no finite {one.key}.")
         smooth = one.style in ("line", "dashed") and len(values) >= SMOOTH_FROM
         _draw_line(axes, steps, values, one, faint=smooth)
         if smooth:
             _draw_line(axes, steps, running_mean(values), one)
-        legend.append((one, _first_and_last(values, SMOOTH_STEPS if smooth or one.style == "dots" else 1)))
+        finite, few = values[np.isfinite(values)], SMOOTH_STEPS if smooth or one.style == "dots" else 1
+        legend.append((one, f"{finite[:few].mean():.3g} → {finite[-few:].mean():.3g}"))
     if not legend:
         return Drawing(title, unit, notes=tuple(notes))
     axes.update_datalim([(steps[0], 0), (steps[-1], title == "Reward")])  # the axes hold 0, and the highest reward
@@ -164,9 +148,10 @@ def draw_time(log: Sequence[LogEntry]) -> Drawing:
 
 
 def values_of(log: Sequence[LogEntry], key: str) -> np.ndarray:
-    """Return the values logged under a key, NaN for what is missing or not a finite number."""
+    """Return the values logged under a key, NaN for what is missing, not a finite number or too large to draw."""
     found = (entry.get(key) for entry in log)
-    return np.array([value if is_finite(value) else math.nan for value in found], dtype=float)  # (len(log),)
+    drawable = [value if is_finite(value) and abs(value) < LARGEST else math.nan for value in found]
+    return np.array(drawable, dtype=float)  # (len(log),)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -181,45 +166,40 @@ def curves_plot(logs: Mapping[str, Sequence[LogEntry]], keys: Sequence[str]) -> 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
-    styles = [(colour, dash) for dash in ("-", "--") for colour in ("blue", "orange", "green", "grey")]
+    styles = [(colour, dash) for dash in ("-", "--", ":") for colour in ("blue", "orange", "green", "grey")]
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for (name, log), (colour, dash) in zip(logs.items(), styles, strict=False):
+        for (name, log), (colour, dash) in zip(logs.items(), cycle(styles), strict=False):
             steps, values = [entry["step"] for entry in log], running_mean(values_of(log, key))
-            axes.plot(steps, values, dash, color=COLOURS[colour], label=name)
-        axes.set_title(key, loc="left", fontsize="medium", color=COLOURS["soft"])
+            axes.plot(steps, values, dash, color=COLOURS[colour], label=_words(name))
+        axes.set_title(_words(key), loc="left", fontsize="medium", color=COLOURS["soft"])
         axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     return _svg(figure, "curves")
 
 
-def scores_plot(evaluations: Mapping[str, Any]) -> str:
-    """Draw the EM of each evaluation, the mean of its datasets, with its interval; return an SVG file's text."""
-    figure, axes = _rows("EM in percent, mean of the datasets, with 95 % intervals", list(evaluations))
-    for row, results in enumerate(evaluations.values()):
-        em = results["macro_average"]["em"]
-        axes.plot([100 * em["low"], 100 * em["high"]], [row, row], color=COLOURS["blue"], linewidth=3, alpha=0.4)
-        axes.plot([100 * em["mean"]], [row], "o", color=COLOURS["blue"])
-        axes.annotate(percent(em), (1.02, row), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
-    axes.set_xlim(left=0)
-    return _svg(figure, "scores")
+def _words(text: str) -> str:
+    """Return a name from outside for matplotlib: no formula, and nothing that SVG cannot hold."""
+    return printable(text).replace("$", r"\$")
 
 
 def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
     """Draw a fidelity card's rates and realised against requested noise to `prefix`.svg, and return the path."""
+    from matplotlib.figure import Figure
+
     shown = {name: words.replace(" that ", "\nthat ") for name, words in RATES[:3] if name in card}
-    figure, axes = _rows("", list(shown.values()), columns=1 + ("noise" in card))
+    figure = Figure(figsize=(10, 1.2 + 0.4 * len(shown) + 1.4 * ("noise" in card)), layout="constrained")
+    rates, *more = figure.subplots(1, 1 + ("noise" in card), squeeze=False)[0]
+    rates.barh(range(len(shown)), [card[name] for name in shown], height=0.5, color=COLOURS["blue"])
     for row, name in enumerate(shown):
-        axes.barh(row, card[name], height=0.5, color=COLOURS["blue"])
-        axes.plot(card[f"{name}_interval"], [row, row], "|-", color=COLOURS["grey"], linewidth=1.5)
-    axes.set_xlim(0, 1)
-    if "noise" in card:
-        noise, points = figure.axes[1], card["noise"]
-        requested = [point["requested"] for point in points]
+        rates.plot(card[f"{name}_interval"], [row, row], "|-", color=COLOURS["grey"], linewidth=1.5)
+    rates.set_yticks(range(len(shown)), shown.values())
+    rates.set(xlim=(0, 1), ylim=(max(len(shown), 1) - 0.3, -0.7))
+    for noise in more:
+        points = card["noise"]
+        requested, realised = ([point[key] for point in points] for key in ("requested", "realised"))
         low, high = zip(*(point["realised_interval"] for point in points), strict=True)
         noise.plot([0, 1], [0, 1], color=COLOURS["rule"], linewidth=1)
         noise.fill_between(requested, low, high, color=COLOURS["orange"], alpha=0.2, linewidth=0)
-        realised = [point["realised"] for point in points]
         noise.plot(requested, realised, "o-", color=COLOURS["orange"], label="realised, by the documents")
         noise.set_xlabel("requested noise")
         noise.legend(frameon=False)
@@ -233,23 +213,6 @@ def _panel() -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(5, 2.9), facecolor="none")  # inches of 72 CSS pixels: about a card's width on the page
     return figure, figure.add_axes((0.11, 0.12, 0.87, 0.83))
-
-
-def _rows(title: str, labels: Sequence[str], columns: int = 1) -> tuple[Figure, Axes]:
-    """Return a figure whose first axes have a labelled row for each thing drawn, the first on top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(8 + 0.1 * max(map(len, labels), default=0), 1.2 + 0.4 * len(labels) + 1.4 * (columns > 1)),
-        layout="constrained",
-    )
-    axes = figure.subplots(1, columns, squeeze=False)[0, 0]
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
-    axes.set_ylim(max(len(labels), 1) - 0.3, -0.7)
-    axes.set_title(title, loc="left", fontsize="medium", color=COLOURS["soft"])
-    for one in figure.axes:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _draw_line(axes: Axes, steps: Sequence[float], values: np.ndarray, one: Series, faint: bool = False) -> None:
@@ -267,11 +230,6 @@ def _draw_line(axes: Axes, steps: Sequence[float], values: np.ndarray, one: Seri
         markevery=None if one.style == "dots" else list(alone),
         clip_on=False,
     )
-
-
-def _first_and_last(values: np.ndarray, few: int) -> str:
-    finite = values[np.isfinite(values)]
-    return f"{finite[:few].mean():.3g} → {finite[-few:].mean():.3g}"
 
 
 def _inline(figure: Figure, axes: Axes, title: str, steps: Sequence[float] | np.ndarray) -> Markup:
@@ -299,6 +257,8 @@ def _svg(figure: Figure, salt: str) -> str:
     from matplotlib import rc_context
 
     file = io.StringIO()
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):  # the same data, the same file; text as text
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

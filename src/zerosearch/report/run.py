@@ -20,7 +20,6 @@ from zerosearch.files import read_json
 
 SIMULATED = "simulated"  # the one engine that is not real
 POLICIES = ("before", "after")  # training
-ROUNDING = 1e-3  # a difference up to this between two files is rounding
 
 Scores = dict[str, Any]  # the contents of an evaluation's results.json
 
@@ -46,30 +45,18 @@ class Run:
 
     def headline(self, policy: str) -> Scores:
         """Return the scores before or after training that the page opens with; empty if there are none."""
-        mean = self.results.get(f"em_{policy}")
-        told = {} if mean is None else {"em": {"mean": mean}}
-        return self.scores.get(self.engine or "", {}).get(policy, told)
+        return self.scores.get(self.engine or "", {}).get(policy, {})
 
     def notes(self) -> Iterator[str]:
-        """Yield a sentence on each thing that is missing, and on each number that two files tell differently."""
+        """Yield a sentence on each thing that is missing."""
         if not self.results:
             yield "results.json is missing: seed, durations and the count of real-engine queries are not known."
-        elif not isinstance(self.results.get("real_engine_queries_in_training"), int):
-            yield "results.json has no real_engine_queries_in_training: queries to a real engine are not known."
         if not self.log:
             yield "policy/trainer_state.json is missing, or has no step of training: there are no plots over steps."
         for engine in dict.fromkeys([*([self.engine] if self.engine else []), *self.scores, SIMULATED]):
             for policy in POLICIES:
                 if policy not in self.scores.get(engine, {}):
                     yield f"evaluation/{policy}-{engine}/results.json is missing: no scores {policy} training."
-        for key in ("em_before", "em_after", "f1_after"):
-            score, policy = key.split("_")
-            told, evaluated = self.results.get(key), self.headline(policy).get(score, {}).get("mean")
-            if is_finite(told) and is_finite(evaluated) and abs(told - evaluated) > ROUNDING:
-                yield (
-                    f"results.json says {key} is {told}, but evaluation/{policy}-{self.engine}/results.json says "
-                    f"{evaluated}: the files may be of different runs."
-                )
 
 
 def read_run(run_dir: Path) -> Run:
@@ -81,14 +68,11 @@ def read_run(run_dir: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     results, log = _read_json(folder / "results.json"), read_log(folder / "policy" / "trainer_state.json")
-    found = {path.parent.name: path for path in folder.glob("evaluation/*-*/results.json")}
-    engines = {name.removeprefix(f"{policy}-") for name in found for policy in POLICIES if name.startswith(policy)}
-    scores = {
-        engine: {
-            policy: _read_scores(found[f"{policy}-{engine}"]) for policy in POLICIES if f"{policy}-{engine}" in found
-        }
-        for engine in sorted(engines, key=lambda name: (name == SIMULATED, name))
-    }
+    scores: dict[str, dict[str, Scores]] = {}
+    for policy in POLICIES:
+        for path in folder.glob(f"evaluation/{policy}-*/results.json"):
+            scores.setdefault(path.parent.name.removeprefix(f"{policy}-"), {})[policy] = _read_scores(path)
+    scores = {engine: scores[engine] for engine in sorted(scores, key=lambda name: (name == SIMULATED, name))}
     if results is None and log is None and not scores:
         raise UserError(
             f"{folder} holds no run: none of results.json, policy/trainer_state.json, "
@@ -125,7 +109,10 @@ def _read_scores(path: Path) -> Scores:
     for name in ("em", "f1"):
         if not isinstance(scores.get(name), dict) or "mean" not in scores[name]:
             raise UserError(f"{path}: {name!r} is {scores.get(name)!r}, not an object with mean, low and high")
-    return scores
+    for name in ("by_dataset", "versions"):
+        if not isinstance(scores.get(name, {}), dict):
+            raise UserError(f"{path}: {name!r} is {scores[name]!r}, not an object")
+    return dict.fromkeys(("p_noise", "answer_rate", "searches", "turns", "n")) | scores
 
 
 def read_log(path: Path) -> list[dict[str, Any]] | None:

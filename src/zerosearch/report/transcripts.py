@@ -1,7 +1,6 @@
 """Example trajectories for the report: which to show, by a rule that the page states, and how their text is marked.
 
-Trajectories are read from JSONL, `Trajectory.to_record` a line. Evaluation files may be large: they are read twice,
-once for the scores and once for the few records to show, and never held whole.
+Trajectories are read from JSONL, `Trajectory.to_record` a line.
 """
 
 from __future__ import annotations
@@ -14,23 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch.errors import UserError
-from zerosearch.files import read_jsonl
+from zerosearch.evaluation.answering import FIELDS, read_trajectories
 
 Record = Mapping[str, Any]  # a trajectory, checked
 
 NUM_PAIRS = 4  # with before and after each, and the training ones, a dozen
 NUM_TRAINING = 4
 SOURCES = ("prompt", "policy", "documents", "hint")
-FIELDS: dict[str, Any] = {  # of a record, with the type of each
-    "question": str,
-    "golden_answers": list,
-    "answer": str | None,
-    "outcome": str,
-    "searches": int | float,
-    "em": int | float,
-    "f1": int | float,
-    "segments": list,
-}
 # (right before, right after) in the order of the page
 CHANGES = {
     (False, True): "wrong before, right after",
@@ -69,44 +58,40 @@ def read_examples(run_dir: Path, engine: str | None) -> Examples:
     Raises `UserError` that names the line for a record that is not what `Trajectory.to_record` writes.
     """
     notes: list[str] = []
-    training_file = run_dir / "policy" / "trajectories.jsonl"
-    recorded = [_checked(*line) for line in read_jsonl(training_file)] if training_file.is_file() else []
+    recorded = _read(run_dir / "policy/trajectories.jsonl")
     if not recorded:
         notes.append("policy/trajectories.jsonl is missing or empty: no trajectories of training are shown.")
-    files = {}
-    for policy in ("before", "after") if engine else ():
-        path = run_dir / "evaluation" / f"{policy}-{engine}" / "trajectories.jsonl"
-        if path.is_file():
-            files[policy] = path
-        else:
-            notes.append(f"{path.relative_to(run_dir)} is missing: no trajectories {policy} training are shown.")
-    right = {policy: _right(path) for policy, path in files.items()}
-    if len(right) == 2:
-        chosen, num_paired = choose_pairs(right["before"], right["after"])
-    else:
-        chosen, num_paired = [(name, "", 0) for one in right.values() for name in islice(one, NUM_PAIRS)], 0
-    wanted = {name for name, _, _ in chosen}
-    found = {policy: _find(files[policy], wanted) if policy in files else {} for policy in ("before", "after")}
-    pairs = [Pair(change, count, *(one.get(name) for one in found.values())) for name, change, count in chosen]
-    return Examples(pairs, num_paired, *choose_training(recorded), notes)
+    evaluated = []
+    for policy in ("before", "after"):
+        name = f"evaluation/{policy}-{engine}/trajectories.jsonl"
+        evaluated.append({str(record["id"]): record for record in _read(run_dir / name)})
+        if engine and not evaluated[-1]:
+            notes.append(f"{name} is missing: no trajectories {policy} training are shown.")
+    before, after = evaluated
+    return Examples(choose_pairs(before, after), len(before.keys() & after), *choose_training(recorded), notes)
 
 
-def choose_pairs(before: Mapping[str, bool], after: Mapping[str, bool]) -> tuple[list[tuple[str, str, int]], int]:
-    """Return (id, change, number of such questions) of the questions to show, and the number of questions in both.
+def choose_pairs(before: Mapping[str, Record], after: Mapping[str, Record]) -> list[Pair]:
+    """Return the questions to show, of records by id; if only one side is there, its first.
 
     The first of each kind of change in the file's order, so that none is picked by hand; a kind that never occurs
     leaves its place to the next question of the first kind that has one.
     """
+    if not before or not after:
+        return [Pair("", 0, before.get(name), after.get(name)) for name in islice(before or after, NUM_PAIRS)]
     alike: dict[tuple[bool, bool], list[str]] = {change: [] for change in CHANGES}
-    for name, right in before.items():
+    for name in before:
         if name in after:
-            alike[right, after[name]].append(name)
+            alike[before[name]["em"] >= 1, after[name]["em"] >= 1].append(name)
     shown = {change: names[:1] for change, names in alike.items()}
     for change, names in alike.items():
         spare = NUM_PAIRS - sum(map(len, shown.values()))
         shown[change] += names[1 : 1 + spare]
-    chosen = [(name, CHANGES[change], len(alike[change])) for change, names in shown.items() for name in names]
-    return chosen, sum(map(len, alike.values()))
+    return [
+        Pair(CHANGES[change], len(alike[change]), before[name], after[name])
+        for change, names in shown.items()
+        for name in names
+    ]
 
 
 def choose_training(recorded: Sequence[Record]) -> tuple[Sequence[Record], str]:
@@ -150,37 +135,16 @@ def pieces(segment: Mapping[str, Any], golden_answers: Sequence[str]) -> list[tu
     return [(kind, part) for kind, part in found if part]
 
 
-def _right(path: Path) -> dict[str, bool]:
-    """Return which questions of a file were answered right, in its order; of an id that recurs, the first."""
-    right: dict[str, bool] = {}
-    for place, record in read_jsonl(path):
-        _checked(place, record)
-        if record.get("id") is None:
-            raise UserError(f"{place} lacks 'id', by which before and after are paired")
-        right.setdefault(str(record["id"]), record["em"] >= 1)
-    return right
-
-
-def _find(path: Path, wanted: set[str]) -> dict[str, Record]:
-    found: dict[str, Record] = {}
-    for _, record in read_jsonl(path):
-        if str(record.get("id")) in wanted:
-            found.setdefault(str(record["id"]), record)
-    return found
-
-
-def _checked(place: str, record: Record) -> Record:
-    for name, kind in FIELDS.items():
-        if name not in record:
-            raise UserError(f"{place} lacks {name!r}; it has {', '.join(sorted(record))}")
-        if not isinstance(record[name], kind):
-            raise UserError(f"{place}: {name!r} is {record[name]!r}")
-    for segment in record["segments"]:
-        fields = segment if isinstance(segment, dict) else {}
-        is_text, noisy = isinstance(fields.get("text"), str), fields.get("noisy")
-        if fields.get("source") not in SOURCES or not is_text or noisy not in (True, False, None):
-            raise UserError(
-                f"{place}: the segment {str(segment)[:200]} needs a text, a source ({', '.join(SOURCES)}), and true, "
-                "false or null as noisy"
-            )
-    return record
+def _read(path: Path) -> Sequence[Record]:
+    """Read trajectories, none if there is no such file. Raises `UserError` for a line that is none."""
+    records: Sequence[Record] = read_trajectories(path, FIELDS) if path.is_file() else []
+    for number, record in enumerate(records, start=1):
+        for segment in record["segments"]:
+            fields = segment if isinstance(segment, dict) else {}
+            is_text, noisy = isinstance(fields.get("text"), str), fields.get("noisy", "")
+            if fields.get("source") not in SOURCES or not is_text or noisy not in (True, False, None):
+                raise UserError(
+                    f"{path} line {number}: the segment {str(segment)[:200]} needs a text, a source "
+                    f"({', '.join(SOURCES)}), and true, false or null as noisy"
+                )
+    return records
