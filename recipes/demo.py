@@ -34,7 +34,7 @@ MADE_BY_THE_DEMO = ("data", "logs", "simulator", "policy", "evaluation", "result
 class DemoArguments:
     """What varies between demos; everything else is in recipes/configs/tinyworld.yaml and sft-tinyworld.yaml."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": 0})
     generator: Literal["transformers", "vllm"] = "transformers"
     output_dir: str = "outputs/demo"
     port: int = field(default=6001, metadata={"help": "port of the simulator's server"})

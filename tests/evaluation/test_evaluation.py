@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,15 +69,6 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     assert any(
         passage.text in observation for passage in read_passages(corpus) for observation in found
     )  # real passages were read
-
-
-def test_greedy_evaluation_repeats_itself(corpus: Path, questions: Path, random_model: Path, tmp_path: Path) -> None:
-    greedy = RolloutSettings(max_turn_tokens=16, max_observation_tokens=200, temperature=0.0)
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        generator = load_generator(str(random_model), "transformers", 2048)
-        evaluate(rows_of(questions), generator, BM25Engine(corpus), greedy, folder)
-    assert trajectories(tmp_path / "a") == trajectories(tmp_path / "b")
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,75 +378,28 @@ def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
     assert a == c != b
 
 
-EVALUATE = """\
-import datasets, os, signal, sys, torch
-from pathlib import Path
-from transformers import AutoTokenizer, LlamaForCausalLM
-from zerosearch.data import load_questions
-from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.evaluation.evaluate import evaluate
-from zerosearch.files import JsonlLog
-from zerosearch.generation.loading import load_generator
-from zerosearch.rollout.loop import RolloutSettings
-
-def run(model, questions, corpus, output_dir, lines, steps):
-    left = {"lines": int(lines), "steps": int(steps)}  # until it is killed
-    rows = load_questions(questions).to_list() * 10
-    settings = RolloutSettings(max_turns=3, max_turn_tokens=32, max_observation_tokens=150, max_trajectory_tokens=1200)
-    generator = load_generator(model, "transformers", 2048)
-    append, step = JsonlLog.append, generator.step
-
-    def counted_append(self, record):
-        append(self, record)
-        left["lines"] -= 1
-
-    def counted_step():
-        if left["lines"] <= 0:
-            left["steps"] -= 1
-            if left["steps"] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return step()
-
-    JsonlLog.append, generator.step = counted_append, counted_step
-    evaluate(rows, generator, BM25Engine(corpus), settings, Path(output_dir), seed=1, resume=True, max_live=8)
-
-for line in sys.stdin:  # a process for each, which need not import everything again
-    child = os.fork()
-    if child == 0:
-        run(*sys.argv[1:], *line.split())
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_kills_at_random_points_change_nothing(
+def test_a_sampling_policy_that_is_killed_goes_on_as_if_it_had_not_been(
     corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    """Each kill is a SIGKILL to the process, some decoding steps after one of its trajectories has ended."""
-    rng, never = random.Random(0), 1000
-    kills = [(rng.randint(0, 4), rng.randint(0, 20)) for _ in range(5)]
+    def answer(folder: Path, steps: int) -> dict[str, Any]:
+        """Evaluate, and die after so many steps of decoding."""
+        folder.mkdir(exist_ok=True)
+        generator = load_generator(str(tiny_policy_dir), "transformers", 2048)
+        step, left = generator.step, iter(range(steps))
 
-    def endings(name: str, *runs: tuple[int, int]) -> list[int]:
-        """Return how each run ended: by itself, or killed after so many lines and then steps."""
-        (tmp_path / name).mkdir(exist_ok=True)
-        done = subprocess.run(
-            [sys.executable, "-c", EVALUATE, *map(str, (tiny_policy_dir, questions, corpus, tmp_path / name))],
-            input="".join(f"{lines} {steps}\n" for lines, steps in runs),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=600,
-            check=True,
-        )
-        return [int(line) for line in done.stdout.split()]
+        def dying_step() -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return step()
 
-    assert endings("whole", (never, never)) == [0]
-    assert endings("killed", *kills) == [-signal.SIGKILL] * 5
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert 3 <= len(trajectories(killed)) < 30 and not (killed / "results.json").exists()
-    assert endings("killed", (never, never)) == [0]
-    assert the_same(json.loads((killed / "results.json").read_text())) == the_same(
-        json.loads((whole / "results.json").read_text())
-    )
-    assert trajectories(killed) == trajectories(whole)
+        generator.step = dying_step  # type: ignore[method-assign]
+        rows = rows_of(questions, copies=6)
+        return evaluate(rows, generator, BM25Engine(corpus), SETTINGS, folder, seed=1, resume=True, max_live=4)
+
+    whole = answer(tmp_path / "whole", 10_000)
+    for steps in (40, 75, 110):
+        with pytest.raises(Killed):
+            answer(tmp_path / "killed", steps)
+    assert 0 < len(trajectories(tmp_path / "killed")) < 18
+    assert the_same(answer(tmp_path / "killed", 10_000)) == the_same(whole)
+    assert trajectories(tmp_path / "killed") == trajectories(tmp_path / "whole")

@@ -21,13 +21,21 @@ ROWS = [{"id": str(n), "dataset": "nq", "question": f"What is {n}?", "golden_ans
 DIRECT, COT, RAG = (PAPER.agents[name] for name in ("direct", "cot", "rag"))
 
 
+class PaidWriter(Writer):
+    """Costs a dollar a turn."""
+
+    @property
+    def cost_usd(self) -> float:
+        return float(len(self.contexts))
+
+
 def run(todo: list[Evaluation], output_dir: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
     announced: list[str] = []
 
     @contextmanager
     def load(model: str) -> Iterator[tuple[Any, dict[str, str]]]:
         announced.append(f"load {model}")
-        yield Writer(lambda context: "<answer> 1 </answer>"), {"model": model}
+        yield PaidWriter(lambda context: "<answer> 1 </answer>"), {"model": model}
 
     settings = RolloutSettings(temperature=0.0)
     options = {"limits": Limits(), "resume": False, "about": {}} | options
@@ -81,6 +89,12 @@ def test_a_limit_ends_it_with_what_there_is(tmp_path: Path) -> None:
     assert list(found) == ["direct"]
     stopped = "stopped at the limit of 1e-09 s: 0 of 3 trajectories are finished; --resume true goes on"
     assert announced == ["load m", "direct (1 of 2)", "cot (2 of 2)", stopped]
+
+
+def test_what_one_evaluation_has_spent_the_next_may_not(tmp_path: Path) -> None:
+    todo = plan_evaluations(["m"], [DIRECT, COT], [], tmp_path)
+    found, _ = run(todo, tmp_path, limits=Limits(usd=4.0), max_live=1)
+    assert [(results["n"], results["this_command"]["usd"]) for results in found.values()] == [(3, 3.0), (1, 1.0)]
 
 
 def test_names_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:

@@ -58,9 +58,11 @@ def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(
     assert first["search/searches"] == priced["search/searches"] > 0, "the first rollout is the same"
     cost = 0.1 * first["search/searches"]
     assert priced["reward"] == pytest.approx(first["reward"] - cost, abs=1e-4)
-    picture = tmp_path / "curves.svg"
-    load_recipe("curves").main(["--runs", str(f1), str(price), "--output", str(picture)])
-    assert all(word in picture.read_text() for word in ("<svg", "f1", "price", "search/searches"))
+    assert priced["rewards/f1_reward/mean"] == first["reward"]
+    picture, keys = tmp_path / "curves.svg", ["rewards/f1_reward/mean", "search/searches"]  # as the page has it
+    assert f"--keys {' '.join(keys)}" in (ROOT / "recipes/README.md").read_text()
+    load_recipe("curves").main(["--runs", str(f1), str(price), "--keys", *keys, "--output", str(picture)])
+    assert all(word in picture.read_text() for word in ("<svg", "f1", "price", *keys))
 
 
 def test_curves_refuse_what_is_not_logged(refusal: Callable[[str, list[str]], str], tmp_path: Path) -> None:
@@ -68,4 +70,15 @@ def test_curves_refuse_what_is_not_logged(refusal: Callable[[str, list[str]], st
     state = {"log_history": [{"step": 1, "reward": 0.5, "loss": 0.1}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     refused = refusal("curves", ["--runs", str(tmp_path), "--keys", "rewrd"])
-    assert f"the log of {tmp_path} has no rewrd; it has loss, reward, step" in refused
+    assert f"the log of {tmp_path} has no numbers under rewrd; it has loss, reward, step" in refused
+    below_a_file = ["--runs", str(tmp_path), "--keys", "reward", "--output", f"{__file__}/x.svg"]
+    assert f"the output folder {__file__} is a file" in refusal("curves", below_a_file)
+
+
+def test_runs_of_one_name_are_told_apart(load_recipe: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    for name in ("f1", "price"):
+        (tmp_path / name / "policy").mkdir(parents=True)
+        (tmp_path / name / "policy/trainer_state.json").write_text('{"log_history": [{"step": 1, "reward": 0.5}]}')
+    runs = [str(tmp_path / name / "policy") for name in ("f1", "price")]
+    load_recipe("curves").main(["--runs", *runs, "--keys", "reward", "--output", str(tmp_path / "new/a.svg")])
+    assert all(f">{name}/policy<" in (tmp_path / "new/a.svg").read_text() for name in ("f1", "price"))

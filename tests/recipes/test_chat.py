@@ -96,13 +96,9 @@ def test_a_failure_ends_one_question_and_not_the_chat(
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    chat: ModuleType, flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    refusal: Callable[[str, list[str]], str], flags: list[str], change: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        chat.main([*flags, *change])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert message in refusal("chat", [*flags, *change])
 
 
 def test_a_failure_of_the_only_question_is_an_error(

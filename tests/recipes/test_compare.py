@@ -56,13 +56,10 @@ def test_it_prints_and_keeps_the_differences(
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    load_recipe: LoadRecipe, tmp_path: Path, second: str, message: str, capsys: pytest.CaptureFixture[str]
+    refusal: Callable[[str, list[str]], str], tmp_path: Path, second: str, message: str
 ) -> None:
     evaluation(tmp_path / "other", ["x"], first=9)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange/trajectories.jsonl").write_text('{"question": "Why?"}\n')
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("compare").main(["--first", evaluation(tmp_path / "a", ["x"]), "--second", str(tmp_path / second)])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    first = evaluation(tmp_path / "a", ["x"])
+    assert message in refusal("compare", ["--first", first, "--second", str(tmp_path / second)])

@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zerosearch.data import BENCHMARKS, load_questions, read_passages
-from zerosearch.engines.bm25 import BM25Engine
+from zerosearch.data import BENCHMARKS, read_passages
 from zerosearch.evaluation.matrix import model_labels
 from zerosearch.files import sole_writer
-from zerosearch.generation.loading import load_generator
 from zerosearch.metrics import METRICS
-from zerosearch.prompts import PAPER, TINYWORLD
-from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.prompts import TINYWORLD
 from zerosearch.tinyworld.world import World, question_rows
 
 if TYPE_CHECKING:
@@ -33,8 +30,6 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
 
 LoadRecipe = Callable[[str], ModuleType]
-
-real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
 
 
 @pytest.fixture
@@ -276,6 +271,15 @@ def test_models_are_told_apart_by_as_little_of_their_paths_as_need_be(
     assert folders == ["a-policy-direct", "b-policy-direct"]  # all of them in the output folder
 
 
+def test_names_from_outside_are_shown_and_not_obeyed(
+    load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_recipe("evaluate").main([*endpoint, "--model", "m\x1b[2J", "n\u202e", "--agent", "direct"])
+    for text in ((tmp_path / "out/table.md").read_text(), capsys.readouterr().out):
+        assert r"m\x1b[2J direct" in text and r"n\u202e direct" in text
+        assert not {"\x1b", "\u202e"} & set(text)
+
+
 def test_the_benchmarks_are_asked_as_many_of_each_as_wanted(
     load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path
 ) -> None:
@@ -309,74 +313,12 @@ def test_the_key_is_named_by_its_variable_and_never_written(
     assert not any("secret-key" in text for text in [*written, *capsys.readouterr()])
 
 
-@pytest.fixture(scope="module")
-def real_model(load_recipe: LoadRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("real-model")
-    load_recipe("random_model").main(["--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(directory)])
-    return directory
-
-
-@real_data
 @pytest.mark.slow
-def test_trajectories_and_masks_on_real_questions_and_passages(real_model: Path) -> None:
-    rows = load_questions(str(SHARED / "qa_multihop.jsonl"), limit=30).to_list()
-    generator = load_generator(str(real_model), "transformers", 4096)
-    engine = BM25Engine(SHARED / "wiki_passages.jsonl")
-    settings = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=1000)
-    trajectories = run_rollouts(rows, generator, engine, settings)
-    decode = generator.tokenizer.decode
-    for row, trajectory in zip(rows, trajectories, strict=True):
-        ids, mask = trajectory.completion_ids, trajectory.env_mask
-        assert len(ids) == len(mask) == len(trajectory.logprobs)
-        assert decode(trajectory.prompt_ids).endswith(f"Question: {row['question'].rstrip('?')}?\n")
-        # What the policy wrote, and nothing else, has mask 1; the observations are what stands between its turns.
-        policy_ids = [token for token, is_policy in zip(ids, mask, strict=True) if is_policy]
-        assert len(policy_ids) == trajectory.policy_tokens
-        place = 0
-        for turn in trajectory.turns:
-            assert decode(ids[place : place + turn.num_tokens]) == turn.text
-            assert set(mask[place : place + turn.num_tokens]) == {1}
-            place += turn.num_tokens
-            assert decode(ids[place : place + turn.num_observation_tokens]) == turn.observation
-            assert 1 not in mask[place : place + turn.num_observation_tokens]
-            place += turn.num_observation_tokens
-            assert turn.documents == (
-                engine.lookup(turn.content) if turn.observation and turn.kind == "search" else ()
-            )
-        assert len(ids) - place == (trajectory.outcome == "answered")  # the end-of-sequence token after an answer
-    assert sum(trajectory.searches for trajectory in trajectories) >= 8
-    assert sum(trajectory.answer is not None for trajectory in trajectories) >= 2
-    assert any(turn.documents for trajectory in trajectories for turn in trajectory.turns)
-    assert {trajectory.outcome for trajectory in trajectories} <= {"answered", "turns_exhausted", "truncated"}
-
-
-@real_data
-@pytest.mark.slow
-def test_the_whole_matrix_runs_on_real_questions(load_recipe: LoadRecipe, real_model: Path, tmp_path: Path) -> None:
-    flags = {
-        "model": str(real_model),
-        "generator": "transformers",
-        "dataset": str(SHARED / "qa_multihop.jsonl"),
-        "num_questions": "4",
-        "corpus": str(SHARED / "wiki_passages.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "temperature": "1",
-        "max_turn_tokens": "32",
-    }
-    load_recipe("evaluate").main([*argv(flags), "--agent", *PAPER.agents])
-    found = json.loads((tmp_path / "out/results.json").read_text())["evaluations"]
-    assert list(found) == list(PAPER.agents)
-    for name, results in found.items():
-        assert results["n"] == 8 and list(results["by_dataset"]) == ["hotpotqa", "2wikimultihopqa"]
-        assert (results["searches"] > 0) == PAPER.agents[name].searches
-    assert found["rag"]["searches"] == 1.0
-    assert len({results["data_sha256"] for results in found.values()}) == 1
-
-
-@real_data
-@pytest.mark.slow
-def test_a_user_evaluates_with_vllm_on_real_questions(real_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", "vllm", "--model", str(real_model)]
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
+def test_a_user_evaluates_with_vllm_on_real_questions(load_recipe: LoadRecipe, tmp_path: Path) -> None:
+    model = str(tmp_path / "model")
+    load_recipe("random_model").main(["--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", model])
+    command = [sys.executable, str(ROOT / "recipes/evaluate.py"), "--generator", "vllm", "--model", model]
     command += ["--dataset", str(SHARED / "qa_multihop.jsonl"), "--dataset_limit", "30", "--engine", "bm25"]
     command += ["--corpus", str(SHARED / "wiki_passages.jsonl"), "--output_dir", str(tmp_path / "out")]
     command += ["--temperature", "1", "--max_turn_tokens", "48"]

@@ -212,6 +212,11 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
             r"after-bm25/results\.json: 'em' is 0\.5, not an object",
         ),
         (
+            "evaluation/after-bm25/results.json",
+            '{"em": {"mean": 0.5}, "f1": {"mean": 0.5}, "versions": [1]}',
+            r"after-bm25/results\.json: 'versions' is \[1\], not an object",
+        ),
+        (
             "policy/trajectories.jsonl",
             '{"question": "Who?"}',
             r"trajectories\.jsonl line 1 is not a trajectory: it lacks id",
@@ -239,6 +244,14 @@ def test_a_score_that_is_no_number_is_said_to_be_none(run_dir: Path) -> None:
     text = page_of(run_dir).text
     assert "after n/a" in text and "nan" not in text.lower()
     assert "bm25 after        400  n/a  " in summary_table(run_dir)
+
+
+def test_scores_that_say_little_and_a_log_out_of_bounds_are_shown_as_far_as_they_go(run_dir: Path) -> None:
+    write_json(run_dir / "evaluation/after-bm25/results.json", {name: {"mean": "high"} for name in ("em", "f1")})
+    log = [{"step": 1, "reward": 1e308, "kl": -1e308}, {"step": 2, "reward": -1e308, "kl": 0.1}]
+    write_json(run_dir / "policy/trainer_state.json", {"log_history": log})
+    text = page_of(run_dir).text
+    assert "after n/a" in text and "“reward” is left out: the log has no finite reward." in text
 
 
 def test_a_log_without_kl_leaves_the_plot_out_and_says_so(run_dir: Path) -> None:
