@@ -231,6 +231,8 @@ def test_a_lost_search_leaves_trajectories_and_no_scores_until_a_resume(tmp_path
     assert {request.p_noise for request in engine.requests} == {0.5}
     keys = [request.key for request in engine.requests]  # (seed, step, row, sample, turn)
     assert len(set(keys)) == 12 and {key[:2] for key in keys} == {(9, 0)}
+    with pytest.raises(SearchError, match="12 of 12 questions lost a search"):  # nothing is left that might be scored
+        run(tmp_path, engine=engine, p_noise=0.5, seed=9, resume=True, max_failed=20)
     resumed = run(tmp_path, resume=True, p_noise=0.5, seed=9)
     assert the_same(resumed) == the_same(run(tmp_path, p_noise=0.5, seed=9))
 

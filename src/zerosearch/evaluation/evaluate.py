@@ -50,9 +50,10 @@ def evaluate(
     )
     spending, num_wanted = answers.spending, answers.num_wanted
     lost = [record["error"] for record in answers.records if record["outcome"] == "failed_search"]
-    if lost and (max_failed is None or len(lost) >= max_failed or spending.refused):
-        raise SearchError(f"{len(lost)} of {num_wanted} questions lost a search, so there are no scores: {lost[-1]}")
     records = [record for record in answers.records if record["outcome"] != "failed_search"]
+    tolerated = max_failed is not None and len(lost) < max_failed and not spending.refused and bool(records)
+    if lost and not tolerated:
+        raise SearchError(f"{len(lost)} of {num_wanted} questions lost a search, so there are no scores: {lost[-1]}")
     stopped = None
     if len(answers.records) < num_wanted:
         stopped = f"{spending.stopped()}: {len(records)} of {num_wanted} trajectories are finished"
@@ -60,7 +61,7 @@ def evaluate(
         raise LimitReached(stopped)
     if all(record["outcome"] == "truncated" and not record["turns"] for record in records):
         raise UserError("no prompt leaves room for a turn: max_trajectory_tokens or the model's context is too short")
-    used = records[0].get("usage")  # of an endpoint; over earlier commands, too
+    used = records[0].get("usage")  # of an endpoint
     results = {
         **answers.manifest,
         "seconds": round(spending.seconds, 1),
@@ -68,7 +69,7 @@ def evaluate(
         "stopped": stopped,
         "lost": f"{len(lost)} of {num_wanted} questions lost a search: {lost[-1]}" if lost else None,
         "versions": versions(),
-        "usage": used and {name: sum(record["usage"][name] for record in records) for name in used},
+        "usage": used and {name: sum(record["usage"][name] for record in answers.records) for name in used},
         "this_command": spending.to_record(answers.num_new),
     }
     write_json(output_dir / "results.json", results)
