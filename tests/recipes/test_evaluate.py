@@ -70,16 +70,6 @@ def test_it_prints_a_table_and_leaves_results(
     assert list(results["by_dataset"]) == ["nq", "musique"]
 
 
-def test_values_come_from_a_config_file_and_flags_win(
-    load_recipe: LoadRecipe, arguments: dict[str, str], tmp_path: Path
-) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("max_turns: 1\nmax_turn_tokens: 5\ndataset_limit: 1\n")
-    load_recipe("evaluate").main(["--config", str(config), *argv(arguments)])
-    results = json.loads((Path(arguments["output_dir"]) / "results.json").read_text())
-    assert (results["n"], results["settings"]["max_turns"], results["settings"]["max_turn_tokens"]) == (1, 1, 24)
-
-
 def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arguments: dict[str, str]) -> None:
     output_dir = Path(arguments["output_dir"])
     output_dir.mkdir()
@@ -224,7 +214,6 @@ def test_two_commands_do_not_write_to_one_folder(
         load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
     assert caught.value.code == 2
     assert "another run is writing to" in capsys.readouterr().err
-    load_recipe("evaluate").main([*endpoint, "--model", "m", "--resume", "true"])
 
 
 def test_a_spent_budget_stops_it_and_no_query_is_paid_for_twice(
@@ -296,21 +285,6 @@ def test_the_benchmarks_are_asked_as_many_of_each_as_wanted(
     assert (results["questions_per_dataset"], results["macro_average"]["em"]["mean"]) == (2, 1.0)
     head = "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | Avg |"
     assert head in (tmp_path / "out/table.md").read_text()
-
-
-def test_the_key_is_named_by_its_variable_and_never_written(
-    load_recipe: LoadRecipe,
-    endpoint: list[str],
-    chat_server: ChatServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SOME_KEY", "secret-key")
-    load_recipe("evaluate").main([*endpoint, "--model", "m", "--agent", "direct", "--endpoint_key_env", "SOME_KEY"])
-    assert set(chat_server.keys) == {"Bearer secret-key"}
-    written = [path.read_text() for path in (tmp_path / "out").iterdir()]
-    assert not any("secret-key" in text for text in [*written, *capsys.readouterr()])
 
 
 @pytest.mark.slow
