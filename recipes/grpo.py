@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from zerosearch.checkpoints import training_run
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
         engine = choose_engine(options, prompts)
         config.model_init_kwargs = model_options(model, config)
-        with user_mistakes(ImportError, RuntimeError, SafetensorError):  # TRL's word on what does not fit together
+        with user_mistakes(ImportError, RuntimeError):  # TRL's word on what does not fit together
             trainer = SearchTrainer(
                 model=start_weights(model, config),
                 reward_funcs=REWARDS,

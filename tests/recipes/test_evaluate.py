@@ -83,7 +83,7 @@ def test_a_full_folder_is_overwritten_when_asked_to(load_recipe: LoadRecipe, arg
     [
         ({"output_dir": "FULL"}, "the output folder FULL is not empty; name another, or pass --overwrite_output_dir"),
         ({"model": "FULL"}, "there is no model 'FULL'"),
-        ({"model": "FULL/cut"}, "the weights of FULL/cut cannot be read: "),
+        ({"model": "FULL/cut"}, "the weights FULL/cut/model.safetensors cannot be read: "),
         ({"output_dir": "a\0b"}, "the output folder a\\x00b cannot be used"),
         ({"dataset": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
         ({"dataset": "FULL/rows.jsonl"}, "FULL/rows.jsonl line 1 lacks 'golden_answers'; it has question"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,9 +102,16 @@ def fill_output_dir(settings: dict[str, Any]) -> None:
     (Path(settings["output_dir"]) / "thesis.tex").write_text("Years of work.")
 
 
+def cut_the_weights(settings: dict[str, Any]) -> None:
+    model = shutil.copytree(settings["model_name_or_path"], Path(settings["output_dir"]).with_name("cut"))
+    (model / "model.safetensors").write_bytes(b"cut")
+    settings["model_name_or_path"] = str(model)
+
+
 MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model named": (lambda s: s.pop("model_name_or_path"), "--model_name_or_path"),
     "no such model": (lambda s: s.update(model_name_or_path="/no/such/model"), "there is no model '/no/such/model'"),
+    "broken weights": (cut_the_weights, "cut/model.safetensors cannot be read: "),
     "no such dataset": (lambda s: s.update(dataset="/no/such/qa.jsonl"), "there is no file /no/such/qa.jsonl"),
     "missing column": (edit_dataset(lambda row: row.pop("question")), "line 3 lacks 'question'"),
     "no golden answer": (edit_dataset(lambda row: row.update(golden_answers=[])), "line 3: 'golden_answers' is empty"),

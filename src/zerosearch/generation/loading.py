@@ -55,7 +55,7 @@ def base_of_adapter(model: str, revision: str = "main") -> str | None:
 def model_config(model: str | None, revision: str = "main", trust_remote_code: bool = False) -> Any:
     """Return the configuration of a model; an adapter has that of its base.
 
-    Raises `UserError` if no model is named or there is none of that name.
+    Raises `UserError` if no model is named, there is none of that name, or its weights in a folder are broken.
     """
     from transformers import AutoConfig
 
@@ -64,9 +64,23 @@ def model_config(model: str | None, revision: str = "main", trust_remote_code: b
     try:
         base = base_of_adapter(model, revision)
         options = {"revision": "main" if base else revision, "trust_remote_code": trust_remote_code}
-        return AutoConfig.from_pretrained(base or model, **options)
+        config = AutoConfig.from_pretrained(base or model, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"there is no model {model!r}: {str(error).splitlines()[0]}") from error
+    check_weights(model)
+    return config
+
+
+def check_weights(model: str) -> None:
+    """Raise `UserError` for a file of weights in a model's folder that is cut short or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in Path(model).glob("*.safetensors"):  # none where `model` is a Hub id
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the weights {path} cannot be read: {error}") from error
 
 
 def longest_context(config: Any, limit: int) -> int:
@@ -100,21 +114,17 @@ def load_tokenizer(
 def load_model(
     model: str, revision: str = "main", trust_remote_code: bool = False, dtype: Any = "auto"
 ) -> PreTrainedModel:
-    """Load a causal language model; an adapter comes merged into its base. Raises `UserError` for broken weights."""
-    from safetensors import SafetensorError
+    """Load a causal language model; an adapter comes merged into its base."""
     from transformers import AutoModelForCausalLM
 
     base = base_of_adapter(model, revision)
     options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
-    try:
-        if base is None:
-            return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
-        from peft import PeftModel
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+    from peft import PeftModel
 
-        loaded = AutoModelForCausalLM.from_pretrained(base, **options)
-        return PeftModel.from_pretrained(loaded, model, revision=revision).merge_and_unload()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights of {model} cannot be read: {str(error).splitlines()[0]}") from error
+    loaded = AutoModelForCausalLM.from_pretrained(base, **options)
+    return PeftModel.from_pretrained(loaded, model, revision=revision).merge_and_unload()
 
 
 def whole_model(model: str, folder: Path, revision: str = "main", trust_remote_code: bool = False) -> str:
