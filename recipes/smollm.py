@@ -18,7 +18,6 @@ qa_multihop.jsonl, qa_train.jsonl, search_traces.jsonl and wiki_passages.jsonl (
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +52,6 @@ class SmollmArguments:
     )
     generator: Literal["vllm", "transformers"] = "vllm"
     seed: int = 0
-    port: int = field(default=6001, metadata={"help": "Port of the simulator's server."})
     cold_start_steps: int = field(default=8, metadata={"min": 1, "help": "Steps of eight demonstrations."})
     simulator_steps: int = field(default=12, metadata={"min": 1, "help": "Steps of eight searches."})
     fidelity_queries: int = field(default=20, metadata={"min": 2, "help": "Held-out searches to measure with."})
@@ -102,7 +100,7 @@ class Smollm:
         how = self.sft("sft-smollm2-135m", self.arguments.simulator_steps, simulator)
         how += flags(searches=searches, measure_fidelity=False)
         self.stages.run("simulator", "recipes/sft_simulator.py", *how, makes=simulator / "simulator.json")
-        measured = {"tuned": flags(model=simulator, port=self.arguments.port), "real": flags(engine="recorded")}
+        measured = {"tuned": flags(model=simulator, port=0), "real": flags(engine="recorded")}
         for name, who in measured.items():
             to = self.folder / "fidelity" / name
             what = flags(queries=searches / "test.jsonl", num_queries=self.arguments.fidelity_queries, output=to)
@@ -125,7 +123,7 @@ class Smollm:
         how += flags(gradient_accumulation_steps=given.rl_micro_batches, save_steps=1 + given.rl_steps // 20)
         how += flags(use_vllm=given.generator == "vllm")
         how += flags(model_name_or_path=self.folder / "cold-start", dataset=self.folder / "data/rl.jsonl")
-        with simulator_server(str(self.folder / "simulator"), given.port, max_model_len=2048) as server:
+        with simulator_server(str(self.folder / "simulator"), port=0, max_model_len=2048) as server:
             self.stages.say(f"simulator ready at {server.base_url}")
             how += flags(simulator_url=server.base_url, output_dir=policy) + go_on(policy)
             status = training_status(1)
@@ -181,18 +179,18 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(folder):
         settings = {**asdict(arguments), "rl_flags": rl_flags}
-        del settings["port"], settings["output_dir"]
+        del settings["output_dir"]
         if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
             raise UserError(f"{folder} holds a run of other settings (settings.json): name another --output_dir")
         write_json(folder / "settings.json", settings)
-        run, started = Smollm(arguments, rl_flags, folder), time.monotonic()
+        run = Smollm(arguments, rl_flags, folder)
         run.prepare()
         run.cold_start()
         run.tune_simulator()
         run.evaluate("before", folder / "cold-start")
         run.train()
         run.evaluate("after", folder / "policy")
-        write_json(folder / "results.json", run.results() | {"total_seconds": round(time.monotonic() - started, 1)})
+        write_json(folder / "results.json", run.results())
         report = write_report(folder)
     print(f"\n{summary_table(folder)}\n\nreport: {report}\nresults: {folder / 'results.json'}")
 

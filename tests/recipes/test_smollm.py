@@ -56,7 +56,7 @@ def commands(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
 
     @contextmanager
     def server(model: str, port: int, **settings: Any) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(base_url=f"http://127.0.0.1:{port}/v1")
+        yield SimpleNamespace(base_url="http://127.0.0.1:6001/v1")
 
     monkeypatch.setattr(Stages, "run", run)
     monkeypatch.setattr(recipe, "simulator_server", server)
@@ -124,7 +124,7 @@ def test_a_stage_that_was_stopped_goes_on_and_a_finished_one_is_left(
     assert "--resume_from_checkpoint True" in resumed and "overwrite" not in resumed
     assert commands["evaluation after"][-2:] == ["--resume", "True"]
     commands.clear()
-    recipe.main([*given, "--port", "7001"])
+    recipe.main(given)
     assert not commands
 
 
