@@ -78,6 +78,9 @@ def test_a_new_run_clears_what_it_writes_and_nothing_else(tmp_path: Path) -> Non
     assert [(out / name).read_text() for name in kept] == ["kept"] * 4
     assert not (out / "results.json").exists() and not (out / "table.md").exists()  # of the earlier run
     assert not (out / "direct/manifest.json").is_symlink()
+    (out / "table.md").mkdir()  # not what a run has written
+    with pytest.raises(UserError, match=r"Is a directory: '.*table\.md'"):
+        run(todo, out)
 
 
 def test_a_limit_ends_it_with_what_there_is(tmp_path: Path) -> None:

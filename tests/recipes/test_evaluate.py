@@ -308,8 +308,8 @@ def test_a_user_evaluates_with_vllm_on_real_questions(load_recipe: LoadRecipe, t
         assert [record[name] for record in records] == scores
     found = [result for record in records for result in record["search_results"]]
     assert results["searches"] * 30 == len(found) >= 5
-    texts = {passage.text for passage in read_passages(SHARED / "wiki_passages.jsonl")}
-    assert all(any(document in text for text in texts) for result in found for document in result["documents"])
+    passages = "\n".join(" ".join(passage.text.split()) for passage in read_passages(SHARED / "wiki_passages.jsonl"))
+    assert all(document[-60:] in passages for result in found for document in result["documents"])
 
 
 @pytest.mark.slow

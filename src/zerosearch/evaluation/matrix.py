@@ -13,7 +13,7 @@ from typing import Any
 
 from zerosearch.engines import SearchEngine
 from zerosearch.engines.account import LimitReached, Limits
-from zerosearch.errors import UserError
+from zerosearch.errors import UserError, user_mistakes
 from zerosearch.evaluation.evaluate import evaluate
 from zerosearch.files import claim_output_dir
 from zerosearch.generation.loading import LoadedModel
@@ -98,8 +98,9 @@ def run_evaluations(
     nothing.
     """
     if not resume:
-        for path in (folder / name for folder in (output_dir, *(one.folder for one in todo)) for name in WRITTEN):
-            path.unlink(missing_ok=True)
+        with user_mistakes():
+            for path in (folder / name for folder in (output_dir, *(one.folder for one in todo)) for name in WRITTEN):
+                path.unlink(missing_ok=True)
     found: dict[str, Any] = {}
     for model, of_model in groupby(todo, key=lambda one: one.model):
         with load(model) as (generator, identity):
