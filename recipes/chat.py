@@ -12,12 +12,9 @@ then flags.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported; its start fills the screen
 
 from transformers.utils.logging import disable_progress_bar
 

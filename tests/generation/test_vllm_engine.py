@@ -57,7 +57,7 @@ def ranks(tiny_policy_dir: Path, negated_dir: Path, tmp_path_factory: pytest.Tem
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in printed)
-    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((output / f"{rank}.json").read_text()) | {"printed": printed[rank]} for rank in range(2)]
 
 
 def trajectories(ranks: Found, name: str) -> list[Trajectory]:
@@ -100,6 +100,10 @@ def test_ranks_make_the_same_calls_of_the_engine_in_the_same_order(ranks: Found)
     assert len(added) > 2 * len(ROWS) and calls.count(["step"]) > 10
     later = [call for call in calls[calls.index(["step"]) :] if call[0] == "add"]
     assert any(under_way > 2 for _, under_way, *_ in later), "no lockstep: turns begin while others are decoded"
+
+
+def test_the_engine_starts_without_a_screen_of_its_own(ranks: Found) -> None:
+    assert not [line for found in ranks for line in found["printed"].splitlines() if "INFO" in line]
 
 
 def test_a_failure_on_one_rank_ends_the_rollout_on_all_and_silence_does_too(ranks: Found) -> None:

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ def cpu_cache_space() -> dict[str, str]:
 
 
 def local_engine(make: Callable[..., LLM], dtype: str, max_model_len: int, **options: Any) -> LLM:
-    """Have vLLM's `LLM` make an engine in this process, with `options` of its own.
+    """Have vLLM's `LLM` make an engine in this process, with `options` of its own, and say nothing but errors.
 
     By itself vLLM turns float32 weights into half precision, and then its log-probabilities are not the trainer's:
     hence `dtype`. With prefix caching a later turn of a trajectory costs its new tokens only.
@@ -59,7 +61,11 @@ def local_engine(make: Callable[..., LLM], dtype: str, max_model_len: int, **opt
         options |= cpu_engine_options(max_model_len)
         multiply_by_weights_in_place()
     loopback_process_group()
-    return make(**options)
+    options["log_level"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")  # by itself it fills the screen
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what vLLM imports
+        return make(**options)
 
 
 @contextmanager
