@@ -58,10 +58,18 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.25} == results
     assert results["settings"]["max_turns"] == 3 and results["seconds"] > 0
     assert {"python", "torch", "transformers"} <= set(results["versions"])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert results | manifest == results and len(manifest["data_sha256"]) == 64
+    assert manifest | about | {"agent": "policy", "num_questions": 24, "num_samples": 1} == manifest
+    assert manifest["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
     records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
     assert [(row["id"], row["dataset"]) for row in records] == [(row["id"], row["dataset"]) for row in rows]
-    assert results["searches"] == sum(row["searches"] for row in records) / 24
+    searches = sum(row["searches"] for row in records)
+    assert results["searches"] == searches / 24
+    bill = {"queries": searches, "sent": searches, "replayed": 0, "retries": 0, "failures": 0}
+    assert results["this_command"]["engine"] == bill
+    assert results["this_command"]["usd_at_google"] == pytest.approx(searches * 275 / 30_000, abs=1e-6)
     assert results["answer_rate"] == sum(row["answer"] is not None for row in records) / 24
     assert sum(results["outcomes"].values()) == 24
     assert records[0]["segments"][0]["text"].endswith("Question: Who wrote Emma?\n")
@@ -240,25 +248,6 @@ def test_a_lost_search_leaves_trajectories_and_no_scores_until_a_resume(tmp_path
 def test_prompts_that_leave_no_room_for_a_turn_are_no_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompt leaves room for a turn: max_trajectory_tokens"):
         run(tmp_path, settings={"max_trajectory_tokens": 10})
-
-
-def test_the_manifest_says_what_was_evaluated(tmp_path: Path) -> None:
-    results = run(tmp_path, about={"model": "m", "revision": "r"}, seed=5)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest | {"model": "m", "revision": "r", "agent": "ra-agent", "engine": "library"} == manifest
-    assert manifest["engine_identity"] == {"engine": "library"}
-    assert (manifest["num_questions"], manifest["seed"], manifest["num_samples"]) == (12, 5, 1)
-    assert len(manifest["data_sha256"]) == 64 and manifest["settings"]["temperature"] == 0.0
-    assert results | manifest == results
-
-
-def test_a_real_engine_says_which_corpus_it_searches(corpus: Path, tmp_path: Path) -> None:
-    results = run(tmp_path, engine=BM25Engine(corpus))
-    engine = results["this_command"]["engine"]
-    # No passage holds such a number, so every question is searched for in both turns that may search.
-    assert engine == {"queries": 24, "sent": 24, "replayed": 0, "retries": 0, "failures": 0}
-    assert results["this_command"]["usd_at_google"] == pytest.approx(24 * 275 / 30_000)
-    assert results["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
 
 def test_an_agent_that_never_searches_needs_no_engine(tmp_path: Path) -> None:

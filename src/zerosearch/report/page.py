@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
         smoothed=(SMOOTH_FROM, SMOOTH_STEPS),
         examples=examples,
         made=_made(run),
-        notes=[*run.notes(), *examples.notes],
+        notes=run.notes(),
         version=__version__,
     )
     path = run.folder / REPORT_NAME

@@ -9,7 +9,6 @@ evaluation/{before,after}-ENGINE/trajectories.jsonl  what the policy did
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +46,20 @@ class Run:
         """Return the scores before or after training that the page opens with; empty if there are none."""
         return self.scores.get(self.engine or "", {}).get(policy, {})
 
-    def notes(self) -> Iterator[str]:
-        """Yield a sentence on each thing that is missing."""
-        if not self.results:
-            yield "results.json is missing: seed, durations and the count of real-engine queries are not known."
-        if not self.log:
-            yield "policy/trainer_state.json is missing, or has no step of training: there are no plots over steps."
+    def notes(self) -> list[str]:
+        """Return a sentence on each file that is missing."""
+        lacks = {
+            "results.json": "seed, durations and the count of real-engine queries are not known",
+            "policy/trainer_state.json": "there are no plots over steps",
+            "policy/trajectories.jsonl": "no trajectories of training are shown",
+        }
         for engine in dict.fromkeys([*([self.engine] if self.engine else []), *self.scores, SIMULATED]):
             for policy in POLICIES:
-                if policy not in self.scores.get(engine, {}):
-                    yield f"evaluation/{policy}-{engine}/results.json is missing: no scores {policy} training."
+                folder = f"evaluation/{policy}-{engine}"
+                lacks[f"{folder}/results.json"] = f"no scores {policy} training"
+                if engine == self.engine:
+                    lacks[f"{folder}/trajectories.jsonl"] = f"no trajectories {policy} training are shown"
+        return [f"{name} is missing: {why}." for name, why in lacks.items() if not (self.folder / name).is_file()]
 
 
 def read_run(run_dir: Path) -> Run:

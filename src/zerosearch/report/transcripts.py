@@ -43,13 +43,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Examples:
-    """The trajectories to show; `num_paired` counts the questions recorded both times, `notes` say what is missing."""
+    """The trajectories to show; `num_paired` counts the questions recorded both times."""
 
     pairs: list[Pair]
     num_paired: int
     training: Sequence[Record]
     training_rule: str
-    notes: list[str]
 
 
 def read_examples(run_dir: Path, engine: str | None) -> Examples:
@@ -57,18 +56,12 @@ def read_examples(run_dir: Path, engine: str | None) -> Examples:
 
     Raises `UserError` that names the line for a record that is not what `Trajectory.to_record` writes.
     """
-    notes: list[str] = []
-    recorded = _read(run_dir / "policy/trajectories.jsonl")
-    if not recorded:
-        notes.append("policy/trajectories.jsonl is missing or empty: no trajectories of training are shown.")
-    evaluated = []
-    for policy in ("before", "after"):
-        name = f"evaluation/{policy}-{engine}/trajectories.jsonl"
-        evaluated.append({str(record["id"]): record for record in _read(run_dir / name)})
-        if engine and not evaluated[-1]:
-            notes.append(f"{name} is missing: no trajectories {policy} training are shown.")
-    before, after = evaluated
-    return Examples(choose_pairs(before, after), len(before.keys() & after), *choose_training(recorded), notes)
+    before, after = (
+        {str(record["id"]): record for record in _read(run_dir / f"evaluation/{policy}-{engine}/trajectories.jsonl")}
+        for policy in ("before", "after")
+    )
+    training = choose_training(_read(run_dir / "policy/trajectories.jsonl"))
+    return Examples(choose_pairs(before, after), len(before.keys() & after), *training)
 
 
 def choose_pairs(before: Mapping[str, Record], after: Mapping[str, Record]) -> list[Pair]:
