@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
@@ -123,7 +125,10 @@ class Smollm:
         how += flags(gradient_accumulation_steps=given.rl_micro_batches, save_steps=1 + given.rl_steps // 20)
         how += flags(use_vllm=given.generator == "vllm")
         how += flags(model_name_or_path=self.folder / "cold-start", dataset=self.folder / "data/rl.jsonl")
-        with simulator_server(str(self.folder / "simulator"), port=0, max_model_len=2048) as server:
+        # On a GPU the two share its memory; the policy's share is in its configuration.
+        share = ("--gpu-memory-utilization", "0.2") if torch.accelerator.is_available() else ()
+        simulator = str(self.folder / "simulator")
+        with simulator_server(simulator, port=0, max_model_len=2048, vllm_arguments=share) as server:
             self.stages.say(f"simulator ready at {server.base_url}")
             how += flags(simulator_url=server.base_url, output_dir=policy) + go_on(policy)
             status = training_status(1)

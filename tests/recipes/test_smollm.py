@@ -91,7 +91,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
         "recipes/measure_fidelity.py": (fidelity.RecipeArguments, FidelityOptions),
         "recipes/evaluate.py": (
             *(evaluation.EvaluationArguments, evaluation.EvaluationEngines),
-            *(evaluation.EvaluationSettings, EndpointOptions),
+            *(evaluation.GreedySettings, EndpointOptions),
         ),
         "recipes/grpo.py": (rl.RecipeArguments, EngineOptions, SearchConfig, ModelConfig),
     }
@@ -148,7 +148,14 @@ def test_results_hold_the_paired_difference(
     for when, answer in (("before", "y"), ("after", "x")):
         folder = run / f"evaluation/{when}-bm25"
         folder.mkdir(parents=True)
-        rows = [{**row, "id": str(n), "question": f"q {n}?", "answer": answer, "searches": 1} for n in range(4)]
+        scored = {
+            "answer": answer,
+            "em": float(answer == "x"),
+            "f1": float(answer == "x"),
+            "searches": 1,
+            "segments": [],
+        }
+        rows = [{**row, **scored, "id": str(n), "question": f"q {n}?"} for n in range(4)]
         (folder / "trajectories.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
         score = {"mean": float(answer == "x"), "low": 0.0, "high": 1.0}
         results = {"em": score, "f1": score, "engine": "bm25", "n": 4}
