@@ -123,12 +123,13 @@ class HTTPClient:
     trust_env: bool = False
 
     def __post_init__(self) -> None:
-        secrets = [secret for secret in (checked_key(self.api_key, self.service), *self.secrets) if secret]
-        if self.api_key and secrets:
-            self.headers = {**self.headers, "Authorization": f"Bearer {secrets[0]}"}
+        key = checked_key(self.api_key, self.service)
+        if key:
+            self.headers = {**self.headers, "Authorization": f"Bearer {key}"}
         # As it is, and as it may stand in a URL; longest first.
         forms = (str, quote, quote_plus, partial(quote, safe=""), partial(quote_plus, safe="/"))
-        self._secrets = sorted({form(secret) for secret in secrets for form in forms}, key=len, reverse=True)
+        secrets = {form(secret) for secret in (key, *self.secrets) if secret for form in forms}
+        self._secrets = sorted(secrets, key=len, reverse=True)
         self.counts = {"calls": 0, "retries": 0, "failures": 0}
         self._turns = count()
         self._session: aiohttp.ClientSession | None = None

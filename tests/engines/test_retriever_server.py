@@ -7,17 +7,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import requests
+from http_servers import free_ports
 from retriever_parts import health, post, serving
 
 from zerosearch.engines import retriever_server
@@ -28,7 +29,6 @@ from zerosearch.errors import UserError
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
-ROOT = Path(__file__).parents[2]
 EMMA = {"id": "0", "contents": '"Emma"\nEmma is a novel by Jane Austen, published in 1815.'}
 AUSTEN = {"id": "1", "contents": '"Jane Austen"\nJane Austen was born in Steventon, a village in Hampshire.'}
 
@@ -316,20 +316,39 @@ def test_health_says_which_index_this_is_and_not_where(address: str, slow: Any) 
         assert health(other)["index"] == {"kind": "slow", "model": "e5"}, "no path"
 
 
-def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(corpus: Path, tmp_path: Path) -> None:
-    flags = ("--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", "0")
-    command = [sys.executable, str(ROOT / "recipes/serve_retriever.py"), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("retriever ready at http://127.0.0.1:") and "4 passages" in line
-        address = line.split()[3].rstrip(":")
-        assert post(address, {"queries": ["novel"], "topk": 1}) == (200, {"result": [[EMMA]]})
-        with pytest.raises(UserError, match="choose another with --port"):
-            listen("127.0.0.1", int(address.split(":")[2].split("/")[0]))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(
+    corpus: Path, tmp_path: Path, load_recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_ports()
+    address = f"http://127.0.0.1:{port}/retrieve"
+    replies: list[Any] = []
+
+    def ask_and_end() -> None:
+        for _ in range(200):
+            with suppress(requests.ConnectionError):
+                replies.append(post(address, {"queries": ["novel"], "topk": 1}))
+                os.kill(os.getpid(), signal.SIGTERM)  # which uvicorn handles: it has answered
+                return
+            time.sleep(0.05)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    client = threading.Thread(target=ask_and_end)
+    client.start()
+    try:
+        flags = ["--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", str(port)]
+        load_recipe("serve_retriever").main(flags)
+    finally:
+        client.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert replies == [(200, {"result": [[EMMA]]})]
+    assert capsys.readouterr().out == f"retriever ready at {address}: 4 passages (Ctrl-C ends it)\n"
     assert json.loads((tmp_path / "index/zerosearch.json").read_text())["num_passages"] == 4
+
+
+def test_a_port_that_is_taken_is_one_sentence(address: str) -> None:
+    with pytest.raises(UserError, match="choose another with --port"):
+        listen("127.0.0.1", int(address.split(":")[2].split("/")[0]))
 
 
 @pytest.mark.parametrize(
