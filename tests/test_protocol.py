@@ -64,6 +64,8 @@ def test_the_stop_strings_are_the_closing_tags_of_the_two_actions() -> None:
         ("<think> <search> a draft </search> </think> and no more", INVALID),
         ("<think> a </think> <think> <answer> b </answer> </think> <search> c </search>", Action("search", "c")),
         ("<sea<think> x </think>rch> q </search>", INVALID),
+        ("<answer> a<think> x </think>b<think> y </think>c </answer>", Action("answer", "a b c")),
+        ("<answer> a </think> b </answer>", Action("answer", "a </think> b")),
         # An action in an open thought acts: generation stopped at its closing tag, before the thought could be closed.
         ("<think> I should look. <search> Emma author </search>", Action("search", "Emma author")),
         ("<think> a </think> <think> so: <answer> X </answer>", Action("answer", "X")),
