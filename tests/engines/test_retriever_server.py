@@ -122,6 +122,7 @@ def test_bad_input_is_told_what_is_wrong(address: str, case: str) -> None:
     detail = reply["detail"]
     if not isinstance(detail, str):
         (error,) = detail
+        assert error.keys() == {"type", "loc", "msg"}, "the input is not sent back"
         detail = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
     assert status == expected and message in detail
 
