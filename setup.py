@@ -17,6 +17,7 @@ REQUIRES = [
     "fastapi",
     "filelock",
     "huggingface_hub",
+    "httpx",  # what the Hub's client raises, in recipes/get_model.py
     "jinja2",
     "markupsafe",
     "matplotlib",

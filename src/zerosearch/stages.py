@@ -13,12 +13,13 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from zerosearch.errors import UserError
 from zerosearch.text import printable
 
 LAST_LINES = 15
-SHUTDOWN_S = 15.0
+SHUTDOWN_S = 15.0  # vLLM closes within a second or two; what then remains is killed
 
 
 class Stages:
@@ -111,7 +112,7 @@ def training_status(every: int) -> Callable[[str], str | None]:
     return status
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[Any]) -> None:
     """Ask a process group to end, and kill what is left of it after a while."""
     try:
         with suppress(ProcessLookupError):
@@ -121,3 +122,4 @@ def end_group(process: subprocess.Popen[str]) -> None:
     finally:  # also where a second signal ends the wait
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

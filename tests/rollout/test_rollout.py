@@ -391,6 +391,7 @@ def throw(error: BaseException) -> Any:
         (lambda: None, "returned None; a search returns a SearchResult"),
         (lambda: "It rains.", "returned 'It rains.'; a search returns a SearchResult"),
         (lambda: SearchResult((1,)), "returned SearchResult(documents=(1,)"),  # type: ignore[arg-type]
+        (lambda: SearchResult(None), "returned SearchResult(documents=None"),  # type: ignore[arg-type]
         (lambda: throw(KeyError("title")), "raised KeyError: 'title'; a search returns a SearchResult"),
         (lambda: throw(TimeoutError("slow")), "raised TimeoutError: slow; a search returns a SearchResult"),
         (lambda: throw(asyncio.CancelledError()), "raised CancelledError: ; a search returns a SearchResult"),
@@ -402,6 +403,13 @@ def test_what_an_engine_should_not_do_is_a_failed_search_that_names_it(
     trajectory = roll_out(tiny_tokenizer, ["<search> q </search>"], Odd(does))  # type: ignore[arg-type]
     assert trajectory.outcome == "failed_search"
     assert trajectory.error.startswith(f"the engine mine {message}")
+
+
+def test_half_a_character_of_an_engine_is_replaced(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine: Any = Odd(lambda: SearchResult(("caf\ud83d",), titles=("\x00",)))
+    trajectory = roll_out(tiny_tokenizer, ["<search> q </search>", "<answer> x </answer>"], engine)
+    assert trajectory.turns[0].documents == ("caf\ufffd",)
+    assert trajectory.outcome == "answered"
 
 
 def test_an_engine_that_blocks_is_named(

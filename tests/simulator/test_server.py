@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from zerosearch import stages
 from zerosearch.errors import UserError
 from zerosearch.simulator import server as serving
 from zerosearch.simulator.server import SimulatorServer, cpu_environment, model_arguments, simulator_server
@@ -107,7 +108,7 @@ STUBBORN = "trap '' TERM; (trap '' TERM; sleep 60) & sleep 60"
 
 
 def test_a_server_that_ignores_sigterm_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "SHUTDOWN_S", 0.3)
+    monkeypatch.setattr(stages, "SHUTDOWN_S", 0.3)
     with serving._process(["bash", "-c", STUBBORN], {}, "http://127.0.0.1:1/v1") as server:
         time.sleep(0.5)
         assert group_is_alive(server.process.pid)

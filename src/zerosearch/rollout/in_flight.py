@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from zerosearch.engines import SearchEngine, SearchError, SearchResult
 from zerosearch.http import CLOSE_TIMEOUT_S, background_loop, run_in_background
+from zerosearch.text import clean_text
 
 GRACE_S = 60.0  # beyond the time limit of what is under way, before its loop is taken for dead
 
@@ -108,11 +109,12 @@ class InFlight:
 
 
 def search_outcome(outcome: Any, engine: str, timeout_s: float) -> SearchResult | SearchError:
-    """Return what came of a search; whatever an engine should not have done is a failed search that says so."""
+    """Return what came of a search, its texts clean; what an engine should not have done is a failed search."""
     if isinstance(outcome, SearchError):
         return outcome
-    if isinstance(outcome, SearchResult) and all(isinstance(text, str) for text in outcome.documents):
-        return outcome
+    if isinstance(outcome, SearchResult) and _are_texts(outcome.documents) and _are_texts(outcome.titles):
+        documents, titles = (tuple(map(clean_text, texts)) for texts in (outcome.documents, outcome.titles))
+        return replace(outcome, documents=documents, titles=titles)
     if isinstance(outcome, TimedOut):
         return SearchError(f"the engine {engine} gave no reply within {timeout_s:g} s")
     did = f"returned {outcome!r:.80}"
@@ -122,6 +124,10 @@ def search_outcome(outcome: Any, engine: str, timeout_s: float) -> SearchResult 
         f"the engine {engine} {did}; a search returns a SearchResult with texts, or raises SearchError once it has "
         "failed for good"
     )
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, list | tuple) and all(isinstance(text, str) for text in found)
 
 
 def close_engine(engine: SearchEngine) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import NoReturn
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import adapter_config_file, base_of_adapter, longest_context, model_config
 from zerosearch.generation.vllm_workarounds import cpu_cache_space, cpu_server_arguments
+from zerosearch.stages import end_group
 from zerosearch.text import printable
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 SERVED_ADAPTER = "simulator"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks for which vLLM makes room
 STARTUP_S = 900.0
-SHUTDOWN_S = 15.0  # vLLM closes within a second or two; what then remains is killed
 POLL_S = 0.2
 LAST_LINES = 15
 # What launchers set for their ranks: a server that a rank starts must not take itself for one.
@@ -178,7 +178,9 @@ def _process(command: Sequence[str], environment: Mapping[str, str], base_url: s
         yield server
     finally:
         failed = process.poll() is not None or isinstance(sys.exception(), UserError)
-        _end_group(process)
+        end_group(process)
+        if process.stdin is not None:
+            process.stdin.close()
         if not failed:  # else the log is evidence
             server.log_path.unlink(missing_ok=True)
 
@@ -201,18 +203,3 @@ def _is_healthy(base_url: str) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to end, and kill what is left of it: vLLM's engine is a process of its own."""
-    try:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(SHUTDOWN_S)
-    finally:  # also where a second signal ends the wait
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
