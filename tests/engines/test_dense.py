@@ -108,6 +108,7 @@ def test_a_passage_finds_itself(model_dir: Path, passages: Path, tmp_path: Path)
     assert [index.row(start)["id"] for ((start, _),) in found] == ["3", "400"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factory", "at_least"), [("SQ8", 0.9), ("IVF8,PQ8x4", 0.05)])
 def test_compressed_says_what_it_finds(
     factory: str, at_least: float, flat: DenseIndex, model_dir: Path, passages: Path, tmp_path: Path

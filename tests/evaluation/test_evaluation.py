@@ -369,6 +369,7 @@ def test_a_model_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
     assert a == c != b
 
 
+@pytest.mark.slow
 def test_a_sampling_policy_that_is_killed_goes_on_as_if_it_had_not_been(
     corpus: Path, questions: Path, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_what_else_is_in_the_batch_changes_nothing(generator: TransformersGenera
     assert len({tuple(turn.token_ids) for turn in together.values()}) > 6, "other seeds, other turns"
 
 
+@pytest.mark.slow
 def test_how_many_trajectories_are_under_way_changes_nothing(generator: TransformersGenerator) -> None:
     few, many = roll_out(generator, max_live=3), roll_out(generator)
     assert [trajectory.completion_ids for trajectory in few] == [trajectory.completion_ids for trajectory in many]
@@ -170,6 +171,7 @@ def test_a_model_that_does_not_attend_to_everything_is_refused(tiny_tokenizer: P
         pass
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_merged_into_its_base(adapter: Path, tiny_policy_dir: Path) -> None:
     generator = load_generator(str(adapter), "transformers", 10_000)
     assert generator.max_context_tokens == 2048, "what its base takes"

@@ -150,6 +150,7 @@ def endpoint(chat_server: ChatServer, corpus: Path, questions: Path, tmp_path: P
     return argv(flags | {"generator": "endpoint", "endpoint_url": chat_server.url})
 
 
+@pytest.mark.slow
 def test_one_command_compares_models_and_agents(
     load_recipe: LoadRecipe, endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_mistake_gets_one_clear_sentence_and_status_2(
     assert message in last
 
 
+@pytest.mark.slow
 def test_a_run_by_plain_python_is_pushed_overwritten_and_resumed(
     settings: dict[str, Any], hub: str, load_recipe: LoadRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

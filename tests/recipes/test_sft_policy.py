@@ -61,6 +61,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
+@pytest.mark.slow
 def test_searches_teach_a_policy_and_a_killed_run_ends_as_one_left_alone(
     load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, traces: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def make_trainer(
     close_engine(engine)
 
 
+@pytest.mark.slow
 def test_a_simulator_that_starts_failing_stops_the_run_with_a_checkpoint_and_the_remedy(
     make_trainer: Callable[..., SearchTrainer], chat_server: ChatServer
 ) -> None:

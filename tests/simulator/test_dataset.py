@@ -268,6 +268,7 @@ def test_an_excerpt_of_anything_is_short_and_keeps_the_answer() -> None:
     assert held > 375
 
 
+@pytest.mark.slow
 @real_data
 def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions() -> None:
     traces = [{**row, "verdicts": {"rule": rule_verdicts(row)}} for row in read_traces(TRACES)[:500]]

@@ -71,6 +71,7 @@ def test_a_faithful_simulator_is_found_faithful(chat_server: ChatServer, tmp_pat
     assert "| real all | 2.00 [2.00, 2.00] | 4.50 [4.50, 4.50] |" in markdown
 
 
+@pytest.mark.slow
 def test_an_unfaithful_simulator_is_found_out_the_same_way_each_time(chat_server: ChatServer) -> None:
     play(chat_server, p_useful=0.8, p_leak=0.25)
     card = measure(chat_server, num_samples=8)

@@ -117,6 +117,7 @@ def test_a_server_that_ignores_sigterm_is_killed_with_its_children(monkeypatch: 
     assert not server.log_path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_server_ends_with_its_owner(ending: signal.Signals) -> None:
     owner = (

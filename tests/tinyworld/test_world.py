@@ -52,6 +52,7 @@ def test_the_smallest_and_the_largest_world_hold_every_relation(n_people: int):
     assert {fact.relation for fact in world.facts} == {relation.name for relation in RELATIONS}
 
 
+@pytest.mark.slow
 def test_training_worlds_share_no_fact_with_evaluation_worlds():
     held_out = {fact for seed in range(3) for fact in World.draw(seed, 300, held_out=True).facts}
     seen = {fact for seed in range(20) for fact in World.draw(seed, 300).facts}

@@ -201,6 +201,7 @@ def test_generations_used_for_several_steps_stay_in_their_step(make_trainer: Mak
     assert after != seen, "rows have been sorted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_with_lora_the_reference_is_the_base_model(quantized: bool, make_trainer: MakeTrainer) -> None:
     arguments: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}

@@ -172,6 +172,7 @@ def test_the_order_of_an_epoch_comes_from_seed_and_epoch_alone(make_trainer: Mak
     assert orders[0] == orders[3] != orders[1] == orders[2]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_trains_no_step_more(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     make_trainer(save_strategy="steps", save_steps=2).train()
     checkpoint = tmp_path / "policy/checkpoint-2"
@@ -229,6 +230,7 @@ def test_too_many_failed_searches_stop_the_run_and_name_the_engine(make_trainer:
     assert (Path(trainer.args.output_dir) / "checkpoint-1" / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 def test_training_logs_and_writes_what_the_report_reads(make_trainer: MakeTrainer) -> None:
     engine = RainEngine()
     trainer = make_trainer(engine, gradient_accumulation_steps=2, logged_trajectories=3, noise_end=0.4)
@@ -260,6 +262,7 @@ def test_training_logs_and_writes_what_the_report_reads(make_trainer: MakeTraine
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "arguments"), [("ppo", {}), ("reinforce", LORA)])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     algorithm: str, arguments: dict[str, Any], make_trainer: MakeTrainer, tmp_path: Path
@@ -280,6 +283,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
 
 
+@pytest.mark.slow
 def test_ppo_does_not_resume_without_its_critic(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     make_trainer(save_strategy="steps", save_steps=1, max_steps=1).train()
     with pytest.raises(UserError, match="checkpoint-1 holds no critic: it is no checkpoint of algorithm ppo"):
