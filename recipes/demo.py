@@ -1,4 +1,4 @@
-"""The whole method on TinyWorld, on a laptop: no GPU, no account, no key; about ten minutes on two cores.
+"""The whole method on TinyWorld, on a laptop: no GPU, no account, no key; five to seven minutes on two cores.
 
     make demo                       # or: python recipes/demo.py --seed 1 --generator vllm
 

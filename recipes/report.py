@@ -1,4 +1,4 @@
-"""Write the report of a run again, from what it left in its folder:
+"""Write the report of a demo, or of recipes/smollm.py, again, from what it left in its folder:
 
 python recipes/report.py --run_dir outputs/demo
 """
