@@ -81,6 +81,11 @@ def test_a_new_run_clears_what_it_writes_and_nothing_else(tmp_path: Path) -> Non
     (out / "table.md").mkdir()  # not what a run has written
     with pytest.raises(UserError, match=r"Is a directory: '.*table\.md'"):
         run(todo, out)
+    (out / "direct").rename(tmp_path / "elsewhere")
+    (out / "direct").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"direct is a link: an evaluation is written into a folder"):
+        run(todo, out)
+    assert (tmp_path / "elsewhere/manifest.json").exists()
 
 
 def test_a_limit_ends_it_with_what_there_is(tmp_path: Path) -> None:

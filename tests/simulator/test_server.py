@@ -59,7 +59,7 @@ def test_the_settings_reach_vllm(random_model: Path, monkeypatch: pytest.MonkeyP
 
     def refuse(command: list[str], env: dict[str, str], **options: object) -> None:
         commands.append(command)
-        assert env["VLLM_NO_USAGE_STATS"] == "1" and "TORCHELASTIC_RUN_ID" not in env
+        assert env["DO_NOT_TRACK"] == "1" and "TORCHELASTIC_RUN_ID" not in env
         raise OSError("no process today")
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as launchers do for their ranks

@@ -97,9 +97,12 @@ def run_evaluations(
     `options` are those of `evaluate`. A limit ends them with what there is by then; raises `LimitReached` if that is
     nothing.
     """
+    folders = [one.folder for one in todo if one.folder != output_dir]
+    for link in filter(Path.is_symlink, folders):
+        raise UserError(f"{link} is a link: an evaluation is written into a folder; remove the link")
     if not resume:
         with user_mistakes():
-            for path in (folder / name for folder in (output_dir, *(one.folder for one in todo)) for name in WRITTEN):
+            for path in (folder / name for folder in (output_dir, *folders) for name in WRITTEN):
                 path.unlink(missing_ok=True)
     found: dict[str, Any] = {}
     for model, of_model in groupby(todo, key=lambda one: one.model):

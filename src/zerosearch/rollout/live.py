@@ -15,7 +15,7 @@ from zerosearch.generation.tokenization import decoded_text
 from zerosearch.prompts import Agent
 from zerosearch.rollout.loop import Event, RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
-from zerosearch.text import printable
+from zerosearch.text import clean_text, printable
 
 # Terminal colours, by what is being written.
 COLORS = {"think": "\033[2m", "search": "\033[33m", "answer": "\033[1;32m", "documents": "\033[36m", "note": "\033[2m"}
@@ -116,7 +116,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Roll out one question, and write what happens as it happens. Raises `SearchError` or `GenerationError`."""
-        row = {"question": question, "golden_answers": [self.answer]}
+        row = {"question": clean_text(question), "golden_answers": [self.answer]}
         started = time.perf_counter()
         (trajectory,) = run_rollouts(
             [row], self.generator, self.engine, self.settings, agent=self.agent, watch=self._watch

@@ -166,14 +166,14 @@ def _process(command: Sequence[str], environment: Mapping[str, str], base_url: s
     with tempfile.NamedTemporaryFile(prefix="zerosearch-simulator-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
             ["sh", "-c", WATCHED, "sh", *command],
-            env={**inherited, "VLLM_NO_USAGE_STATS": "1", **environment},
+            env={**inherited, **environment},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             start_new_session=True,  # a Ctrl-C in the terminal reaches us alone
         )
     server = SimulatorServer(base_url, process, Path(log.name))
-    logger.info("starting %s; its output goes to %s", " ".join(command), server.log_path)
+    logger.info("starting vLLM at %s; its output goes to %s", base_url, server.log_path)
     try:
         yield server
     finally:
