@@ -21,7 +21,7 @@ from zipfile import ZipFile
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import models_folder, write_json
+from zerosearch.files import claim_output_dir, models_folder, write_json
 
 SMOLLM2, MINILM = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"
 REPOSITORIES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct", MINILM: "sentence-transformers/all-MiniLM-L6-v2"}
@@ -118,7 +118,7 @@ def get(name: str, folder: Path) -> None:
     from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    claim_output_dir(folder.parent, overwrite=True)
     with TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch, name)
         try:

@@ -32,9 +32,10 @@ from zerosearch.generation.loading import load_tokenizer, model_options, start_w
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.advantages import AdvantageFunction
+from zerosearch.training.config import SearchConfig
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.runs import WRITTEN, costs
-from zerosearch.training.trainer import NoiseFunction, SearchConfig, SearchTrainer
+from zerosearch.training.trainer import NoiseFunction, SearchTrainer
 
 # What the answers are worth: functions of TRL's signature, added up. Each gets the columns of the dataset and, for
 # every row, `answer`, `outcome` and `trajectories` (its turns with their queries, documents, noise and times).

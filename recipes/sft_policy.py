@@ -23,7 +23,8 @@ from trl import ModelConfig, SFTConfig
 from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
-from zerosearch.files import read_jsonl, write_json
+from zerosearch.evaluation.answering import FIELDS, read_trajectories
+from zerosearch.files import write_json
 from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.loop import RolloutSettings
@@ -81,7 +82,7 @@ class PolicyConfig(SFTConfig):
 def demonstrations(recipe: RecipeArguments) -> list[Demonstration | None]:
     """Return a demonstration of each question or trajectory, `None` where it gives none."""
     if recipe.trajectories is not None:
-        records = [record for _, record in read_jsonl(recipe.trajectories)]
+        records = read_trajectories(Path(recipe.trajectories), FIELDS)
         return [from_record(record) if record["f1"] >= recipe.min_f1 else None for record in records]
     traces = read_traces(str(recipe.traces))
     return from_traces([{**trace, "documents": shortened(trace, recipe)} for trace in traces])

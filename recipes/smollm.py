@@ -30,7 +30,7 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import read_trajectories
 from zerosearch.evaluation.scores import compare
-from zerosearch.files import models_folder, read_json, sole_writer, write_json
+from zerosearch.files import claim_output_dir, models_folder, read_json, sole_writer, write_json
 from zerosearch.report import summary_table, write_report
 from zerosearch.report.run import outcome
 from zerosearch.simulator.server import exit_on_signals, simulator_server
@@ -155,7 +155,7 @@ class Smollm:
             "questions": read_json(before.with_name("results.json"))["n"],
             "simulator": {name: rate for name, rate in cards["tuned"].items() if "_rate" in name},
             "real_engine": {name: rate for name, rate in cards["real"].items() if "_rate" in name},
-            "model": read_json(self.model / "source.json"),
+            "model": read_json(source) if (source := self.model / "source.json").exists() else "copied by hand",
             "seed": self.arguments.seed,
         }
 
@@ -180,12 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments, rl_flags = parse(SmollmArguments, argv=argv, rest=True)
     exit_on_signals()  # so that no server outlives it
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
-    folder = Path(arguments.output_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    begun = Path(arguments.output_dir, "settings.json").exists()
+    folder = claim_output_dir(arguments.output_dir, overwrite=begun).resolve()
     with sole_writer(folder):
         settings = {**asdict(arguments), "rl_flags": rl_flags}
         del settings["output_dir"]
-        if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
+        if begun and read_json(folder / "settings.json") != settings:
             raise UserError(f"{folder} holds a run of other settings (settings.json): name another --output_dir")
         write_json(folder / "settings.json", settings)
         run = Smollm(arguments, rl_flags, folder)

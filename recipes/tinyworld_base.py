@@ -323,9 +323,9 @@ def main() -> None:
         "policy": (policy_texts, arguments.policy_steps),
         "simulator": (simulator_texts, arguments.simulator_steps),
     }
+    if unknown := set(arguments.models) - set(recipes):
+        raise UserError(f"--models names {', '.join(unknown)}: choose among {', '.join(recipes)}")
     for name in arguments.models:
-        if name not in recipes:
-            raise UserError(f"--models names {name!r}: choose among {', '.join(recipes)}")
         texts, steps = recipes[name]
         torch.manual_seed(arguments.seed)
         model = build_model(tokenizer, arguments.seed)

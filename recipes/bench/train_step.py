@@ -40,10 +40,11 @@ import zerosearch.training.trainer
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import load_tokenizer
-from zerosearch.rollout.loop import Trajectory
+from zerosearch.rollout.trajectory import Trajectory
+from zerosearch.training.config import SearchConfig
 from zerosearch.training.micro_batches import compact_lm_head
 from zerosearch.training.rewards import f1_reward
-from zerosearch.training.trainer import SearchConfig, SearchTrainer
+from zerosearch.training.trainer import SearchTrainer
 
 VOCABULARY = 151_936  # Qwen2.5
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

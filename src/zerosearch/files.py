@@ -72,14 +72,15 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes() if path.is_file() else b""
-        whole = content.rfind(b"\n") + 1
-        self.dropped_bytes = len(content) - whole
-        if self.dropped_bytes:
-            logger.warning("%s ended in half a line, which a killed run left: %d bytes", path, self.dropped_bytes)
-        if self.dropped_bytes or path.is_symlink():
+        self.dropped_bytes = 0
+        if path.is_symlink() or not _ends_a_line(path):
+            content = path.read_bytes() if path.is_file() else b""
+            whole = content.rfind(b"\n") + 1
+            self.dropped_bytes = len(content) - whole
             with replacing(path) as file:
                 file.write(content[:whole])
+        if self.dropped_bytes:
+            logger.warning("%s ended in half a line, which a killed run left: %d bytes", path, self.dropped_bytes)
         self._file = path.open("ab")
 
     def append(self, *rows: Mapping[str, Any]) -> None:
@@ -180,6 +181,14 @@ def sole_writer(directory: Path) -> Iterator[None]:
 def models_folder() -> Path:
     """Return the folder of the models that recipes/get_model.py brings, in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "zerosearch")
+
+
+def _ends_a_line(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -185,6 +185,15 @@ def test_a_cache_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch:
         tmp_path.chmod(0o700)
 
 
+def test_what_a_writer_has_not_yet_put_into_the_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.sqlite"
+    writer = CachedEngine(path, Rain())
+    asyncio.run(writer.search(REQUEST))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert len(searched(CachedEngine(path, Rain(), cache_only=True), REQUEST)) == 1
+    writer.cache.close()
+
+
 def record_many(path: Path, process: int) -> None:
     requests = [replace(REQUEST, query=f"query {process} {number}") for number in range(50)]
     searched(CachedEngine(path, Rain()), *requests)

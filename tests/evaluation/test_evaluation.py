@@ -205,6 +205,13 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str, messag
         run(tmp_path, resume=True)
 
 
+def test_trajectories_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "trajectories.jsonl").write_text("of a training run\n")
+    with pytest.raises(UserError, match=r"trajectories\.jsonl is not an evaluation's"):
+        run(tmp_path, resume=True)
+    assert (tmp_path / "trajectories.jsonl").read_text() == "of a training run\n"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

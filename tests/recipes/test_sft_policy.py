@@ -27,7 +27,8 @@ TRACES = [
     for name, place in [("Emma", "Bath"), ("Jane", "Steventon"), ("Austen", "Hampshire")]
 ]
 RECORD = {
-    **{"question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "searches": 1},
+    **{"id": "1", "dataset": None, "question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "em": 1.0},
+    **{"outcome": "answered", "searches": 1, "turns": 2},
     "segments": [
         {"source": "prompt", "text": "..."},
         {"source": "policy", "text": "<search> who </search>"},
@@ -99,6 +100,9 @@ def test_what_cannot_work_is_refused(
     for budget in ({"max_turn_tokens": 5}, {"max_observation_tokens": 24}):
         said = refusal("sft_policy", flags(tiny_policy_dir, tmp_path, traces=traces, **budget))
         assert "0 of 4 become demonstrations; 3 exceed the budgets" in said
+    assert "line 1 is not a trajectory: it lacks id" in refusal(
+        "sft_policy", flags(tiny_policy_dir, tmp_path, trajectories=traces)
+    )
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("mine")
     used = flags(tiny_policy_dir, tmp_path / "used", traces=traces)

@@ -136,6 +136,8 @@ def test_a_folder_of_other_settings_and_data_that_is_missing_are_refused(
 ) -> None:
     recipe.main(given)
     assert "holds a run of other settings" in refusal("smollm", [*given, "--rl_steps", "9"])
+    Path(given[given.index("--output_dir") + 1], "settings.json").unlink()  # not a folder of this recipe's
+    assert "is not empty" in refusal("smollm", given)
     Path(given[1], "qa_train.jsonl").unlink()
     assert "lacks qa_train.jsonl" in refusal("smollm", given)
 

@@ -190,6 +190,8 @@ def test_missing_files_are_named_on_the_page(run_dir: Path) -> None:
         (run_dir / name).unlink()
     text = page_of(run_dir).text
     assert all(f"{name} is missing" in text for name in names)
+    (run_dir / "policy/trainer_state.json").write_text('{"log_history": []}')
+    assert "policy/trainer_state.json holds no step" in page_of(run_dir).text
 
 
 def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:

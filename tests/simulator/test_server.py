@@ -34,6 +34,8 @@ def test_an_adapter_is_served_over_its_base_with_room_for_its_rank(tmp_path: Pat
         *("--model", "someone/base", "--enable-lora", "--max-lora-rank", room),
         *("--lora-modules", f"simulator={adapter}"),
     ]
+    with pytest.raises(UserError, match=r"--lora-modules would replace the adapter .*serve its base, someone/base"):
+        model_arguments(str(adapter), ["--lora-modules", "google=elsewhere"])
 
 
 def test_a_server_on_a_cpu_uses_as_many_threads_as_it_is_given() -> None:

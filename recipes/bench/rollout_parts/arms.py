@@ -16,7 +16,8 @@ from rollout_parts.world import CONTEXT_TOKENS, Cell, DelayedEngine, World
 from zerosearch.generation.tokenization import prompt_token_ids
 from zerosearch.generation.vllm_colocated import VLLMGenerator
 from zerosearch.protocol import STOP_STRINGS, format_documents, format_observation, parse_action
-from zerosearch.rollout.loop import RolloutClock, RolloutSettings, run_rollouts
+from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.rollout.trajectory import RolloutClock
 
 ARMS = ("lockstep10", "lockstep", "trl_tools", "ours")
 

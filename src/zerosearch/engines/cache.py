@@ -67,7 +67,10 @@ class Cache:
         if read_only and not self.path.is_file():
             raise UserError(f"there is no cache {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "mode=rwc" if os.access(self.path.parent, os.W_OK) else "immutable=1"  # where not even locks can be
+        if os.access(self.path.parent, os.W_OK):
+            mode = "mode=rwc"
+        else:  # not even locks can be written, unless a writer's are there
+            mode = "mode=ro" if Path(f"{self.path}-wal").exists() else "immutable=1"
         address = f"{self.path.resolve().as_uri()}?{mode}"
         database = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         is_new = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]

@@ -21,11 +21,10 @@ from tqdm.auto import tqdm
 
 from zerosearch.data import Passage, passage_of
 from zerosearch.errors import UserError
-from zerosearch.files import json_object, write_json
+from zerosearch.files import PROGRESS_BAR_BYTES, json_object, write_json
 
 MANIFEST, LOCK, DATA = "zerosearch.json", "zerosearch.lock", "data"
 FORMAT = 2  # of an index folder; an index of another format is built again
-PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in a few seconds
 SETTLED_S = 2.0  # a file written this long before it was read cannot have changed within the same tick of its clock
 
 Found = list[tuple[int, float]]  # passages, best first: the byte at which each starts in the corpus, its score

@@ -202,10 +202,13 @@ def read_trajectories(path: Path, fields: Mapping[str, Any] = FIELDS | PLACE) ->
 def _finished(path: Path, manifest: Mapping[str, Any]) -> dict[tuple[int, int], Record]:
     """Return the trajectories of an earlier command by row and sample, without those that lost a search.
 
-    Raises `UserError` that names the first difference between its manifest and that of this command.
+    Raises `UserError` that names the first difference between its manifest and that of this command, or that there is
+    no manifest.
     """
     manifest_path = path.with_name("manifest.json")
     if not manifest_path.is_file():
+        if path.exists():
+            raise UserError(f"{path} is not an evaluation's: there is no manifest.json beside it; name another folder")
         return {}
     stored, wanted = _flat(read_json(manifest_path)), _flat(manifest)
     for name in {**wanted, **stored}:

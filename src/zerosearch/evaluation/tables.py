@@ -127,7 +127,7 @@ def _scores_table(what: str, lines: Mapping[str, Results]) -> str:
     rows = [[what, "n", "EM [95 %]", "F1 [95 %]", "cover-EM", "answered", "searches", "turns"]]
     for name, results in lines.items():
         em, f1 = (with_interval(results.get(metric)) for metric in ("em", "f1"))
-        rows.append([name, str(results.get("n", "")), em, f1, number(results.get("cover_em")), *_rates(results)])
+        rows.append([name, str(results.get("n") or ""), em, f1, number(results.get("cover_em")), *_rates(results)])
     return aligned(rows)
 
 

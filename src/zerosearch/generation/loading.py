@@ -193,7 +193,7 @@ def load_generator(model: str, kind: Literal["vllm", "transformers"], max_contex
 
     from zerosearch.generation.transformers_engine import TransformersGenerator
 
-    loaded = load_model(model).to(torch.accelerator.current_accelerator() or "cpu")
+    loaded = load_model(model).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     ends = end_token_ids(loaded.generation_config, tokenizer)
     return TransformersGenerator(lambda: nullcontext(loaded), tokenizer, ends, max_context_tokens)
 

@@ -53,13 +53,15 @@ class Run:
             "policy/trainer_state.json": "there are no plots over steps",
             "policy/trajectories.jsonl": "no trajectories of training are shown",
         }
-        for engine in dict.fromkeys([*([self.engine] if self.engine else []), *self.scores, SIMULATED]):
+        for engine in dict.fromkeys([*([self.engine] if self.engine else []), *self.scores]):
             for policy in POLICIES:
                 folder = f"evaluation/{policy}-{engine}"
-                lacks[f"{folder}/results.json"] = f"no scores {policy} training"
+                lacks[f"{folder}/results.json"] = f"no scores with {engine} {policy} training"
                 if engine == self.engine:
                     lacks[f"{folder}/trajectories.jsonl"] = f"no trajectories {policy} training are shown"
-        return [f"{name} is missing: {why}." for name, why in lacks.items() if not (self.folder / name).is_file()]
+        notes = [f"{name} is missing: {why}." for name, why in lacks.items() if not (self.folder / name).is_file()]
+        state = "policy/trainer_state.json"
+        return notes if self.log or state in " ".join(notes) else [*notes, f"{state} holds no step: {lacks[state]}."]
 
 
 def read_run(run_dir: Path) -> Run:

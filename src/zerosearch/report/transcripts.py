@@ -57,11 +57,19 @@ def read_examples(run_dir: Path, engine: str | None) -> Examples:
     Raises `UserError` that names the line for a record that is not what `Trajectory.to_record` writes.
     """
     before, after = (
-        {str(record["id"]): record for record in _read(run_dir / f"evaluation/{policy}-{engine}/trajectories.jsonl")}
+        _first_by_id(_read(run_dir / f"evaluation/{policy}-{engine}/trajectories.jsonl"))
         for policy in ("before", "after")
     )
     training = choose_training(_read(run_dir / "policy/trajectories.jsonl"))
     return Examples(choose_pairs(before, after), len(before.keys() & after), *training)
+
+
+def _first_by_id(records: Sequence[Record]) -> dict[str, Record]:
+    """Return the records by id, or question where there is none; of several samples the first."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found.setdefault(str(record["id"] or record["question"]), record)
+    return found
 
 
 def choose_pairs(before: Mapping[str, Record], after: Mapping[str, Record]) -> list[Pair]:

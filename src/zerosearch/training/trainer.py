@@ -36,8 +36,9 @@ from zerosearch.generation.tokenization import decoded_text
 from zerosearch.generation.vllm_server import policy_server_client
 from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
-from zerosearch.rollout.loop import RolloutClock, Trajectory, run_rollouts
+from zerosearch.rollout.loop import run_rollouts
 from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
+from zerosearch.rollout.trajectory import RolloutClock, Trajectory
 from zerosearch.training.advantages import (
     AdvantageFunction,
     custom_advantages,
