@@ -9,7 +9,6 @@ with the real BM25 engine, which the policy has never met -> report.html.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run the demo, write results.json and report.html, print a table."""
     (arguments,) = parse(DemoArguments, argv=argv)
     exit_on_signals()  # so that no server outlives the demo
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     directory = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir).resolve()
     free_port("127.0.0.1", arguments.port)  # before minutes are spent on the model that is to be served there
     with sole_writer(directory):

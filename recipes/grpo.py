@@ -10,12 +10,9 @@ configurations for one and several devices. With `--engine simulated`, start a s
 
 from __future__ import annotations
 
-import os
+import zerosearch  # noqa: F401 (first: it sets what the libraries below read)
 
-# Before torch is imported: on a CPU its threads spin while they wait, and beside a busy simulator a step then takes
-# 61 s, not 2.5 s (two cores).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -13,6 +13,9 @@ The paper has no cold start; small models need one. `--use_peft true` trains an 
 
 from __future__ import annotations
 
+import zerosearch  # noqa: F401 (first: it sets what the libraries below read)
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -16,6 +16,9 @@ made and how faithful it is. `--push_to_hub true --hub_model_id you/simulator` u
 
 from __future__ import annotations
 
+import zerosearch  # noqa: F401 (first: it sets what the libraries below read)
+
+# isort: split
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path

@@ -17,7 +17,6 @@ qa_multihop.jsonl, qa_train.jsonl, search_traces.jsonl and wiki_passages.jsonl (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,7 +178,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is not done yet, write results.json and report.html, print a table."""
     arguments, rl_flags = parse(SmollmArguments, argv=argv, rest=True)
     exit_on_signals()  # so that no server outlives it
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: none may spin on one
     begun = Path(arguments.output_dir, "settings.json").exists()
     folder = claim_output_dir(arguments.output_dir, overwrite=begun).resolve()
     with sole_writer(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,10 @@ def test_nothing_is_reported_to_makers_of_libraries_unless_asked_for(
     environment = others | ({} if asked is None else {"DO_NOT_TRACK": asked})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == f"{reports} {reports}\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["grpo", "sft_policy", "sft_simulator"])
+def test_no_library_speaks_before_a_recipe_does(recipe: str) -> None:
+    command = [sys.executable, f"{Path(__file__).parent.parent}/recipes/{recipe}.py", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
