@@ -61,6 +61,8 @@ def test_grpo_scales_by_the_group_the_batch_or_not_at_all() -> None:
     assert group_normalized(rewards, 2, scale="none").tolist() == [-0.5, 0.5, -0.5, 0.5]
     batch = group_normalized(rewards, 2, epsilon=0.0, scale="batch")
     torch.testing.assert_close(batch, torch.tensor([-0.3873, 0.3873, -0.3873, 0.3873]), atol=1e-4, rtol=0)
+    batch = group_normalized(rewards, 2, epsilon=1.0, scale="batch")  # 0.5 / 2.29099
+    torch.testing.assert_close(batch, torch.tensor([-0.2182, 0.2182, -0.2182, 0.2182]), atol=1e-4, rtol=0)
 
 
 # Two trajectories: policy tokens at 0, 1 | 4 with an observation of two tokens between, and at 0 alone.
