@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports the Hub's client: no test asks the network for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,10 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads would compete with th
 os.environ["DO_NOT_TRACK"] = "1"
 
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # the process that hands the tests out needs none of it
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 settings.register_profile("alike", derandomize=True, database=None, deadline=None)  # every run tries the same cases
 settings.load_profile("alike")
@@ -44,6 +45,9 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A BPE without pre-tokenisation, so that its merges run across words, tags and line breaks."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,6 +71,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_policy_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 130,000 parameters that can search, answer and fail, all three badly; saved with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     # No Qwen2: for that type, AutoTokenizer builds Qwen2's tokenizer whatever the saved one is (transformers 5.17).
     config = LlamaConfig(
@@ -91,6 +98,8 @@ def tiny_policy_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: p
 
 def teach_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
     """Train on turns of random words, in pieces tokenised one by one as in a rollout; far from enough to be good."""
+    import torch
+
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
