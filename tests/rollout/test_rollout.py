@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -410,6 +411,41 @@ def test_half_a_character_of_an_engine_is_replaced(tiny_tokenizer: PreTrainedTok
     trajectory = roll_out(tiny_tokenizer, ["<search> q </search>", "<answer> x </answer>"], engine)
     assert trajectory.turns[0].documents == ("caf\ufffd",)
     assert trajectory.outcome == "answered"
+
+
+class Endless:
+    """An engine whose searches take a minute; tells when one has begun and when one has ended."""
+
+    name, max_concurrency = "endless", 4
+
+    def __init__(self) -> None:
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        self.begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.ended.set()
+        return SearchResult(())
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_a_rollout_that_is_left_by_an_error_ends_its_searches(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Endless()
+
+    def watch(index: int, trajectory: Trajectory, event: str) -> None:
+        if len(trajectory.turns) == 2:
+            assert engine.begun.wait(10)
+            raise KeyError("watched")
+
+    turns = [["<search> q </search>"], [" hm", "<answer> x </answer>"]]
+    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[trajectory][turn])
+    with pytest.raises(KeyError, match="watched"):
+        run_rollouts(questions(2), generator, engine, RolloutSettings(), watch=watch)
+    assert engine.ended.wait(10)
 
 
 def test_an_engine_that_blocks_is_named(
