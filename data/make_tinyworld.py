@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm import tqdm
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, user_mistakes
+from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir, sole_writer, write_jsonl
 from zerosearch.tinyworld.world import World, judged_searches, question_rows
 
 EVALUATION_SEED = 0
@@ -52,9 +54,9 @@ class TinyWorldArguments:
             )
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path}: {sum(1 for _ in path.open(encoding='utf-8')):,} rows")
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_jsonl(path, rows)
+    print(f"{path}: {len(rows):,} rows")
 
 
 def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]:
@@ -76,17 +78,14 @@ def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]
 @exit_on_user_error
 def main() -> None:
     (arguments,) = parse(TinyWorldArguments)
-    with user_mistakes():
-        directory = Path(arguments.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-
+    directory = claim_output_dir(arguments.output_dir, overwrite=True)
     evaluation_world = World.draw(EVALUATION_SEED, arguments.n_people, held_out=True)
-    write_jsonl(directory / "corpus.jsonl", evaluation_world.passages())
-    write_jsonl(directory / "test.jsonl", question_rows(evaluation_world, arguments.n_test, EVALUATION_SEED))
-
     training_world = World.draw(arguments.seed, arguments.n_people)
-    write_jsonl(directory / "train.jsonl", question_rows(training_world, arguments.n_train, arguments.seed))
-    write_jsonl(directory / "searches.jsonl", search_many_worlds(arguments))
+    with sole_writer(directory):
+        write(directory / "corpus.jsonl", evaluation_world.passages())
+        write(directory / "test.jsonl", question_rows(evaluation_world, arguments.n_test, EVALUATION_SEED))
+        write(directory / "train.jsonl", question_rows(training_world, arguments.n_train, arguments.seed))
+        write(directory / "searches.jsonl", search_many_worlds(arguments))
 
 
 if __name__ == "__main__":

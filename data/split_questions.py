@@ -23,7 +23,7 @@ from typing import Any
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.errors import UserError
-from zerosearch.files import claim_output_dir, write_jsonl
+from zerosearch.files import claim_output_dir, sole_writer, write_jsonl
 from zerosearch.metrics import normalize_answer
 from zerosearch.simulator.traces import read_traces
 
@@ -76,9 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         if not rows:
             raise UserError(f"no question is left for {name}: give more questions")
     folder = claim_output_dir(arguments.output_dir, arguments.overwrite_output_dir)
-    for name, rows in parts.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-        print(f"{folder / name}.jsonl: {len(rows):,} rows, {len({row['question'] for row in rows}):,} questions")
+    with sole_writer(folder):
+        for name, rows in parts.items():
+            write_jsonl(folder / f"{name}.jsonl", rows)
+            print(f"{folder / name}.jsonl: {len(rows):,} rows, {len({row['question'] for row in rows}):,} questions")
 
 
 if __name__ == "__main__":
