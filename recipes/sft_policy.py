@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import FIELDS, read_trajectories
 from zerosearch.files import write_json
-from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
+from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
-from zerosearch.rollout.loop import RolloutSettings
+from zerosearch.rollout.loop import Budgets, RolloutSettings
 from zerosearch.simulator.dataset import excerpt
 from zerosearch.simulator.traces import as_passage, read_traces
-from zerosearch.simulator.tuning import tune
+from zerosearch.simulator.tuning import TuningConfig, tune
 from zerosearch.training.demonstrations import Demonstration, example, from_record, from_traces, replay
 
 MADE_HERE = ("cold_start.json",)
@@ -41,7 +41,7 @@ MADE_HERE = ("cold_start.json",)
 
 @dataclass
 class RecipeArguments:
-    """What to learn from, and the budgets of a trajectory, in the policy's tokens."""
+    """What to learn from."""
 
     traces: str | None = field(default=None, metadata={"help": "Searches to make demonstrations of, JSONL."})
     trajectories: str | None = field(default=None, metadata={"help": "trajectories.jsonl of an evaluation."})
@@ -49,14 +49,6 @@ class RecipeArguments:
     num_documents: int = field(default=5, metadata={"min": 1, "help": "For traces: documents of a search."})
     num_words: int = field(default=30, metadata={"min": 1, "help": "For traces: words of a document, about."})
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
-    max_turns: int = field(default=RolloutSettings.max_turns, metadata={"help": "Turns that may search."})
-    max_turn_tokens: int = field(default=RolloutSettings.max_turn_tokens, metadata={"help": "Longest turn."})
-    max_observation_tokens: int = field(
-        default=RolloutSettings.max_observation_tokens, metadata={"help": "Longest observation, tags included."}
-    )
-    max_trajectory_tokens: int = field(
-        default=RolloutSettings.max_trajectory_tokens, metadata={"help": "Longest trajectory, prompt included."}
-    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run's output."})
 
     def __post_init__(self) -> None:
@@ -65,7 +57,7 @@ class RecipeArguments:
 
 
 @dataclass
-class PolicyConfig(SFTConfig):
+class PolicyConfig(TuningConfig):
     """TRL's settings with values for a small model; all are our choice, as the paper has no cold start."""
 
     output_dir: str = "outputs/cold-start"
@@ -74,12 +66,6 @@ class PolicyConfig(SFTConfig):
     num_train_epochs: float = 1
     max_length: int | None = None  # the budgets limit a trajectory, and none is cut
     logging_steps: float = 1
-    report_to: str = "none"
-    save_strategy: str = "no"
-
-    def __post_init__(self) -> None:
-        fit_to_cpu(self)
-        super().__post_init__()
 
 
 def demonstrations(recipe: RecipeArguments) -> list[Demonstration | None]:
@@ -100,12 +86,12 @@ def shortened(trace: dict[str, Any], recipe: RecipeArguments) -> list[str]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Write the demonstrations, tokenise them by the rollout, train, save."""
-    recipe, training, model = parse(RecipeArguments, PolicyConfig, ModelConfig, argv=argv)
-    budgets = ("max_turns", "max_turn_tokens", "max_observation_tokens", "max_trajectory_tokens")
-    settings = RolloutSettings(**{name: getattr(recipe, name) for name in budgets})
+    recipe, budgets, training, model = parse(RecipeArguments, Budgets, PolicyConfig, ModelConfig, argv=argv)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     given = demonstrations(recipe)
-    trajectories = replay([one for one in given if one], tokenizer, settings, PROMPT_SETS[recipe.prompt].policy)
+    trajectories = replay(
+        [one for one in given if one], tokenizer, RolloutSettings(**vars(budgets)), PROMPT_SETS[recipe.prompt].policy
+    )
     # Of a document that was cut a thought might quote what the policy cannot see.
     kept = [one for one in trajectories if one.outcome == "answered" and not one.cut_observations]
     source = recipe.traces or recipe.trajectories
@@ -116,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = Dataset.from_list([example(trajectory) for trajectory in kept])
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
         about = {"base_model": model.model_name_or_path, "source": source, "prompt": recipe.prompt}
-        about |= {name: getattr(recipe, name) for name in budgets}
+        about |= vars(budgets)
         made = about | tune(model, training, tokenizer, examples, checkpoint)
         if training.process_index == 0:
             write_json(Path(training.output_dir, "cold_start.json"), made)

@@ -24,13 +24,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import write_json
-from zerosearch.generation.loading import fit_to_cpu, load_tokenizer
+from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, write_simulator_card
@@ -39,7 +39,7 @@ from zerosearch.simulator.fidelity import FidelityOptions
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import read_held_out
 from zerosearch.simulator.server import exit_on_signals
-from zerosearch.simulator.tuning import measure_tuned, tune
+from zerosearch.simulator.tuning import TuningConfig, measure_tuned, tune
 
 MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidelity.svg")  # beside the model
 
@@ -78,7 +78,7 @@ class RecipeArguments:
 
 
 @dataclass
-class SimulatorConfig(SFTConfig):
+class SimulatorConfig(TuningConfig):
     """TRL's settings with the author's values: lr 1e-6, batch 2, 1,000 steps (ZeroSearch issue 25)."""
 
     output_dir: str = "outputs/simulator"
@@ -87,12 +87,6 @@ class SimulatorConfig(SFTConfig):
     max_steps: int = 1000
     completion_only_loss: bool | None = True
     logging_steps: float = 20
-    report_to: str = "none"
-    save_strategy: str = "no"
-
-    def __post_init__(self) -> None:
-        fit_to_cpu(self)
-        super().__post_init__()
 
 
 @exit_on_user_error

@@ -85,7 +85,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     classes: dict[str, tuple[type, ...]] = {
         "recipes/get_model.py": (load_recipe("get_model").GetModelArguments,),
         "data/split_questions.py": (split_script().SplitArguments,),
-        "recipes/sft_policy.py": (policy.RecipeArguments, policy.PolicyConfig, ModelConfig),
+        "recipes/sft_policy.py": (policy.RecipeArguments, policy.Budgets, policy.PolicyConfig, ModelConfig),
         "recipes/build_simulator_data.py": (load_recipe("build_simulator_data").BuildArguments, SetOptions),
         "recipes/sft_simulator.py": (simulator.RecipeArguments, simulator.SimulatorConfig, ModelConfig),
         "recipes/measure_fidelity.py": (fidelity.RecipeArguments, FidelityOptions),

@@ -22,7 +22,7 @@ def collect_traces(output_dir: Path, **arguments: Any) -> dict[str, Any]:
     try:
         return evaluate(output_dir=output_dir, resume=True, **arguments)
     finally:
-        if (output_dir / "trajectories.jsonl").is_file():
+        if (output_dir / "manifest.json").is_file() and (output_dir / "trajectories.jsonl").is_file():
             write_traces(output_dir)
 
 

@@ -61,7 +61,9 @@ class Run:
                     lacks[f"{folder}/trajectories.jsonl"] = f"no trajectories {policy} training are shown"
         notes = [f"{name} is missing: {why}." for name, why in lacks.items() if not (self.folder / name).is_file()]
         state = "policy/trainer_state.json"
-        return notes if self.log or state in " ".join(notes) else [*notes, f"{state} holds no step: {lacks[state]}."]
+        if not self.log and (self.folder / state).is_file():
+            notes.append(f"{state} holds no step: {lacks[state]}.")
+        return notes
 
 
 def read_run(run_dir: Path) -> Run:

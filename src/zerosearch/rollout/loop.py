@@ -50,27 +50,41 @@ Event = Literal["turn", "observation", "end"]
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
-    """Budgets and sampling of a rollout. Token counts are the policy's tokens.
+class Budgets:
+    """How long a trajectory may get. Token counts are the policy's tokens.
 
     `max_turns` turns may search; one last turn that may only answer follows. `max_trajectory_tokens` counts the prompt
-    too. `search_timeout_s` bounds one search with all its retries, whatever the engine does. A turn elsewhere may take
-    `turn_timeout_s`, retries included, and here some turn must end within it; else the rollout fails.
+    too.
     """
 
     # As in the released scripts of the paper's time, and max_turns in issue 29 of their repository.
-    max_turns: int = field(default=2, metadata={"min": 0})
-    max_turn_tokens: int = field(default=500, metadata={"min": 1})  # their max_response_length
-    max_observation_tokens: int = field(default=500, metadata={"min": 1})  # their max_obs_length
-    max_trajectory_tokens: int = field(default=4096, metadata={"min": 1})  # their max_prompt_length
+    max_turns: int = field(default=2, metadata={"min": 0, "help": "Turns that may search."})
+    # Theirs are max_response_length, max_obs_length and max_prompt_length.
+    max_turn_tokens: int = field(default=500, metadata={"min": 1, "help": "Longest turn."})
+    max_observation_tokens: int = field(
+        default=500, metadata={"min": 1, "help": "Longest observation, tags included."}
+    )
+    max_trajectory_tokens: int = field(
+        default=4096, metadata={"min": 1, "help": "Longest trajectory, prompt included."}
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class RolloutSettings(Budgets):
+    """Budgets and sampling of a rollout.
+
+    `search_timeout_s` bounds one search with all its retries, whatever the engine does. A turn elsewhere may take
+    `turn_timeout_s`, retries included, and here some turn must end within it; else the rollout fails.
+    """
+
     temperature: float = 1.0
     top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
     search_timeout_s: float = field(default=1800.0, metadata=SECONDS)
     turn_timeout_s: float = field(default=3600.0, metadata=SECONDS)
     noise_per_group: bool = False  # the samples of a group toss the same coin, so that they differ by the policy only
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 def run_rollouts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.generation.loading import model_options, start_weights, unsharded_loading
+from zerosearch.generation.loading import fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
 from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_simulator
@@ -24,6 +24,18 @@ from zerosearch.simulator.server import simulator_server
 
 # Settings of transformers' that nothing here acts on.
 WITHOUT_EFFECT = ("do_train", "do_predict", "hub_strategy", "hub_revision", "hub_always_push")
+
+
+@dataclass
+class TuningConfig(SFTConfig):
+    """TRL's settings for a tuning of ours, fitted to the machine; a recipe adds its values."""
+
+    report_to: str = "none"
+    save_strategy: str = "no"
+
+    def __post_init__(self) -> None:
+        fit_to_cpu(self)
+        super().__post_init__()
 
 
 class Tuner(SFTTrainer):
