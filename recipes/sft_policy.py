@@ -33,8 +33,8 @@ from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.rollout.loop import Budgets, RolloutSettings
 from zerosearch.simulator.dataset import excerpt
 from zerosearch.simulator.traces import as_passage, read_traces
-from zerosearch.simulator.tuning import TuningConfig, tune
 from zerosearch.training.demonstrations import Demonstration, example, from_record, from_traces, replay
+from zerosearch.training.tuning import TuningConfig, tune
 
 MADE_HERE = ("cold_start.json",)
 

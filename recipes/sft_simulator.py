@@ -35,11 +35,11 @@ from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import create_repository, push_folder, write_simulator_card
 from zerosearch.simulator.examples import load_examples
-from zerosearch.simulator.fidelity import FidelityOptions
+from zerosearch.simulator.fidelity import FidelityOptions, measure_tuned
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import read_held_out
 from zerosearch.simulator.server import exit_on_signals
-from zerosearch.simulator.tuning import TuningConfig, measure_tuned, tune
+from zerosearch.training.tuning import TuningConfig, tune
 
 MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidelity.svg")  # beside the model
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.command_line import parse
 from zerosearch.files import sole_writer
-from zerosearch.simulator import tuning
+from zerosearch.simulator import fidelity
+from zerosearch.training import tuning
 
 pytest_plugins = ("chat_server", "hub_stub", "recipe_modules")  # fixtures
 
@@ -184,7 +185,7 @@ def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was
         yield SimpleNamespace(base_url=chat_server.url)
 
     monkeypatch.setattr(tuning, "Tuner", Watched)
-    monkeypatch.setattr(tuning, "simulator_server", already_there)
+    monkeypatch.setattr(fidelity, "simulator_server", already_there)
     monkeypatch.setattr(recipe, "find_spec", lambda name: True)
     monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
     chat_server.write = lambda messages: "\n".join(

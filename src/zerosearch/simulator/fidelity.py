@@ -11,9 +11,11 @@ documents that a real engine returned, for comparison. Both return the fidelity 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +28,9 @@ from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError, run_in_background
 from zerosearch.intervals import INTERVAL, NUM_RESAMPLES, mean_with_interval, resampled_means
+from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.held_out import WHY_LEFT_OUT, HeldOutQuery, choose
+from zerosearch.simulator.server import simulator_server
 
 Card = dict[str, Any]
 Documents = tuple[str, ...]
@@ -90,6 +94,26 @@ def measure_simulator(
         },
         "documents": {**_lengths(samples, rng), **_lengths(_recorded(chosen), rng)},
     }
+
+
+def measure_tuned(
+    folder: Path,
+    queries: Sequence[HeldOutQuery],
+    options: FidelityOptions,
+    template: SimulatorTemplate,
+    dtype: str,
+    about: Mapping[str, Any],
+) -> Card:
+    """Serve a simulator just tuned, beside the process that tuned it, and return its fidelity card."""
+    import torch
+
+    gc.collect()
+    vllm_arguments: tuple[str, ...] = ()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+        vllm_arguments = ("--gpu-memory-utilization", "0.6")
+    with simulator_server(str(folder), port=0, dtype=dtype, vllm_arguments=vllm_arguments) as server:
+        return measure_simulator(SimulatedEngine(server.base_url, template=template), queries, options, about)
 
 
 def measure_recorded(

@@ -1,1 +1,1 @@
-"""`SearchTrainer` and what only it needs: rewards, advantages, the critic, checkpoints."""
+"""`SearchTrainer` with rewards, advantages and the critic; demonstrations, and tuning by TRL's SFTTrainer."""

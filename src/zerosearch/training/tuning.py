@@ -1,26 +1,18 @@
-"""Tune a model by TRL's SFTTrainer, resumably; serve a simulator for its measurement."""
+"""Tune a model by TRL's SFTTrainer, resumably: a simulator, or a policy at its cold start."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
-from zerosearch.prompts import SimulatorTemplate
-from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_simulator
-from zerosearch.simulator.held_out import HeldOutQuery
-from zerosearch.simulator.server import simulator_server
 
 # Settings of transformers' that nothing here acts on.
 WITHOUT_EFFECT = ("do_train", "do_predict", "hub_strategy", "hub_revision", "hub_always_push")
@@ -133,21 +125,3 @@ def summary(trainer: SFTTrainer, model: ModelConfig) -> dict[str, Any]:
         "seed": training.seed,
     }
     return made | ({"lora_r": model.lora_r, "lora_alpha": model.lora_alpha} if model.use_peft else {})
-
-
-def measure_tuned(
-    folder: Path,
-    queries: Sequence[HeldOutQuery],
-    options: FidelityOptions,
-    template: SimulatorTemplate,
-    dtype: str,
-    about: Mapping[str, Any],
-) -> Card:
-    """Serve a simulator just tuned, beside the process that tuned it, and return its fidelity card."""
-    gc.collect()
-    vllm_arguments: tuple[str, ...] = ()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-        vllm_arguments = ("--gpu-memory-utilization", "0.6")
-    with simulator_server(str(folder), port=0, dtype=dtype, vllm_arguments=vllm_arguments) as server:
-        return measure_simulator(SimulatedEngine(server.base_url, template=template), queries, options, about)
