@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir, sole_writer
@@ -29,6 +29,14 @@ WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt"),
 )
+
+
+class FinishedRuns:
+    """Mixed into a Trainer of transformers, which by itself takes one more step when a finished run is resumed."""
+
+    def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc] # of the Trainer
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from zerosearch.checkpoints import FinishedRuns
 from zerosearch.data import row_number
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.errors import UserError
@@ -65,7 +66,7 @@ class Handed:
     scored: torch.Tensor | None = None  # (B, C), the tokens to score: to `_get_per_token_logps_and_entropies`
 
 
-class SearchTrainer(GRPOTrainer):
+class SearchTrainer(FinishedRuns, GRPOTrainer):
     """Train a policy to search: rollouts against a search engine, rewards on the answer, loss on the policy's tokens.
 
     Takes GRPOTrainer's arguments and
@@ -116,11 +117,6 @@ class SearchTrainer(GRPOTrainer):
         if args.algorithm == "ppo":
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing when a finished run is resumed; the Trainer would take one more step."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler with the order of an epoch made from seed and epoch alone.

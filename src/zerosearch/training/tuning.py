@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from zerosearch.checkpoints import FinishedRuns
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
@@ -30,12 +31,8 @@ class TuningConfig(SFTConfig):
         super().__post_init__()
 
 
-class Tuner(SFTTrainer):
-    """An `SFTTrainer` that takes no step beyond the last when a finished run is resumed."""
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+class Tuner(FinishedRuns, SFTTrainer):
+    """TRL's trainer, whose finished runs take no further step."""
 
 
 def tune(
