@@ -44,7 +44,7 @@ MAX_LIVE = 512  # trajectories in flight: enough to keep a GPU busy, few enough 
 Record = dict[str, Any]  # a line of trajectories.jsonl
 
 
-@dataclass(frozen=True)
+@dataclass
 class GreedySettings(RolloutSettings):
     """The budgets of the rollout, and how it samples: the likeliest token always."""
 

@@ -49,16 +49,17 @@ SECONDS = {"above": 0, "max": 1e9}
 Event = Literal["turn", "observation", "end"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budgets:
     """How long a trajectory may get. Token counts are the policy's tokens.
 
-    `max_turns` turns may search; one last turn that may only answer follows. `max_trajectory_tokens` counts the prompt
-    too.
+    Not frozen: `SearchConfig`, which transformers changes, is one of these, too.
     """
 
     # As in the released scripts of the paper's time, and max_turns in issue 29 of their repository.
-    max_turns: int = field(default=2, metadata={"min": 0, "help": "Turns that may search."})
+    max_turns: int = field(
+        default=2, metadata={"min": 0, "help": "Turns that may search; one last turn that may only answer follows."}
+    )
     # Theirs are max_response_length, max_obs_length and max_prompt_length.
     max_turn_tokens: int = field(default=500, metadata={"min": 1, "help": "Longest turn."})
     max_observation_tokens: int = field(
@@ -72,7 +73,7 @@ class Budgets:
         check_bounds(self)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RolloutSettings(Budgets):
     """Budgets and sampling of a rollout.
 
@@ -80,11 +81,22 @@ class RolloutSettings(Budgets):
     `turn_timeout_s`, retries included, and here some turn must end within it; else the rollout fails.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0  # below 1, log-probabilities are no longer those of the policy
-    search_timeout_s: float = field(default=1800.0, metadata=SECONDS)
-    turn_timeout_s: float = field(default=3600.0, metadata=SECONDS)
-    noise_per_group: bool = False  # the samples of a group toss the same coin, so that they differ by the policy only
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the likeliest token."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Below 1, log-probabilities are no longer those of the policy."}
+    )
+    search_timeout_s: float = field(
+        default=1800.0,
+        metadata={**SECONDS, "help": "Longest search, with all its retries; then it has failed (our choice)."},
+    )
+    turn_timeout_s: float = field(
+        default=3600.0,
+        metadata={**SECONDS, "help": "Longest turn; if none ends within it, the rollout fails (our choice)."},
+    )
+    noise_per_group: bool = field(
+        default=False,
+        metadata={"help": "One coin a turn for all samples of a prompt, so that they differ by the policy only."},
+    )
 
 
 def run_rollouts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -23,8 +23,8 @@ RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
 @dataclass
-class SearchConfig(GRPOConfig):
-    """All settings of a training run: first the fields of GRPOConfig whose default differs, then ours.
+class SearchConfig(RolloutSettings, GRPOConfig):
+    """All settings of a training run: the rollout's, the fields of GRPOConfig whose default differs, then ours.
 
     "Our choice" marks what the paper does not say. Without an accelerator, the settings are fitted to a CPU.
     Raises `UserError` for values that cannot work, with the reason.
@@ -97,29 +97,6 @@ class SearchConfig(GRPOConfig):
     # Appendix F has a value for each policy (0.25 for Qwen-3B, 0.75 for Qwen-7B); this is the released README's.
     noise_end: float = field(default=0.5, metadata={"help": "p_e of Eq. 1: noise at the last step."})
     noise_base: float = field(default=4.0, metadata={"help": "b of Eq. 1 (Section 3.4); 1 is a straight line."})
-    max_turns: int = field(
-        default=RolloutSettings.max_turns,
-        metadata={"help": "Turns that may search; one last turn that may only answer follows."},
-    )
-    max_turn_tokens: int = field(default=RolloutSettings.max_turn_tokens, metadata={"help": "Longest turn."})
-    max_observation_tokens: int = field(
-        default=RolloutSettings.max_observation_tokens, metadata={"help": "Longest observation, tags included."}
-    )
-    max_trajectory_tokens: int = field(
-        default=RolloutSettings.max_trajectory_tokens, metadata={"help": "Longest trajectory, prompt included."}
-    )
-    noise_per_group: bool = field(
-        default=RolloutSettings.noise_per_group,
-        metadata={"help": "One coin a turn for all trajectories of a prompt, so that they differ by the policy only."},
-    )
-    search_timeout_s: float = field(
-        default=RolloutSettings.search_timeout_s,
-        metadata={"help": "Longest search, with all its retries; one that takes longer has failed (our choice)."},
-    )
-    turn_timeout_s: float = field(
-        default=RolloutSettings.turn_timeout_s,
-        metadata={"help": "Longest turn; if none ends within it, the run stops with a checkpoint (our choice)."},
-    )
     max_failed_search_share: float = field(
         default=0.1,
         metadata={"min": 0, "max": 1, "help": "Stop when more of a step's trajectories lost a search (our choice)."},
@@ -137,7 +114,7 @@ class SearchConfig(GRPOConfig):
         if self.vllm_max_model_length is None:
             self.vllm_max_model_length = self.max_trajectory_tokens
         try:
-            super().__post_init__()
+            GRPOConfig.__post_init__(self)
         except ValueError as error:
             step = "A step has per_device_train_batch_size x gradient_accumulation_steps x devices trajectories."
             raise UserError(f"{error} ({step})" if "batch" in str(error) else str(error)) from error
@@ -149,8 +126,7 @@ class SearchConfig(GRPOConfig):
         self._check_algorithm()
         if self.algorithm == "ppo":
             self._check_ppo()
-        self.noise_schedule()  # each raises UserError for values that cannot work
-        self.rollout_settings()
+        self.noise_schedule()  # raises UserError for values that cannot work
         self._check_budgets()
 
     def _check_algorithm(self) -> None:
@@ -221,10 +197,6 @@ class SearchConfig(GRPOConfig):
     def noise_schedule(self) -> NoiseSchedule:
         """Return the curriculum of Eq. 1."""
         return NoiseSchedule(self.noise_start, self.noise_end, self.noise_base)
-
-    def rollout_settings(self) -> RolloutSettings:
-        """Return the budgets and the sampling of a rollout."""
-        return RolloutSettings(**{setting.name: getattr(self, setting.name) for setting in fields(RolloutSettings)})
 
 
 def is_fsdp(args: SearchConfig) -> bool:

@@ -267,7 +267,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
                 rows,
                 trainer.generator,
                 trainer.engine,
-                trainer.args.rollout_settings(),
+                trainer.args,
                 p_noise=trainer._p_noise(),
                 keys=trainer._keys(rows),
                 clock=clock,
