@@ -93,6 +93,11 @@ def test_every_search_is_kept_with_what_became_of_it(
     collect(arguments)  # nothing is left to do
     assert len(chat_server.requests) == replies and len(paid_search.queries) == 24
     assert read_traces(tmp_path / "out/traces.jsonl") == traces
+    (tmp_path / "out/traces.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        collect([*arguments, "--seed", "1"])
+    assert "holds another evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "out/traces.jsonl").exists(), "a folder that is refused is left as it is"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ query, documents, how the trajectory ended.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import read_trajectories
 from zerosearch.evaluation.evaluate import evaluate
 from zerosearch.files import read_json, write_jsonl
@@ -17,12 +19,14 @@ from zerosearch.files import read_json, write_jsonl
 def collect_traces(output_dir: Path, **arguments: Any) -> dict[str, Any]:
     """Evaluate, resuming what is in the folder, and write `traces.jsonl`; return the results.
 
-    Takes and raises what `evaluate` does. Traces of what was finished are written in any case.
+    Takes and raises what `evaluate` does. Traces of what was finished are written in any case, but never into a folder
+    that is refused, such as one of another evaluation.
     """
     try:
         return evaluate(output_dir=output_dir, resume=True, **arguments)
     finally:
-        if (output_dir / "manifest.json").is_file() and (output_dir / "trajectories.jsonl").is_file():
+        is_refused = isinstance(sys.exception(), UserError)
+        if not is_refused and (output_dir / "trajectories.jsonl").is_file():
             write_traces(output_dir)
 
 
