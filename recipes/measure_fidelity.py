@@ -61,7 +61,6 @@ class RecipeArguments:
         default=4096, metadata={"min": 1, "help": "For model: longest prompt plus reply, in tokens."}
     )
     dtype: str = field(default="auto", metadata={"help": "For model: its number format."})
-    num_threads: int | None = field(default=None, metadata={"min": 1, "help": "For model, on a CPU: threads to use."})
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     temperature: float = field(default=0.8, metadata={"min": 0, "help": "The simulator's."})
     max_tokens: int = field(default=600, metadata={"min": 1, "help": "Longest reply, in tokens."})
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             if recipe.model is not None:
                 exit_on_signals()
                 print(printable(f"starting {recipe.model} ..."), flush=True)
-                settings = {name: getattr(recipe, name) for name in ("max_model_len", "dtype", "num_threads")}
+                settings = {name: getattr(recipe, name) for name in ("max_model_len", "dtype")}
                 url = stack.enter_context(simulator_server(recipe.model, recipe.port, **settings)).base_url
             asked = {name: getattr(recipe, name) for name in ("temperature", "max_tokens", "num_documents")}
             asked |= {"ask_leaks_again": recipe.ask_leaks_again}

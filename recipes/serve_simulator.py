@@ -27,10 +27,6 @@ class ServeArguments:
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 admits other machines."})
     max_model_len: int = field(default=4096, metadata={"min": 1, "help": "Longest prompt plus reply, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Number format; auto turns float32 weights into bfloat16."})
-    num_threads: int | None = field(
-        default=None,
-        metadata={"min": 1, "help": "CPU only: threads to use. Default: all cores but one."},
-    )
 
 
 @exit_on_user_error

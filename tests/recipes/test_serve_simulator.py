@@ -82,7 +82,7 @@ def served(adapter: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Return the address of the adapter's server, and the process of the recipe that serves it."""
     port = free_ports()
     command = [sys.executable, str(ROOT / "recipes/serve_simulator.py"), "--model", str(adapter), "--port", str(port)]
-    command += ["--max_model_len", "1024", "--dtype", "float32", "--num_threads", "1"]
+    command += ["--max_model_len", "1024", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         ready = next(line for line in iter(process.stdout.readline, "") if "ready" in line)

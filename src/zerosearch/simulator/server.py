@@ -79,7 +79,7 @@ def simulator_server(
 
     A LoRA adapter is served over its base, under the name "simulator". Port 0 is any that is free. `max_model_len`
     bounds prompt plus reply, in tokens, and is lowered to what the model takes. `dtype` is vLLM's: its "auto" turns
-    float32 weights into bfloat16. `num_threads` is for a CPU that others use too: that many threads, tied to no core.
+    float32 weights into bfloat16. `num_threads` is for a CPU: by default one for each core.
     `vllm_arguments` come last, so they win.
     Raises `UserError` for a missing model, a port in use or no vLLM, and for a server that dies or stays silent.
     """
@@ -100,7 +100,7 @@ def simulator_server(
         *(cpu_server_arguments(max_model_len) if on_cpu else ()),
         *vllm_arguments,
     ]
-    with _process(command, cpu_environment(num_threads) if on_cpu else {}, f"http://{host}:{port}/v1") as server:
+    with _process(command, cpu_environment(num_threads or torch.get_num_threads()) if on_cpu else {}, f"http://{host}:{port}/v1") as server:
         _wait_until_ready(server, time.monotonic() + STARTUP_S)
         yield server
 
@@ -154,16 +154,13 @@ def model_arguments(model: str, vllm_arguments: Sequence[str] = ()) -> list[str]
     return ["--model", base, *lora]
 
 
-def cpu_environment(num_threads: int | None) -> dict[str, str]:
-    """Return the environment of a server on a CPU; by itself vLLM takes all cores but one, a thread tied to each."""
-    environment = cpu_cache_space()
-    if num_threads is not None:
-        environment |= {
-            "OMP_NUM_THREADS": str(num_threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker runs inside the engine: one process less to start
-        }
-    return environment
+def cpu_environment(num_threads: int) -> dict[str, str]:
+    """Return the environment of a server on a CPU, which works with this many threads, tied to no core.
+
+    The worker runs inside the engine: beside it, vLLM's engine would keep a core busy waiting for it.
+    """
+    threads = {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**cpu_cache_space(), **threads, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @contextmanager

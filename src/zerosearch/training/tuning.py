@@ -14,6 +14,7 @@ from zerosearch.checkpoints import FinishedRuns
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
+from zerosearch.training.micro_batches import compact_lm_head
 
 # Settings of transformers' that nothing here acts on.
 WITHOUT_EFFECT = ("do_train", "do_predict", "hub_strategy", "hub_revision", "hub_always_push")
@@ -33,6 +34,10 @@ class TuningConfig(SFTConfig):
 
 class Tuner(FinishedRuns, SFTTrainer):
     """TRL's trainer, whose finished runs take no further step."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with compact_lm_head():
+            return super().compute_loss(*args, **kwargs)
 
 
 def tune(
