@@ -9,7 +9,7 @@ run: it shows that everything works, not what the method can do. A long run is t
 and flags that are not its own go to recipes/grpo.py:
 
     python recipes/smollm.py --data DATA --output_dir outputs/smollm-long --cold_start_steps 44 --simulator_steps 150 \
-        --fidelity_queries 300 --num_questions 500 --rl_steps 200 --rl_questions 8 --algorithm grpo
+        --fidelity_queries 300 --num_questions 500 --rl_steps 200 --rl_questions 8 --algorithm grpo --baseline none
 
 Whatever stops it: the same command goes on, with the checkpoint of the stage that was under way. DATA holds
 qa_multihop.jsonl, qa_train.jsonl, search_traces.jsonl and wiki_passages.jsonl (data/README.md says what they are).
@@ -57,7 +57,7 @@ class SmollmArguments:
     simulator_steps: int = field(default=12, metadata={"min": 1, "help": "Steps of eight searches."})
     fidelity_queries: int = field(default=20, metadata={"min": 2, "help": "Held-out searches to measure with."})
     rl_steps: int = field(default=3, metadata={"min": 1, "help": "Steps of RL."})
-    rl_questions: int = field(default=4, metadata={"min": 1, "help": "Questions of a step of RL, five trajectories each."})
+    rl_questions: int = field(default=4, metadata={"min": 1, "help": "Questions a step, five trajectories each."})
     num_questions: int = field(default=20, metadata={"min": 1, "help": "Test questions of each dataset."})
 
     def __post_init__(self) -> None:

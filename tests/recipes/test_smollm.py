@@ -78,7 +78,7 @@ def split_script() -> ModuleType:
 def test_every_stage_is_a_command_that_its_recipe_takes(
     recipe: ModuleType, given: list[str], commands: dict[str, list[str]], load_recipe: Callable[[str], ModuleType]
 ) -> None:
-    recipe.main([*given, "--rl_steps", "7", "--algorithm", "grpo", "--beta", "0.01"])
+    recipe.main([*given, "--rl_steps", "7", "--algorithm", "grpo", "--baseline", "none", "--beta", "0.01"])
     assert tuple(commands) == STAGES
     policy, simulator, rl = (load_recipe(name) for name in ("sft_policy", "sft_simulator", "grpo"))
     evaluation, fidelity = load_recipe("evaluate"), load_recipe("measure_fidelity")
@@ -98,7 +98,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     parsed = {title: parse(*classes[script], argv=flags) for title, (script, *flags) in commands.items()}
     run = Path(given[3])
     _, engine, training, model = parsed["training"]
-    assert (training.max_steps, training.algorithm, training.beta) == (7, "grpo", 0.01)
+    assert (training.max_steps, training.baseline, training.beta) == (7, "group", 0.01)
     assert (engine.engine, engine.simulator_url) == ("simulated", "http://127.0.0.1:6001/v1")
     assert model.model_name_or_path == str(run / "cold-start") and training.output_dir == str(run / "policy")
     for when, scored in (("before", "cold-start"), ("after", "policy")):

@@ -38,9 +38,10 @@ def test_an_adapter_is_served_over_its_base_with_room_for_its_rank(tmp_path: Pat
         model_arguments(str(adapter), ["--lora-modules", "google=elsewhere"])
 
 
-def test_a_server_on_a_cpu_uses_as_many_threads_as_it_is_given() -> None:
-    assert "OMP_NUM_THREADS" not in cpu_environment(None)  # vLLM's own default
-    assert cpu_environment(2)["OMP_NUM_THREADS"] == "2"
+def test_a_server_on_a_cpu_uses_as_many_threads_as_it_is_given_and_no_core_to_wait() -> None:
+    environment = cpu_environment(2)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
 def test_what_cannot_be_served_is_refused_before_anything_starts(random_model: Path, tmp_path: Path) -> None:

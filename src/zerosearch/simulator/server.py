@@ -100,7 +100,8 @@ def simulator_server(
         *(cpu_server_arguments(max_model_len) if on_cpu else ()),
         *vllm_arguments,
     ]
-    with _process(command, cpu_environment(num_threads or torch.get_num_threads()) if on_cpu else {}, f"http://{host}:{port}/v1") as server:
+    environment = cpu_environment(num_threads or torch.get_num_threads()) if on_cpu else {}
+    with _process(command, environment, f"http://{host}:{port}/v1") as server:
         _wait_until_ready(server, time.monotonic() + STARTUP_S)
         yield server
 
