@@ -4,7 +4,8 @@
 
 - corpus.jsonl: the passages of the evaluation world, in wiki-18's format, for a BM25 engine
 - test.jsonl: questions about the evaluation world; the same for every seed
-- train.jsonl: questions about training worlds, which share no fact with the evaluation world
+- train.jsonl: questions about a training world, which shares no fact with the evaluation world
+- train_corpus.jsonl: its passages, to train on a real engine
 - searches.jsonl: judged searches of training worlds by BM25, from which the simulator is tuned
 """
 
@@ -85,6 +86,7 @@ def main() -> None:
         write(directory / "corpus.jsonl", evaluation_world.passages())
         write(directory / "test.jsonl", question_rows(evaluation_world, arguments.n_test, EVALUATION_SEED))
         write(directory / "train.jsonl", question_rows(training_world, arguments.n_train, arguments.seed))
+        write(directory / "train_corpus.jsonl", training_world.passages())
         write(directory / "searches.jsonl", search_many_worlds(arguments))
 
 

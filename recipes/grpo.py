@@ -13,7 +13,7 @@ from __future__ import annotations
 import zerosearch  # noqa: F401 (first: it sets what the libraries below read)
 
 # isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -22,7 +22,7 @@ from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import load_tokenizer, model_options, start_weights
@@ -32,6 +32,7 @@ from zerosearch.training.advantages import AdvantageFunction
 from zerosearch.training.config import SearchConfig
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.runs import WRITTEN, costs
+from zerosearch.training.sentinel import Collapse, train_watched
 from zerosearch.training.trainer import NoiseFunction, SearchTrainer
 
 # What the answers are worth: functions of TRL's signature, added up. Each gets the columns of the dataset and, for
@@ -39,7 +40,8 @@ from zerosearch.training.trainer import NoiseFunction, SearchTrainer
 REWARDS = [f1_reward]
 
 # How rewards are credited. None: as --algorithm says. Or a function of the rewards (N,), the N trajectories and the
-# size of a group that returns one number a trajectory, or for each a list of one number a turn or a token.
+# size of a group that returns one number a trajectory, or for each a list of one number a turn or a token. It gets the
+# columns of the dataset, too, and `log_likelihoods` (zerosearch.training.likelihoods).
 ADVANTAGES: AdvantageFunction | None = None
 
 # How likely a search is noisy. None: Eq. 1, from --noise_start to --noise_end. Or a function of the step, the number
@@ -64,8 +66,20 @@ class RecipeArguments:
     dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out questions, scored every --eval_steps with --eval_strategy steps."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Its split, of a dataset on the Hub."})
+    eval_dataset_limit: int | None = field(default=None, metadata={"help": "Use its first rows only."})
+    eval_engine: EngineKind | None = field(
+        default=None, metadata={"help": "The engine of these evaluations. Default: the one trained on."}
+    )
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+
+    def __post_init__(self) -> None:
+        if self.eval_engine and not self.eval_dataset:
+            raise UserError("--eval_engine answers the searches of evaluations, which need --eval_dataset")
 
 
 @exit_on_user_error
@@ -75,11 +89,21 @@ def main(argv: list[str] | None = None) -> None:
     arguments, options, config, model = parse(
         RecipeArguments, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
     )
+    if (arguments.eval_dataset is None) != (config.eval_strategy == "no"):
+        raise UserError("an evaluation in training needs both: --eval_dataset, and --eval_strategy steps or epoch")
     prompts = PROMPT_SETS[arguments.prompt]
     with training_run(config, arguments.overwrite_output_dir, WRITTEN) as checkpoint:
         tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, config.trust_remote_code)
         questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
         engine = choose_engine(options, prompts)
+        eval_questions, eval_engine = None, engine
+        if arguments.eval_dataset:
+            eval_questions = load_questions(
+                arguments.eval_dataset, arguments.eval_dataset_split, arguments.eval_dataset_limit
+            )
+        if arguments.eval_engine:  # the price of an hour is that of the machine behind the other one
+            eval_options = replace(options, engine=arguments.eval_engine, engine_usd_per_hour=0.0)
+            eval_engine = make_engine(eval_options, prompts.simulator)
         config.model_init_kwargs = model_options(model, config)
         with user_mistakes(ImportError, RuntimeError):  # TRL's word on what does not fit together
             trainer = SearchTrainer(
@@ -91,21 +115,25 @@ def main(argv: list[str] | None = None) -> None:
                 advantages=ADVANTAGES,
                 noise=NOISE,
                 train_dataset=questions,
+                eval_dataset=eval_questions,
+                eval_engine=eval_engine,
                 processing_class=tokenizer,
                 peft_config=get_peft_config(model),
                 quantization_config=get_quantization_config(model),
             )
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except (SearchError, GenerationError) as error:  # their message says what to do, a traceback would not
+            train_watched(trainer, checkpoint)
+        except (SearchError, GenerationError, Collapse) as error:  # their message says what to do, no traceback would
             raise UserError(str(error)) from error
         trainer.save_model(config.output_dir)
         trainer.save_state()
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
         if config.process_index == 0:
-            print(costs(Path(config.output_dir), engine))
+            print(costs(Path(config.output_dir), engine, eval_engine))
         close_engine(engine)
+        if eval_engine is not engine:
+            close_engine(eval_engine)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
         load_questions(jsonl(tmp_path, ROW), limit=0)
 
 
+def test_golden_documents_are_kept_where_they_are_known(tmp_path: Path) -> None:
+    first, second = load_questions(jsonl(tmp_path, {**ROW, "golden_documents": ["Emma is by Jane Austen."]}, ROW))
+    assert (first["golden_documents"], second["golden_documents"]) == (["Emma is by Jane Austen."], None)
+    with pytest.raises(UserError, match="line 1: 'golden_documents' is 'Emma', not a list of texts"):
+        load_questions(jsonl(tmp_path, {**ROW, "golden_documents": "Emma"}))
+
+
 def write_parquet(path: Path, **columns: Any) -> str:
     rows = {"question": ["Who wrote Emma"], "golden_answers": [["Jane Austen", "Austen"]]}
     pq.write_table(pa.table(rows | columns), path)
@@ -345,4 +352,5 @@ def test_a_row_is_a_question_or_named_in_one_sentence(row: dict[str, Any], suffi
             assert found["golden_answers"] and all(
                 answer.strip() == answer != "" for answer in found["golden_answers"]
             )
-            assert isinstance(found["id"], str) and isinstance(found["dataset"], str) and len(found) == 4
+            assert isinstance(found["id"], str) and isinstance(found["dataset"], str)
+            assert found.keys() - {"golden_documents"} == {"id", "question", "golden_answers", "dataset"}

@@ -95,11 +95,16 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
         if not is_whole(Path(asked)):
             raise UserError(f"there is no checkpoint to resume from: {asked}")
         return asked
-    found = {folder: folder.name.removeprefix("checkpoint-") for folder in Path(output_dir).glob("checkpoint-*")}
-    whole = {int(step): folder for folder, step in found.items() if step.isdigit() and is_whole(folder)}
+    whole = whole_checkpoints(Path(output_dir))
     if not whole:
         raise UserError(f"there is no checkpoint to resume from: {output_dir}")
     return str(whole[max(whole)])
+
+
+def whole_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in a run's folder that were written to their end, by step."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return {int(step): path for path, step in found.items() if step.isdigit() and is_whole(path)}
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -1,7 +1,7 @@
 """Questions and passages: read from files, the Hub or TinyWorld, and checked row by row before anything runs.
 
-A question row is `{id, question, golden_answers, dataset}`; a passage is a row of wiki-18's format,
-`{"id", "contents": '"title"\\ntext'}`, which FlashRAG and Search-R1 share.
+A question row is `{id, question, golden_answers, dataset}`, with `golden_documents` where they are known; a passage
+is a row of wiki-18's format, `{"id", "contents": '"title"\\ntext'}`, which FlashRAG and Search-R1 share.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ ALL_BENCHMARKS = "benchmarks"  # names the seven at once
 # The paper scores 500 questions of each set and all 125 of Bamboogle; which 500, nobody has said.
 PAPER_QUESTIONS = 500
 
-COLUMNS = ("id", "question", "golden_answers", "dataset", "data_source")  # what is read of a question's row
+# What is read of a question's row; `golden_documents` are texts that lead to the answer, for rewards that want them.
+COLUMNS = ("id", "question", "golden_answers", "dataset", "data_source", "golden_documents")
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,9 @@ def _question(row: Mapping[str, Any], place: str, index: int, name: str) -> dict
     golden_answers = [answer.strip() for answer in golden_answers if answer.strip()]
     if not golden_answers:
         raise UserError(f"{place}: 'golden_answers' is empty")
+    golden = row.get("golden_documents")
+    if golden is not None and not (isinstance(golden, list) and all(isinstance(text, str) for text in golden)):
+        raise UserError(f"{place}: 'golden_documents' is {golden!r}, not a list of texts")
     dataset = row.get("dataset") or row.get("data_source") or name
     identifier = row.get("id")
     return {
@@ -285,6 +289,7 @@ def _question(row: Mapping[str, Any], place: str, index: int, name: str) -> dict
         "question": question.strip(),
         "golden_answers": golden_answers,
         "dataset": str(dataset),
+        **({} if golden is None else {"golden_documents": golden}),
     }
 
 

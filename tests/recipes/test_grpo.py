@@ -132,7 +132,9 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown prompt": (lambda s: s.update(prompt="mine"), "argument --prompt: invalid choice: 'mine'"),
     "unknown algorithm": (lambda s: s.update(algorithm="dpo"), "argument --algorithm: invalid choice: 'dpo'"),
     "quantized without LoRA": (lambda s: s.update(load_in_4bit=True), "a quantized policy cannot learn"),
-    "evaluation without questions": (lambda s: s.update(eval_strategy="steps"), "eval_dataset"),
+    "evaluation without questions": (lambda s: s.update(eval_strategy="steps"), "needs both: --eval_dataset, and"),
+    "questions never evaluated": (lambda s: s.update(eval_dataset=s["dataset"]), "--eval_strategy steps or epoch"),
+    "engine never evaluated": (lambda s: s.update(eval_engine="bm25"), "which need --eval_dataset"),
     "no such attention": (lambda s: s.update(attn_implementation="flash_attention_2"), "FlashAttention2"),
     "no such tracker": (lambda s: s.update(report_to="wandb"), "wandb"),
     "no such LoRA target": (lambda s: s.update(use_peft=True, lora_target_modules="nowhere"), "nowhere"),
@@ -188,6 +190,35 @@ def test_a_run_by_plain_python_is_pushed_overwritten_and_resumed(
     assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1}
     load_recipe("grpo").main([*flags, "--resume_from_checkpoint", "true", "--max_steps", "2"])
     assert {json.loads(line)["step"] for line in (output / "trajectories.jsonl").open()} == {1, 2}
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_with_another_engine_and_keeps_the_best(
+    settings: dict[str, Any],
+    chat_server: ChatServer,
+    load_recipe: LoadRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    documents = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
+    chat_server.write = lambda messages: documents
+    settings |= {"engine": "simulated", "simulator_url": chat_server.url, "max_steps": 3, "learning_rate": 3e-3}
+    settings |= {"eval_dataset": settings["dataset"], "eval_dataset_limit": 5, "eval_engine": "bm25", "eval_steps": 1}
+    settings |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "metric_for_best_model": "f1"}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | {"load_best_model_at_end": True}))
+    load_recipe("grpo").main(["--config", str(config)])
+    scores = {entry["step"]: entry["eval_f1"] for entry in log_of(settings) if "eval_f1" in entry}
+    assert list(scores) == [1, 2, 3]
+    best, output = max(scores, key=lambda step: scores[step]), Path(settings["output_dir"])
+    saved = {step: (output / f"checkpoint-{step}/model.safetensors").read_bytes() for step in scores}
+    assert (output / "model.safetensors").read_bytes() == saved[best]
+    assert len(set(saved.values())) == 3
+    trained = json.loads((output / "engine_queries.json").read_text())
+    evaluated = json.loads((output / "evaluation_queries.json").read_text())
+    assert trained == {"simulated": len(chat_server.requests)}
+    assert list(evaluated) == ["bm25"]
+    assert "bm25, evaluation" in capsys.readouterr().out
 
 
 @pytest.mark.slow

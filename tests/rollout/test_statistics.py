@@ -17,7 +17,7 @@ def test_rollout_metrics_by_hand() -> None:
     ]
     turns[0].num_observation_tokens = 10
     turns[0].is_observation_cut = turns[1].is_cut = turns[2].is_observation_cut = True
-    one = Trajectory([1], 0.5, turns=turns, outcome="answered")
+    one = Trajectory([1], 0.5, turns=turns, outcome="answered", logprobs=[-3.0, 0.0, -6.0])
     other = Trajectory([1], 0.5, turns=[Turn("", "search", "q", 6, latency_s=0.2)], outcome="failed_search")
     facts = [TrajectoryFacts.of(one), TrajectoryFacts.of(other)]
     metrics = rollout_metrics(facts, [RolloutClock(4.0, 2.0, 1.0), RolloutClock(2.0, 2.0, 0.0)])
@@ -36,6 +36,7 @@ def test_rollout_metrics_by_hand() -> None:
             "search/turns_exhausted": 0.0,
             "search/truncated": 0.0,
             "search/failed_search": 0.5,
+            "search/logprob": -0.5,
             "search/noisy_share": 0.6,
             "search/latency_median_s": 0.2,
             "search/latency_p95_s": 0.2,

@@ -177,6 +177,9 @@ def test_noise_can_be_kept_from_the_relation_that_is_asked_for(tmp_path: Path) -
 
 def test_question_rows_have_the_columns_of_a_benchmark():
     rows = question_rows(EVALUATION, 50, seed=0)
-    assert [set(row) for row in rows] == [{"id", "question", "golden_answers", "dataset"}] * 50
+    assert [set(row) for row in rows] == [{"id", "question", "golden_answers", "dataset", "golden_documents"}] * 50
+    facts = {fact.sentence for fact in EVALUATION.facts}
+    assert all(set(row["golden_documents"]) <= facts for row in rows)
+    assert {len(row["golden_documents"]) for row in rows if row["dataset"] == "tinyworld_two_hop"} == {2}
     assert len({row["id"] for row in rows}) == 50
     assert {row["dataset"] for row in rows} == {"tinyworld_one_hop", "tinyworld_two_hop", "tinyworld_comparison"}

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
-from zerosearch.training.runs import append_trajectories, count_queries, forget_later_steps
+import pytest
+
+from zerosearch.engines.account import Account
+from zerosearch.training.runs import (
+    EVALUATION_QUERIES,
+    QUERIES,
+    append_trajectories,
+    costs,
+    count_queries,
+    forget_later_steps,
+)
 
 
 def test_trajectories_of_later_steps_are_forgotten(tmp_path: Path) -> None:
@@ -30,5 +41,24 @@ def test_half_a_line_of_a_killed_run_is_dropped_before_the_next_step(tmp_path: P
 
 def test_queries_add_up_by_engine(tmp_path: Path) -> None:
     for engine, sent in (("bm25", 2), ("simulated", 3), ("bm25", 4)):
-        count_queries(tmp_path, engine, sent)
+        count_queries(tmp_path / QUERIES, engine, sent)
     assert json.loads((tmp_path / "engine_queries.json").read_text()) == {"bm25": 6, "simulated": 3}
+
+
+def test_the_queries_of_evaluations_stand_apart_at_the_price_of_their_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 3600.0)
+    accounts = [Account("simulated", usd_per_hour=2.0), Account("google", sent=10, usd=0.1)]
+    trained, evaluated = (SimpleNamespace(name=account.engine, account=account) for account in accounts)
+    accounts[0].opened = 0.0
+    assert costs(tmp_path, trained, evaluated) == "", "no search was made"
+    count_queries(tmp_path / EVALUATION_QUERIES, "google", 300)
+    assert [line.split() for line in costs(tmp_path, trained, evaluated).splitlines()[1:]] == [
+        ["google,", "evaluation", "300", "2.75", "3.00"]
+    ]
+    count_queries(tmp_path / QUERIES, "simulated", 30)
+    assert [line.split() for line in costs(tmp_path, trained, evaluated).splitlines()[1:]] == [
+        ["simulated", "30", "0.28", "2.00"],
+        ["google,", "evaluation", "300", "2.75", "3.00"],
+    ]

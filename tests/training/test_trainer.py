@@ -23,6 +23,7 @@ from zerosearch.engines import SearchError
 from zerosearch.errors import UserError
 from zerosearch.noise import NoiseSchedule, keyed_uniform
 from zerosearch.prompts import PAPER
+from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.micro_batches import policy_mask
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchTrainer
@@ -81,21 +82,23 @@ def test_a_rank_learns_from_its_own_rewards(make_trainer: MakeTrainer, monkeypat
 def test_an_advantage_function_sees_rewards_trajectories_and_group(make_trainer: MakeTrainer) -> None:
     seen: list[Any] = []
 
-    def advantages(rewards: torch.Tensor, trajectories: list[Any], group: int) -> torch.Tensor:
-        seen.extend([rewards, trajectories, group])
+    def advantages(rewards: torch.Tensor, trajectories: list[Any], group: int, **kwargs: Any) -> torch.Tensor:
+        seen.extend([rewards, trajectories, group, kwargs])
         return torch.arange(8.0)
 
     batch = one_batch(make_trainer(arguments={"advantages": advantages}))
     assert batch["advantages"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-    rewards, trajectories, group = seen
+    rewards, trajectories, group, by_name = seen
     assert (rewards.shape, len(trajectories), group) == ((8,), 8, 4)
     assert all(trajectory.turns and trajectory.outcome for trajectory in trajectories)
+    assert by_name.keys() == {"id", "dataset", "question", "golden_answers", "log_likelihoods"}
+    assert by_name["question"] == ["Who wrote 0?"] * 4 + ["Who wrote 1?"] * 4
 
 
 def test_an_advantage_a_turn_holds_for_the_tokens_of_the_turn(make_trainer: MakeTrainer) -> None:
     kept: list[Any] = []
 
-    def by_turn(rewards: torch.Tensor, trajectories: list[Any], group: int) -> list[list[float]]:
+    def by_turn(rewards: torch.Tensor, trajectories: list[Any], group: int, **_: Any) -> list[list[float]]:
         kept.extend(trajectories)
         return [[1.0 + turn for turn in range(len(trajectory.turns))] for trajectory in trajectories]
 
@@ -115,9 +118,9 @@ def test_an_advantage_a_turn_holds_for_the_tokens_of_the_turn(make_trainer: Make
 
 def test_wrong_advantages_and_noise_are_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(UserError, match=r"returned 3 rows, and there are 8 trajectories"):
-        one_batch(make_trainer(arguments={"advantages": lambda *_: [1.0] * 3}))
+        one_batch(make_trainer(arguments={"advantages": lambda *_, **__: [1.0] * 3}))
     with pytest.raises(UserError, match=r"returned 9999 numbers for a trajectory of \d+ turns and \d+ tokens"):
-        one_batch(make_trainer(arguments={"advantages": lambda *_: [[1.0] * 9999] * 8}))
+        one_batch(make_trainer(arguments={"advantages": lambda *_, **__: [[1.0] * 9999] * 8}))
     with pytest.raises(UserError, match=r"the noise function returned 1\.5 at step 1"):
         one_batch(make_trainer(arguments={"noise": lambda *_: 1.5}))
     with pytest.raises(UserError, match="ppo has the advantages of its critic"):
@@ -362,9 +365,47 @@ def test_the_critic_learns_each_window_by_its_share_of_the_tokens(
     assert learned == [(1, tokens / 4)] * 4, "each of four updates is a mean over a quarter of the tokens"
 
 
-def test_an_evaluation_during_training_is_free_of_noise(make_trainer: MakeTrainer) -> None:
-    engine = RainEngine()
-    arguments = {"eval_dataset": datasets.Dataset.from_list(ROWS[:2])}
-    trainer = make_trainer(engine, arguments, per_device_eval_batch_size=8, noise_start=0.75, noise_end=0.75)
-    assert trainer.evaluate()["eval_search/p_noise"] == 0.0
-    assert {request.p_noise for request in engine.requests} == {0.0}
+def test_an_evaluation_in_training_is_greedy_free_of_noise_and_has_an_engine_of_its_own(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    engine, other = RainEngine(), RainEngine()
+    other.name = "storm"
+    advantages = lambda *_, **__: pytest.fail("an evaluation needs no advantages")  # noqa: E731
+    rows = [{**row, "golden_answers": ["nobody"]} if n % 2 else row for n, row in enumerate(ROWS[:5])]
+    arguments = {"eval_dataset": datasets.Dataset.from_list(rows), "eval_engine": other, "advantages": advantages}
+    settings = {"per_device_eval_batch_size": 4, "noise_start": 0.75, "noise_end": 0.75, "seed": 1}
+    trainer = make_trainer(engine, arguments, **settings)
+    found = trainer.evaluate()
+    assert found["eval_search/p_noise"] == 0.0 and not engine.requests
+    assert {request.p_noise for request in other.requests} == {0.0}
+    assert trainer.state.log_history[-1]["eval_em"] == found["eval_em"], "logged as TRL logs"
+    again = make_trainer(engine, arguments, **settings | {"seed": 2}).evaluate()
+    names = ["eval_em", "eval_f1", "eval_search/policy_tokens"]
+    assert [found[name] for name in names] == [again[name] for name in names], "no seed decides: it is greedy"
+    sent = 2 * len(other.requests)  # each reply says that it took one retry
+    assert json.loads((tmp_path / "policy/evaluation_queries.json").read_text()) == {"storm": sent}
+    assert not (tmp_path / "policy/engine_queries.json").exists()
+
+
+def test_the_scores_of_an_evaluation_are_means_over_questions(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["Emma", "rain", "rain", None, "Emma", None])  # of six questions: four, then two in a last batch
+    outcomes = iter(["answered"] * 3 + ["turns_exhausted", "answered", "failed_search"])
+
+    def roll_out(rows: Any, *_: Any, **__: Any) -> list[Trajectory]:
+        return [
+            Trajectory([1], 0.0, [2, 3], [1, 1], [-1.0, -1.0], answer=next(answers), outcome=next(outcomes))
+            for _ in rows
+        ]
+
+    monkeypatch.setattr("zerosearch.training.trainer.run_rollouts", roll_out)
+    rows = [{**row, "golden_answers": ["Emma"]} for row in ROWS[:6]]
+    arguments = {"eval_dataset": datasets.Dataset.from_list(rows)}
+    trainer = make_trainer(None, arguments, per_device_eval_batch_size=4, max_failed_search_share=1.0)
+    assert trainer.evaluate()["eval_em"] == 2 / 5, "of the five questions whose searches came back"
+
+
+def test_further_trajectories_of_a_greedy_evaluation_are_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UserError, match="num_generations_eval is 4: an evaluation in training is greedy"):
+        make_trainer(num_generations_eval=4)

@@ -52,7 +52,8 @@ class SearchEngine(Protocol):
     """Anything that answers a search. At most `max_concurrency` searches are in flight at once.
 
     An engine may have more: `identity()`, a dictionary of what its results depend on, for manifests and the cache;
-    `reads_query_only`, true if they depend on the query alone; and an `account` (zerosearch.engines.account).
+    `reads_query_only`, true if they depend on the query alone; and an `account` (zerosearch.engines.account). One that
+    asks several others, each with an account of its own, names them in `engines`: each one's queries are counted.
     """
 
     name: str

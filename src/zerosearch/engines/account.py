@@ -96,17 +96,26 @@ class Account:
         """Return the price of the calls and of the machine so far."""
         return self.usd_of(self.sent)
 
-    def usd_of(self, sent: int) -> float:
-        """Return the price of so many calls, of all ranks and of a run before its resume as well.
+    def price_of(self, sent: int) -> float:
+        """Return the price of so many calls, at the mean of those made here."""
+        return self.usd / max(self.sent, 1) * sent
 
-        The mean price of those made here counts for all of them, and the machine for the time of this process.
+    def usd_of(self, sent: int) -> float:
+        """Return the price of so many calls, of all ranks and of a run before its resume as well, and of the machine.
+
+        The machine counts for the time of this process.
         """
-        hours = (time.monotonic() - self.opened) / 3600
-        return self.usd / max(self.sent, 1) * sent + hours * self.usd_per_hour
+        return self.price_of(sent) + (time.monotonic() - self.opened) / 3600 * self.usd_per_hour
 
     def counts(self) -> dict[str, int]:
         """Return what was asked, as JSON."""
         return {name: getattr(self, name) for name in COUNTS}
+
+
+def accounts_of(engine: SearchEngine) -> list[Account]:
+    """Return the accounts of an engine; of each, where it asks several that it names in `engines`."""
+    parts = getattr(engine, "engines", [engine])
+    return [account for one in parts if (account := getattr(one, "account", None))]
 
 
 @dataclass(frozen=True)
@@ -197,8 +206,8 @@ def cost_table(queries: Mapping[str, int], usd: Mapping[str, float]) -> str:
 
     An engine that `usd` does not name is free.
     """
-    lines = [f"{'engine':<16} {'queries':>9} {'USD at Google':>14} {'USD here':>9}"]
+    lines = [f"{'engine':<22} {'queries':>9} {'USD at Google':>14} {'USD here':>9}"]
     for engine, count in queries.items():
         at_google = count * GOOGLE_USD_PER_QUERY
-        lines.append(f"{engine:<16} {count:>9,} {at_google:>14,.2f} {usd.get(engine, 0.0):>9,.2f}")
+        lines.append(f"{engine:<22} {count:>9,} {at_google:>14,.2f} {usd.get(engine, 0.0):>9,.2f}")
     return "\n".join(lines)

@@ -262,7 +262,10 @@ class World:
 
 
 def question_rows(world: World, n_questions: int, seed: int) -> list[dict[str, object]]:
-    """Return questions as rows `{id, question, golden_answers, dataset}`; the dataset names the kind of question."""
+    """Return questions as rows `{id, question, golden_answers, dataset, golden_documents}`.
+
+    The dataset names the kind of question; the documents are the facts that lead to the answer, in their order.
+    """
     questions = islice(world.questions(random.Random(f"questions-{seed}")), n_questions)
     return [
         {
@@ -270,6 +273,7 @@ def question_rows(world: World, n_questions: int, seed: int) -> list[dict[str, o
             "question": question.text,
             "golden_answers": list(question.golden_answers),
             "dataset": f"tinyworld_{question.kind}",
+            "golden_documents": [fact.sentence for fact in question.path],
         }
         for number, question in enumerate(questions)
     ]

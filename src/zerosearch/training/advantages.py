@@ -5,8 +5,9 @@ each policy token. A reward of NaN marks a trajectory that nothing can be learne
 advantage is 0, and it takes part in no statistic.
 
 A user's `AdvantageFunction` gets the rewards (N,), the N trajectories and the size of a group, consecutive
-trajectories of one question. It returns one number a trajectory, (N,), or a list for each trajectory with one number
-a turn or one a completion token.
+trajectories of one question; by name the columns of the dataset, a list of N each, and `log_likelihoods`, what the
+policy thinks of texts (`training.likelihoods`): like a reward function it takes `**kwargs`. It returns one
+number a trajectory, (N,), or a list for each trajectory with one number a turn or one a completion token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from zerosearch.errors import UserError
 from zerosearch.rollout.trajectory import Trajectory
 
-AdvantageFunction = Callable[[torch.Tensor, Sequence[Trajectory], int], Any]
+AdvantageFunction = Callable[..., Any]
 
 Baseline = Literal["none", "group", "batch"]
 Scale = Literal["group", "batch", "none"]
@@ -121,13 +122,18 @@ def whiten(
 
 
 def custom_advantages(
-    function: AdvantageFunction, rewards: torch.Tensor, trajectories: Sequence[Trajectory], group: int, own: slice
+    function: AdvantageFunction,
+    rewards: torch.Tensor,
+    trajectories: Sequence[Trajectory],
+    group: int,
+    own: slice,
+    **by_name: Any,
 ) -> torch.Tensor:
     """Return the function's advantages of the rows `own` of all (N,): (n,), or (n, T) if they differ by turn or token.
 
     Raises `UserError` if it does not return one row a trajectory.
     """
-    returned = function(rewards, trajectories, group)
+    returned = function(rewards, trajectories, group, **by_name)
     if isinstance(returned, torch.Tensor) and returned.shape == rewards.shape:
         return returned[own].to(rewards).nan_to_num(nan=0.0)
     if len(returned) != len(trajectories):

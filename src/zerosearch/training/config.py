@@ -16,6 +16,7 @@ from zerosearch.generation.loading import fit_to_cpu
 from zerosearch.noise import NoiseSchedule
 from zerosearch.rollout.loop import RolloutSettings
 from zerosearch.training.advantages import Baseline
+from zerosearch.training.sentinel import OnCollapse
 
 Algorithm = Literal["reinforce", "rloo", "grpo", "ppo"]
 # Losses that clip a ratio and weight it by an advantage of any shape; TRL's others are made for GRPO's.
@@ -43,6 +44,9 @@ class SearchConfig(RolloutSettings, GRPOConfig):
     gradient_accumulation_steps: int = field(default=16, metadata={"help": "Micro-batches a step."})
     num_generations: int | None = field(
         default=5, metadata={"help": "Trajectories a prompt (Table 8: 64 x 5 a step)."}
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Trajectories a question of an evaluation in training, which is greedy: 1."}
     )
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
@@ -101,6 +105,14 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         default=0.1,
         metadata={"min": 0, "max": 1, "help": "Stop when more of a step's trajectories lost a search (our choice)."},
     )
+    on_collapse: OnCollapse = field(
+        default="stop",
+        metadata={
+            "help": "When the log shows a collapse (training/sentinel.py): stop, rollback to the last healthy "
+            "checkpoint at half the learning rate, or only warn (our choice)."
+        },
+    )
+    max_rollbacks: int = field(default=3, metadata={"min": 1, "help": "How often a run may go back."})
     logged_trajectories: int = field(
         default=4, metadata={"help": "Trajectories of each step that go to <output_dir>/trajectories.jsonl."}
     )
@@ -148,6 +160,11 @@ class SearchConfig(RolloutSettings, GRPOConfig):
                 f"multi_objective_aggregation is {self.multi_objective_aggregation!r}: rewards are added up "
                 "first, for every algorithm alike; sum_then_normalize works"
             )
+        if self.num_generations_eval != 1:
+            raise UserError(
+                f"num_generations_eval is {self.num_generations_eval}: an evaluation in training is greedy, so "
+                "further trajectories of a question would be the same; 1 works"
+            )
         for name in ("epsilon", "learning_rate"):
             if getattr(self, name) < 0.0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
@@ -156,6 +173,8 @@ class SearchConfig(RolloutSettings, GRPOConfig):
                 f"temperature is {self.temperature}: greedy turns are all alike, and log-probabilities are divided by "
                 "it; temperature 1.0 works"
             )
+        if self.on_collapse == "rollback" and self.save_strategy == "no":
+            raise UserError("on_collapse rollback goes back to a checkpoint; --save_strategy steps keeps some")
         if self.sync_ref_model and self.beta == 0.0:
             raise UserError(
                 "sync_ref_model moves the reference model, and with beta 0 there is none; beta 0.001 works"

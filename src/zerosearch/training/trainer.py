@@ -9,14 +9,18 @@ and tests hold the names:
 3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` skip work that changes no result: see `micro_batches`;
 4. `_compute_loss` is TRL's on the policy's tokens, without the KL for PPO, whose reward holds it;
 5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic, too;
-6. `_metrics` and `_logs` are what TRL logs, `_step` and `_buffered_inputs` the place within an optimizer step.
+6. `_metrics` and `_logs` are what TRL logs, `_step` and `_buffered_inputs` the place within an optimizer step,
+   `_last_loaded_step` that of the weights in vLLM, `_current_train_step_time` what the step took so far.
 """
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +31,15 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from zerosearch.checkpoints import FinishedRuns
+from zerosearch.checkpoints import FinishedRuns, whole_checkpoints
 from zerosearch.data import row_number
-from zerosearch.engines import SearchEngine, SearchError
+from zerosearch.engines import SearchEngine
 from zerosearch.errors import UserError
-from zerosearch.generation import GenerationError
 from zerosearch.generation.adapter_weights import push_merged_copies
-from zerosearch.generation.tokenization import decoded_text
 from zerosearch.generation.vllm_server import policy_server_client
 from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
 from zerosearch.rollout.loop import run_rollouts
-from zerosearch.rollout.statistics import TrajectoryFacts, rollout_metrics
 from zerosearch.rollout.trajectory import RolloutClock, Trajectory
 from zerosearch.training.advantages import (
     AdvantageFunction,
@@ -50,8 +51,10 @@ from zerosearch.training.advantages import (
 from zerosearch.training.config import SearchConfig, check_arguments
 from zerosearch.training.critic import Critic
 from zerosearch.training.generators import policy_generator
+from zerosearch.training.likelihoods import log_likelihoods
 from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
-from zerosearch.training.runs import append_trajectories, count_queries, forget_later_steps
+from zerosearch.training.runs import forget_later_steps, log_rollout
+from zerosearch.training.sentinel import CollapseSentinel
 
 # From the step, counted from 1, the number of steps, and what was logged so far (TRL's `log_history`) to p_noise.
 NoiseFunction = Callable[[int, int, Sequence[Mapping[str, Any]]], float]
@@ -73,9 +76,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     - `engine`, which answers the searches;
     - `agent`, how the policy is asked and documents are shown to it;
     - `advantages`, in place of those of `args.algorithm` (not for ppo): see `training.advantages`;
-    - `noise`, in place of Eq. 1 from `args.noise_start` to `args.noise_end`.
+    - `noise`, in place of Eq. 1 from `args.noise_start` to `args.noise_end`;
+    - `eval_engine`, which answers the searches of evaluations, by default `engine`.
     Rows of the dataset are `{id, question, golden_answers, dataset}`; one with a `prompt` of its own is asked that.
     Reward functions get `answer`, `outcome` and `trajectories` beside TRL's arguments.
+    An evaluation (`eval_dataset`, `args.eval_strategy`) is greedy and free of noise, and logs the means of `METRICS`
+    over all its questions as `eval_em`, `eval_f1` and `eval_cover_em`.
     Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine of the
     policy does. Before these and any other exception of a rollout, a checkpoint is saved.
     """
@@ -84,6 +90,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     args: SearchConfig
     beta: float
     entropy_coef: Any
+    optimizer: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
@@ -94,10 +101,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         agent: Agent = PAPER.policy,
         advantages: AdvantageFunction | None = None,
         noise: NoiseFunction | None = None,
+        eval_engine: SearchEngine | None = None,
         **kwargs: Any,
     ) -> None:
         schedule = args.noise_schedule()
-        self.engine, self.agent, self.advantages = engine, agent, advantages
+        self.engine, self.eval_engine = engine, eval_engine or engine
+        self.agent, self.advantages = agent, advantages
         self.noise = noise or (lambda step, total_steps, history: schedule.p_noise(step, total_steps))
         self._handed = Handed()
         if advantages is not None and args.algorithm == "ppo":
@@ -109,6 +118,9 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         with warnings.catch_warnings(), colocated_engine_options(dtype), policy_server_client():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(args=args, rollout_func=SearchTrainer._rollout, **kwargs)
+        self.add_callback(CollapseSentinel(args.on_collapse))
+        if args.on_collapse == "rollback" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise UserError("on_collapse rollback works unsharded; with stop, resume from the checkpoint it names")
         let_quantized_policy_learn(self.model)
         if args.use_vllm and is_peft_model(self.model):
             push_merged_copies(self.vllm_generation)
@@ -129,9 +141,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         return sampler
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Roll out and score this rank's rows, and replace TRL's advantages by ours."""
+        """Roll out and score this rank's rows, and replace TRL's advantages by ours; an evaluation needs none."""
         self._handed.rows = inputs
+        columns = [name for name in inputs[0] if name != "prompt"]  # before the rollout adds its own
         batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return batch
         assert self._handed.rewards is not None
         weighted = self._handed.rewards * self.reward_weights.to(self._handed.rewards.device)
         rewards = weighted.nansum(1).masked_fill(weighted.isnan().all(1), torch.nan)  # (N,)
@@ -140,8 +155,10 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         if self.critic is not None:
             batch |= self._ppo_advantages(batch, rewards[own], self.critic)
         elif self.advantages is not None:
-            everyone = gather_object([row["trajectories"] for row in inputs])
-            custom = custom_advantages(self.advantages, rewards, everyone, self._group, own)
+            everyone = gather_object([[row["trajectories"], *(row[name] for name in columns)] for row in inputs])
+            trajectories, *values = map(list, zip(*everyone, strict=True))
+            by_name = dict(zip(columns, values, strict=True)) | {"log_likelihoods": partial(log_likelihoods, self)}
+            custom = custom_advantages(self.advantages, rewards, trajectories, self._group, own, **by_name)
             width = batch["completion_ids"].shape[1]
             batch["advantages"] = custom if custom.ndim == 1 else pad(custom, (0, width - custom.shape[1]))
         else:
@@ -157,6 +174,11 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._handed.rewards = super()._calculate_rewards(*args, **kwargs)
         return self._handed.rewards
+
+    @property
+    def current_engine(self) -> SearchEngine:
+        """Return the engine that answers now: in an evaluation it may be another."""
+        return self.engine if self.model.training else self.eval_engine
 
     @property
     def _group(self) -> int:
@@ -181,7 +203,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             logps, _, _ = self._get_per_token_logps_and_entropies(self.model, *whole(batch), width, size)
         found, logged = critic.advantages(batch, rewards, logps)
         for name, value in logged.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._metrics["train"][name].append(value)
         return found
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -260,23 +282,25 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         """TRL `rollout_func` for this rank's rows: a trajectory each, and the fields that reward functions read."""
         rows, clock = trainer._handed.rows, RolloutClock()
         assert len(prompts) == len(rows)
+        settings = copy(trainer.args)
+        if not trainer.model.training:
+            settings.temperature = 0.0  # an evaluation is greedy
         trajectories: list[Trajectory] = []
         failure: Exception | None = None
         try:
             trajectories = run_rollouts(
                 rows,
                 trainer.generator,
-                trainer.engine,
-                trainer.args,
+                trainer.current_engine,
+                settings,
                 p_noise=trainer._p_noise(),
                 keys=trainer._keys(rows),
                 clock=clock,
                 agent=trainer.agent,
             )
-        except Exception as error:  # raised in `_log_rollout`, once every rank has saved its part of a checkpoint
+        except Exception as error:  # raised in `log_rollout`, once every rank has saved its part of a checkpoint
             failure = error
-        trainer._log_rollout(trajectories, clock, failure)
-        trainer._record_trajectories(rows, trajectories)
+        log_rollout(trainer, rows, trajectories, clock, failure)
         masks = [trainer._loss_mask(trajectory) for trajectory in trajectories]
         trainer._handed.scored = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
@@ -317,51 +341,10 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         step = self.state.global_step + 1
         return [(self.args.seed, step, row_number(row), (first + place) % group) for place, row in enumerate(rows)]
 
-    def _log_rollout(self, trajectories: list[Trajectory], clock: RolloutClock, failure: Exception | None) -> None:
-        """Log the rollout over all ranks, count its queries, and stop the run if it or too many searches failed.
-
-        `failure` is what ended this rank's rollout, `None` if nothing did.
-        """
-        step = self.state.global_step + 1
-        own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
-        account = getattr(self.engine, "account", None)
-        sent = account.newly_sent() if account else sum(fact.searches + fact.retries for fact in own_facts)
-        ranks = gather_object([(own_facts, clock, failure and f"{failure}", sent)])
-        if self.accelerator.is_main_process:
-            count_queries(Path(self.args.output_dir), self.engine.name, sum(rank_sent for *_, rank_sent in ranks))
-        failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure is not None]
-        if failures:
-            self._save_progress()
-            if failure is not None and not isinstance(failure, GenerationError):
-                raise failure
-            raise GenerationError(f"step {step} could not be rolled out: {failures[0]}")
-        facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
-        metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
-        metrics["search/p_noise"] = trajectories[0].p_noise
-        for name, value in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-        failed = metrics["search/failed_search"]
-        if failed > self.args.max_failed_search_share:
-            self._save_progress()
-            raise SearchError(
-                f"{failed:.0%} of the trajectories of step {step} lost a search, more than max_failed_search_share "
-                f"({self.args.max_failed_search_share:.0%}) allows: {next(fact.error for fact in facts if fact.error)}"
-            )
-
-    def _save_progress(self) -> None:
+    def save_progress(self) -> None:
+        """Save a checkpoint, unless nothing has been learned yet."""
         if self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
-
-    def _record_trajectories(self, rows: Sequence[Mapping[str, Any]], trajectories: list[Trajectory]) -> None:
-        """Write down a few trajectories, spread over the rows of the first rank."""
-        wanted = min(self.args.logged_trajectories, len(rows))
-        if not self.accelerator.is_main_process or not self.model.training or wanted < 1:
-            return
-        step, records = self.state.global_step + 1, []
-        for place in range(0, len(rows), len(rows) // wanted)[:wanted]:
-            prompt = decoded_text(self._tokenizer, trajectories[place].prompt_ids)
-            records.append(trajectories[place].to_record(rows[place], prompt, step))
-        append_trajectories(Path(self.args.output_dir), records)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the critic first: a checkpoint is whole once TRL has written its trainer_state.json."""
@@ -374,10 +357,27 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        # At the learning rate that is asked for now, which the checkpoint's would hide.
+        bases = getattr(self.lr_scheduler, "base_lrs", [])  # DeepSpeed's own scheduler has none
+        for place, base in enumerate(bases):
+            group = self.optimizer.param_groups[place]
+            group["lr"] *= self.args.learning_rate / base if base else 1.0
+            bases[place], self.lr_scheduler._last_lr[place] = self.args.learning_rate, group["lr"]
         if self.critic is not None:
             self.critic.load(Path(checkpoint) / "critic")
         if self.accelerator.is_main_process:
             forget_later_steps(Path(self.args.output_dir), self.state.global_step)
+
+    def begin_again(self, checkpoint: Path) -> None:
+        """Forget what came after a checkpoint of this run, so that `train` can go on from it in the same process."""
+        later = whole_checkpoints(checkpoint.parent).keys() - range(int(checkpoint.name.split("-")[1]) + 1)
+        if self.accelerator.is_main_process:
+            for step in later:
+                shutil.rmtree(checkpoint.with_name(f"checkpoint-{step}"))
+        self.accelerator.wait_for_everyone()
+        self.optimizer = self._buffered_inputs = None
+        self._step, self._last_loaded_step, self._current_train_step_time = 0, -1, 0.0
+        self._metrics["train"].clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's step time beside the other times, too."""
