@@ -78,7 +78,7 @@ def split_script() -> ModuleType:
 def test_every_stage_is_a_command_that_its_recipe_takes(
     recipe: ModuleType, given: list[str], commands: dict[str, list[str]], load_recipe: Callable[[str], ModuleType]
 ) -> None:
-    recipe.main([*given, "--rl_steps", "7", "--algorithm", "grpo", "--baseline", "none", "--beta", "0.01"])
+    recipe.main([*given, "--rl_steps", "7", "--baseline", "group", "--beta", "0.01"])
     assert tuple(commands) == STAGES
     policy, simulator, rl = (load_recipe(name) for name in ("sft_policy", "sft_simulator", "grpo"))
     evaluation, fidelity = load_recipe("evaluate"), load_recipe("measure_fidelity")
