@@ -60,7 +60,7 @@ class CollectArguments:
 class CollectEngine(EngineOptions):
     """The engine to collect from: a real one, for a simulator has nothing to learn from another."""
 
-    engine: Literal["google", "retriever", "bm25"] = field(  # type: ignore[assignment]
+    engine: Literal["google", "api", "retriever", "bm25"] = field(  # type: ignore[assignment]
         default="google", metadata={"help": "The search engine (paper: Google)."}
     )
 

@@ -11,8 +11,8 @@ and every engine it can use, and one table compares them. The paper's seven benc
 
 Writes results.json (scores with 95 % intervals and a manifest), trajectories.jsonl (every question) and table.md to
 the output folder, and with several evaluations a folder for each. One that was killed, or stopped at
-`--max_usd`, `--max_seconds` or a limit of `--engine google`, goes on with `--resume true`. What Google answers stays
-there, too, in searches.sqlite: no query is paid for twice. A value comes from the defaults, then
+`--max_usd`, `--max_seconds` or a limit of `--engine google`, goes on with `--resume true`. What Google or another
+service answers stays there, too, in searches.sqlite: no query is paid for twice. A value comes from the defaults, then
 `--config FILE.yaml`, then flags. With `--engine simulated`, start a simulator first (recipes/serve_simulator.py).
 """
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         engines: list[SearchEngine] = []
         for options in engine_options.each() if any(agent.searches for agent in agents) else []:
-            if options.engine == "google":  # what it answers is recorded in any case: it is paid for once
+            if options.engine in ("google", "api"):  # what it answers is recorded in any case: it is paid for once
                 options.search_cache = options.search_cache or str(output_dir / PAID_SEARCHES)
             engines.append(make_engine(options, prompts.simulator))
             stack.callback(close_engine, engines[-1])

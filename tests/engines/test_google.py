@@ -16,7 +16,7 @@ import pytest
 from http_servers import Server, in_turn
 
 from zerosearch import http
-from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, google
+from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, search_api
 from zerosearch.engines.cache import CachedEngine
 from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
 from zerosearch.errors import UserError
@@ -215,8 +215,8 @@ def test_the_rate_holds_for_searches_in_flight(server: Server, monkeypatch: pyte
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr(google, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(google, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(search_api, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(search_api, "asyncio", SimpleNamespace(sleep=sleep))
     server.answer = in_turn((200, SERPER_PAGE))
     searched(server, "serper", *[REQUEST] * 8, queries_per_s=20.0)
     assert len(server.seen) == 8

@@ -16,6 +16,7 @@ from zerosearch.engines.bm25 import BM25Engine, BM25Index
 from zerosearch.engines.cache import CachedEngine
 from zerosearch.engines.google import GoogleEngine
 from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.engines.search_api import SearchAPIEngine
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.rollout.loop import RolloutSettings
@@ -54,8 +55,16 @@ def test_google_by_its_flags(tmp_path: Path) -> None:
     engine = make_engine(options, "")
     assert isinstance(engine, GoogleEngine)
     assert (engine.provider, engine.account.max_usd, engine.num_documents) == ("serper", 2.5, 5)
-    assert engine.service.url == "https://google.serper.dev/search"
+    assert engine.api.url == "https://google.serper.dev/search"
     assert "secret" not in repr(options)
+
+
+def test_a_described_service_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAVILY_API_KEY", "tvly")
+    options = parsed("--engine", "api", "--api", "recipes/engines/tavily.yaml", "--num_documents", "3")
+    engine = make_engine(options, "")
+    assert isinstance(engine, SearchAPIEngine)
+    assert (engine.name, engine.key, engine.num_documents) == ("tavily", "tvly", 3)
 
 
 def test_a_retriever_by_its_flags(corpus: Path) -> None:
@@ -116,6 +125,8 @@ MISTAKES = {
         "no retriever answers at http://127.0.0.1:9/retrieve",
     ),
     "no key": (["--engine", "google"], "serpapi needs a key: set SERPAPI_API_KEY, or pass --google_key_file"),
+    "no description": (["--engine", "api"], "--engine api needs --api, a YAML file that describes the service"),
+    "no file": (["--engine", "api", "--api", "none.yaml"], "none.yaml does not describe a search service: FileNotF"),
     "no rate": (["--google_queries_per_s", "0"], "google_queries_per_s is 0.0: it must be above 0"),
     "negative money": (["--google_max_usd", "-1"], "google_max_usd is -1.0: it must be at least 0"),
     "nothing to answer from": (["--search_cache_only"], "--search_cache_only needs --search_cache"),

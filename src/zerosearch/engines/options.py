@@ -11,22 +11,17 @@ from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.engines.cache import CachedEngine
 from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
 from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
+from zerosearch.engines.search_api import SearchAPIEngine, read_api
 from zerosearch.engines.simulated import Coin, SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
 
-EngineKind = Literal["simulated", "bm25", "retriever", "google"]
+EngineKind = Literal["simulated", "bm25", "retriever", "google", "api"]
 
 
 @dataclass
-class EngineOptions:
-    """Which search engine, and what it needs. A recipe's parser takes this class beside its own.
-
-    Raises `UserError` for a value that cannot work.
-    """
-
-    engine: EngineKind = field(default="simulated", metadata={"help": "The search engine."})
-    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4).", "min": 1})
+class SimulatorOptions:
+    """Which simulator, and how it is asked."""
 
     simulator_url: str = field(
         default="http://127.0.0.1:6001/v1",
@@ -44,6 +39,29 @@ class EngineOptions:
     simulator_ask_leaks_again: bool = field(
         default=False, metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."}
     )
+
+    def make_simulator(self, template: SimulatorTemplate, num_documents: int) -> SimulatedEngine:
+        """Return the simulator, asked in the words of `template` (zerosearch.prompts) for so many documents."""
+        return SimulatedEngine(
+            self.simulator_url,
+            self.simulator_model,
+            template,
+            coin=self.simulator_coin,
+            max_tokens=self.simulator_max_tokens,
+            ask_leaks_again=self.simulator_ask_leaks_again,
+            num_documents=num_documents,
+        )
+
+
+@dataclass
+class EngineOptions(SimulatorOptions):
+    """Which search engine, and what it needs. A recipe's parser takes this class beside its own.
+
+    Raises `UserError` for a value that cannot work.
+    """
+
+    engine: EngineKind = field(default="simulated", metadata={"help": "The search engine."})
+    num_documents: int = field(default=5, metadata={"help": "Documents a search (Section 4).", "min": 1})
 
     corpus: str | None = field(default=None, metadata={"help": "For bm25: passages, JSONL in wiki-18's format."})
     index_dir: str | None = field(
@@ -76,6 +94,10 @@ class EngineOptions:
     )
     google_usd_per_query: float | None = field(
         default=None, metadata={"help": "For google: the price in your plan. Default: the provider's list.", "min": 0}
+    )
+
+    api: str | None = field(
+        default=None, metadata={"help": "For api: the YAML file that describes the service, as in recipes/engines."}
     )
 
     search_cache: str | None = field(
@@ -120,16 +142,13 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
             usd_per_query=options.google_usd_per_query,
             url=options.google_url,
         )
+    elif options.engine == "api":
+        if options.api is None:
+            raise UserError("--engine api needs --api, a YAML file that describes the service (recipes/engines)")
+        api = read_api(options.api)
+        engine = SearchAPIEngine(api, "" if options.search_cache_only else api.key(), options.num_documents)
     else:
-        engine = SimulatedEngine(
-            options.simulator_url,
-            options.simulator_model,
-            simulator_template,
-            coin=options.simulator_coin,
-            max_tokens=options.simulator_max_tokens,
-            ask_leaks_again=options.simulator_ask_leaks_again,
-            num_documents=options.num_documents,
-        )
+        engine = options.make_simulator(simulator_template, options.num_documents)
     engine.account.usd_per_hour = options.engine_usd_per_hour
     if options.engine in ("simulated", "retriever") and not options.search_cache_only:
         engine.check()
