@@ -76,10 +76,13 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/mypy src
 	$(BIN)/mypy recipes  # apart, for recipes/evaluate.py would pass for the package of that name
 
-bench: $(STAMP) ## run the measurements of recipes/bench one after the other (BM25's on real data: QUESTIONS=..., PASSAGES=...)
+bench: $(STAMP) ## run the measurements of recipes/bench one after the other (on real data: QUESTIONS=..., PASSAGES=..., SEARCHES=...)
 	@set -e; for script in recipes/bench/*.py; do \
 		echo "== $$script"; \
-		case $$script in */bm25.py) flags="$(REAL_DATA)";; *) flags="";; esac; \
+		case $$script in \
+			*/bm25.py) flags="$(REAL_DATA)";; \
+			*/question_lookup.py) test -n "$(SEARCHES)" || continue; flags="--searches $(SEARCHES) --questions $(QUESTIONS)";; \
+			*) flags="";; esac; \
 		$(BIN)/python $$script $$flags; done
 
 tables: $(STAMP) ## render recipes/results into the tables of the documents

@@ -8,6 +8,7 @@ from threading import Thread
 from typing import Any
 
 import requests
+from fastapi import FastAPI
 
 from zerosearch.engines.corpus import PassageIndex
 from zerosearch.engines.retriever_server import RetrieverServer, listen, web_server
@@ -15,8 +16,15 @@ from zerosearch.engines.retriever_server import RetrieverServer, listen, web_ser
 
 @contextmanager
 def serving(index: PassageIndex, topk: int = 3) -> Iterator[str]:
+    """Serve an index on a free port of this machine; yield the address of /retrieve."""
+    with serving_application(RetrieverServer(index, topk).application) as address:
+        yield address
+
+
+@contextmanager
+def serving_application(application: FastAPI) -> Iterator[str]:
     """Serve on a free port of this machine; yield the address of /retrieve."""
-    listener, web = listen("127.0.0.1", 0), web_server(RetrieverServer(index, topk))
+    listener, web = listen("127.0.0.1", 0), web_server(application)
     thread = Thread(target=web.run, args=([listener],), daemon=True)
     thread.start()
     try:

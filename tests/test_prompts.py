@@ -11,6 +11,7 @@ from zerosearch.prompts import (
     INVALID_ACTION_HINT,
     PAPER,
     PROMPTED_SIMULATOR,
+    SIMULATOR_FROM_QUERY,
     TINYWORLD,
     Agent,
     simulator_prompt,
@@ -95,6 +96,16 @@ def test_an_empty_question_is_refused() -> None:
 def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
     with pytest.raises(UserError, match="'Who wrote Emma\\?' has none"):
         simulator_prompt(question="Who wrote Emma?", golden_answers=[], query="Emma", noisy=False)
+
+
+def test_a_simulator_that_is_told_the_query_alone_gets_the_prompted_form_without_the_rest() -> None:
+    asked = {"question": "", "golden_answers": [], "query": "Emma author"}
+    told = {"question": "Who wrote Emma?", "golden_answers": ["Austen"], "query": "Emma author"}
+    for noisy in (False, True):
+        alone = simulator_prompt(**asked, noisy=noisy, template=SIMULATOR_FROM_QUERY)
+        prompted = simulator_prompt(**told, noisy=noisy, template=PROMPTED_SIMULATOR)
+        sentence = 'The user is trying to answer the question: "Who wrote Emma?" whose answer is Austen.\n'
+        assert alone == prompted.replace(sentence, "") and (noisy or alone != prompted)
 
 
 @pytest.mark.parametrize(

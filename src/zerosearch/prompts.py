@@ -120,6 +120,13 @@ Noisy Output:
 """,
 )
 
+# For a query of which nothing else is known: the prompted form without its sentence on question and answer (ours).
+SIMULATOR_FROM_QUERY = PROMPTED_SIMULATOR._replace(
+    useful=PROMPTED_SIMULATOR.useful.replace(
+        'The user is trying to answer the question: "{question}" whose answer is {golden_answer}.\n', ""
+    )
+)
+
 # What the environment appends when a turn holds no action.
 INVALID_ACTION_HINT = (
     "\nMy previous action is invalid. "
@@ -267,12 +274,14 @@ class Agent:
 class PromptSet:
     """Everything that models are told in one setting.
 
-    `agents` by name; "policy" is the one that is trained. `rule` tells how documents answer a query when fidelity is
-    measured: they hold its answer, or state its fact.
+    `agents` by name; "policy" is the one that is trained. `simulator_from_query` asks a simulator that is told neither
+    question nor answer; `None` where it could not write without them. `rule` tells how documents answer a query when
+    fidelity is measured: they hold its answer, or state its fact.
     """
 
     agents: Mapping[str, Agent]
     simulator: SimulatorTemplate
+    simulator_from_query: SimulatorTemplate | None = SIMULATOR_FROM_QUERY
     judge: str = JUDGE_PROMPT
     rule: Literal["answer", "statement"] = "answer"
 
@@ -338,6 +347,7 @@ TINYWORLD = PromptSet(
         Agent("closed-book", TINYWORLD_POLICY_PROMPT, gets_documents=False),
     ),
     simulator=TINYWORLD_SIMULATOR_PROMPT,
+    simulator_from_query=None,  # a model of this size only copies what it is told
     rule="statement",
 )
 
@@ -366,16 +376,17 @@ def simulator_prompt(
 
     The paper's prompt has room for one answer: the first golden answer is the one it names. Of a pair of templates,
     the one for the quality is used.
-    Raises `UserError` for no golden answer, or a template with an unknown field or without `{query}`.
+    Raises `UserError` for no golden answer where the template names one, and for a template with an unknown field or
+    without `{query}`.
     """
-    if not golden_answers:
-        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
     chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
+    if not golden_answers and "{golden_answer}" in chosen:
+        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
     check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
     quality = "noisy" if noisy else "useful"
     return chosen.format(
         question=question,
-        golden_answer=golden_answers[0],
+        golden_answer=golden_answers[0] if golden_answers else "",
         query=query,
         quality=quality,
         Quality=quality.capitalize(),

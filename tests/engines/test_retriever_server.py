@@ -356,7 +356,8 @@ def test_a_port_that_is_taken_is_one_sentence(address: str) -> None:
     ("flags", "message"),
     [
         (["--corpus", "none.jsonl"], "there is no file none.jsonl"),
-        (["--corpus", "none.jsonl", "--kind", "dense"], "--kind dense needs --index_dir"),
+        (["--corpus", "none.jsonl", "--engine", "dense"], "--engine dense needs --index_dir"),
+        ([], "--engine bm25 needs --corpus, a JSONL file of passages"),
         (["--corpus", "none.jsonl", "--topk", "0"], "topk is 0: it must be at least 1"),
     ],
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from queue import SimpleQueue
 from threading import Lock
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypeVar
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -48,6 +48,7 @@ SHUTDOWN_S = 10
 
 QueryText = Annotated[str, Field(max_length=LARGEST_QUERY)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Retrieval(BaseModel):
@@ -61,15 +62,25 @@ class Retrieval(BaseModel):
     query: QueryText | None = None
     top_k: Count | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """Return the queries, in either protocol."""
+        return self.queries if self.queries is not None else [self.query or ""]
+
+    @property
+    def count(self) -> int | None:
+        """Return how many documents each query wants, in either protocol; `None` if the request does not say."""
+        return self.topk if self.queries is not None else self.top_k
+
     @model_validator(mode="after")
-    def _one_protocol(self) -> Retrieval:
+    def _one_protocol(self) -> Self:
         if (self.queries is None) == (self.query is None):
             raise ValueError("the body needs either queries, a list of texts, or query, a text")
         return self
 
 
-async def read_retrieval(request: Request) -> Retrieval:
-    """Read the body of a request. Raises what FastAPI answers with a 4xx."""
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Read the JSON in a request. Raises what FastAPI answers with a 4xx."""
     charset = request.headers.get("content-type", "").lower().partition("charset=")[2].partition(";")[0].strip(' "')
     coding = request.headers.get("content-encoding", "").lower()
     if charset not in ("", "utf-8", "utf8") or coding not in ("", "identity"):
@@ -80,12 +91,17 @@ async def read_retrieval(request: Request) -> Retrieval:
             body += chunk
             if len(body) > LARGEST_BODY_BYTES:
                 raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
-        return Retrieval.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
+        return model.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
     except ValidationError as error:  # the input, which may be long or not encodable, is not sent back
         details = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
     except (ValueError, RecursionError, ClientDisconnect) as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+async def read_retrieval(request: Request) -> Retrieval:
+    """Read what a request to an index asks for."""
+    return await read_body(request, Retrieval)
 
 
 @dataclass
@@ -112,8 +128,8 @@ class RetrieverServer:
     def retrieve(self, retrieval: Annotated[Retrieval, Depends(read_retrieval)]) -> Response:
         """Answer POST /retrieve; FastAPI calls it in a thread."""
         is_search_r1 = retrieval.queries is not None
-        queries = retrieval.queries if retrieval.queries is not None else [retrieval.query or ""]
-        count = (retrieval.topk if is_search_r1 else retrieval.top_k) or self.default_count
+        queries = retrieval.texts
+        count = retrieval.count or self.default_count
         if (rows := len(queries) * count) > MOST_ROWS:
             message = f"queries times topk is {rows:,}: at most {MOST_ROWS:,} in a request; send several"
             raise HTTPException(422, message)
@@ -224,13 +240,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot serve on {host}:{port} ({error}); choose another with --port") from error
 
 
-def web_server(server: RetrieverServer) -> uvicorn.Server:
+def web_server(application: FastAPI) -> uvicorn.Server:
     """Return uvicorn with the limits above. SIGINT or SIGTERM ends it; requests under way are answered first."""
     config = uvicorn.Config(
-        server.application,
+        application,
         http=_Protocol,
         ws="none",
-        lifespan="off",
         log_config=None,
         log_level="error",
         access_log=False,
