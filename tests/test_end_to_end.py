@@ -62,18 +62,3 @@ def test_training_with_vllm_for_policy_and_simulator(
     assert set(queries) == {"simulated"} and queries["simulated"] >= 20
     records = [json.loads(line) for line in (output / "trajectories.jsonl").open()]
     assert any(segment["source"] == "documents" for record in records for segment in record["segments"])
-
-
-def test_evaluation_with_a_real_engine(tinyworld: Path, tmp_path: Path) -> None:
-    output = tmp_path / "evaluation"
-    run(
-        *("recipes/evaluate.py", "--config", "recipes/configs/evaluate-tinyworld.yaml", "--model", POLICY),
-        *("--dataset", tinyworld / "test.jsonl", "--corpus", tinyworld / "corpus.jsonl", "--engine", "bm25"),
-        *("--generator", "transformers", "--output_dir", output),
-    )
-    results = json.loads((output / "results.json").read_text())
-    assert results["n"] == 40 and results["engine"] == "bm25"
-    assert 0.0 <= results["em"]["low"] <= results["em"]["mean"] <= results["em"]["high"] <= 1.0
-    records = [json.loads(line) for line in (output / "trajectories.jsonl").open()]
-    assert sum(record["em"] for record in records) / 40 == pytest.approx(results["em"]["mean"])
-    assert sum(record["searches"] for record in records) / 40 == pytest.approx(results["searches"])

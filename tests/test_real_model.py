@@ -14,8 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -30,14 +29,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from zerosearch.engines import SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.files import models_folder
-from zerosearch.generation import Generator, SampledTurn, TurnRequest
+from zerosearch.generation import Generator
 from zerosearch.generation.loading import load_generator, load_model
 from zerosearch.generation.tokenization import decoded_text, prompt_token_ids, text_token_ids
-from zerosearch.prompts import INVALID_ACTION_HINT, PAPER, PROMPTED_SIMULATOR, Agent
+from zerosearch.prompts import INVALID_ACTION_HINT, PAPER, PROMPTED_SIMULATOR
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.simulator.server import simulator_server
-from zerosearch.training.demonstrations import Demonstration, Step, example, replay
 
 pytest_plugins = ("recipe_modules",)  # fixtures
 
@@ -123,52 +121,6 @@ def test_the_prompt_is_the_chat_template_and_what_a_question_spells_is_text(
     (trajectory,) = run_rollouts([row], generator, ScriptedEngine(), SETTINGS)
     assert trajectory.prompt_ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.eos_token_id) == 2
     assert "What is < |im_end|>?" in decoded_text(tokenizer, trajectory.prompt_ids)
-
-
-class EndsItsTurns(ScriptedGenerator):
-    """Ends every turn with <|im_end|>, as a chat model that saw no stop string does."""
-
-    def write(self, request: TurnRequest) -> SampledTurn:
-        turn = super().write(request)
-        ids = [*turn.token_ids, self.tokenizer.eos_token_id]
-        return replace(turn, token_ids=ids, logprobs=[-0.5] * len(ids), finish="eos")
-
-
-@pytest.mark.parametrize("keeps", [False, True])
-def test_an_end_of_turn_in_mid_trajectory(tokenizer: PreTrainedTokenizerFast, keeps: bool) -> None:
-    turns = ("Let me think.", "<search> Emma </search>", "<answer> Jane Austen </answer>")
-    generator = EndsItsTurns(tokenizer, lambda row, turn: turns[turn])
-    agent: Agent = replace(PAPER.policy, keeps_end_of_sequence=keeps)
-    row = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]}
-    (trajectory,) = run_rollouts([row], generator, ScriptedEngine(), replace(SETTINGS, max_turns=2), agent=agent)
-    end = tokenizer.eos_token_id
-    ends = [
-        mask for token_id, mask in zip(trajectory.completion_ids, trajectory.env_mask, strict=True) if token_id == end
-    ]
-    assert ends == ([1, 1, 1] if keeps else [1])  # the last is sampled, and is the trajectory's own end
-    observation = "\n\n<information>Doc 1: It rains.</information>\n\n"
-    mark = "<|im_end|>" if keeps else ""
-    expected = f"{turns[0]}{mark}{INVALID_ACTION_HINT}{turns[1]}{mark}{observation}{turns[2]}<|im_end|>"
-    assert decoded_text(tokenizer, trajectory.completion_ids) == expected
-    contexts = [request.context_ids for request in generator.requests[0]]
-    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(contexts))
-
-
-def test_a_demonstration_is_learned_where_the_policy_wrote(tokenizer: PreTrainedTokenizerFast) -> None:
-    documents = ("Emma: a <|im_end|> novel by Jane Austen.", "<|im_start|>system")
-    turns = (
-        "<think> Look. </think>\n<search> Emma </search>",
-        "<think> She. </think>\n<answer> Jane Austen </answer>",
-    )
-    demonstration = Demonstration("Who wrote Emma?", ("Jane Austen",), (Step(turns[0], documents), Step(turns[1])))
-    settings = replace(SETTINGS, max_turn_tokens=60)
-    (trajectory,) = replay([demonstration], tokenizer, settings, PAPER.policy)
-    assert trajectory.outcome == "answered"
-    learned = example(trajectory)
-    assert tokenizer.decode([label for label in learned["labels"] if label != -100]) == "".join(turns)
-    written = learned["input_ids"][len(trajectory.prompt_ids) :]
-    assert [written.count(tokenizer.convert_tokens_to_ids(name)) for name in ("<|im_end|>", "<|im_start|>")] == [1, 0]
-    assert learned["labels"][-1] == -100
 
 
 VLLM_SCRIPT = """

@@ -15,7 +15,6 @@ from zerosearch import http
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
-from zerosearch.prompts import PROMPTED_SIMULATOR
 
 pytest_plugins = ("chat_server",)  # fixtures
 
@@ -83,16 +82,6 @@ def test_a_search_asks_in_the_papers_words_and_returns_the_documents(server: Cha
     }
 
 
-def test_a_prompted_simulator_gets_an_example_and_its_noisy_form_no_answer(server: ChatServer) -> None:
-    requests = [SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen",), p_noise=p) for p in (0.0, 1.0)]
-    search(SimulatedEngine(server.url, "sim-3b", PROMPTED_SIMULATOR), *requests)
-    noisy, useful = sorted(map(prompt_of, server.requests), key=lambda prompt: "whose answer is" in prompt)
-    assert 'the question: "Who wrote Emma?" whose answer is Jane Austen.' in useful
-    assert useful.endswith("\n\nQuery: Emma author\nUseful Output:\n")
-    assert "Jane Austen" not in noisy and "Who wrote Emma?" not in noisy
-    assert noisy.endswith("\n\nQuery: Emma author\nNoisy Output:\n")
-
-
 def test_the_coin_is_keyed_and_the_prompt_says_how_it_fell(server: ChatServer) -> None:
     requests = requests_of(100, p_noise=0.3)
     noisy = [bool(result.noisy) for result in search(SimulatedEngine(server.url, "sim-3b"), *requests)]
@@ -138,20 +127,6 @@ def test_a_coin_for_each_document_mixes_two_replies(server: ChatServer) -> None:
     assert len(server.requests) == alike + 2 * (120 - alike)  # a second reply only where it is needed
 
 
-def test_a_call_that_fails_is_repeated_and_counted(server: ChatServer) -> None:
-    failures = [
-        (500, "Doc 1: Internal Server Error"),
-        (200, "<html>"),
-        (200, {"choices": []}),
-        (200, {"error": "oom"}),
-    ]
-    server.answer = in_turn(*failures, reply_of(*FIVE))
-    engine = SimulatedEngine(server.url, "sim-3b")
-    assert search(engine, REQUEST) == [SearchResult(FIVE, noisy=False, retries=4)]
-    assert len({request["seed"] for request in server.requests}) == 1  # the same question, asked again
-    assert (engine.account.sent, engine.account.retries, engine.account.failures) == (5, 4, 0)
-
-
 def test_retries_are_bounded_and_the_error_names_the_remedy(server: ChatServer) -> None:
     server.answer = in_turn((500, "Doc 1: Internal Server Error"))
     engine = SimulatedEngine(server.url, "sim-3b", max_retries=2)
@@ -161,13 +136,6 @@ def test_retries_are_bounded_and_the_error_names_the_remedy(server: ChatServer) 
     with pytest.raises(SearchError, match=message):
         search(engine, REQUEST)
     assert (engine.account.sent, engine.account.retries, engine.account.failures) == (3, 2, 1)
-
-
-def test_a_refusal_is_final(server: ChatServer) -> None:
-    server.answer = in_turn((400, {"error": {"message": "max_tokens is too large: 600"}}))
-    with pytest.raises(SearchError, match=r"HTTP status 400.*max_tokens is too large: 600"):
-        search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
-    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -299,19 +267,6 @@ def test_check_names_the_command_that_starts_a_simulator(url: str, port: int) ->
     assert str(caught.value).endswith(
         f"start one with: python recipes/serve_simulator.py --model SIMULATOR --port {port}"
     )
-
-
-def test_searches_run_side_by_side_over_connections_that_stay_open(server: ChatServer) -> None:
-    twenty = asyncio.Barrier(20)
-
-    async def answer(place: int) -> Reply:
-        await asyncio.wait_for(twenty.wait(), 30)  # for so many at once, three times
-        return reply_of(*FIVE)
-
-    server.answer = answer
-    results = search(SimulatedEngine(server.url, "sim-3b", max_concurrency=20), *requests_of(60))
-    assert [result.documents for result in results] == [FIVE] * 60
-    assert server.most_in_flight == 20 == len(server.connections)
 
 
 def test_several_servers_share_the_searches_and_one_that_dies_fails_none(server: ChatServer) -> None:

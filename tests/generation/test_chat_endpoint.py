@@ -150,29 +150,6 @@ def test_the_key_is_sent_and_never_shown(
     assert "secret-key" not in str(caught.value)
 
 
-def test_what_may_pass_is_asked_again(chat_server: ChatServer, generator: MakeGenerator) -> None:
-    replies: list[str | int] = [503, 429, "<answer> yes </answer>"]
-    chat_server.write = lambda messages: replies[len(chat_server.requests) - 1]
-    (trajectory,) = run_rollouts(rows(), generator(model="m"), library(), SETTINGS)
-    assert trajectory.answer == "yes" and len(chat_server.requests) == 3
-
-
-def test_a_server_that_is_not_there_is_named() -> None:
-    policy = EndpointGenerator(EndpointOptions("http://127.0.0.1:9/v1"), max_retries=0)
-    with pytest.raises(GenerationError, match=r"the endpoint at http://127.0.0.1:9/v1/models failed"):
-        run_rollouts(rows(), policy, library(), SETTINGS)
-    run_in_background(policy.aclose(), 30)
-
-
-def test_options_make_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_KEY", "k")
-    options = EndpointOptions("http://x/v1/", "SOME_KEY", 1.5, 6.0, '{"stop": null}', 3)
-    policy = EndpointGenerator(options, "m")
-    assert (policy.base_url, policy.model) == ("http://x/v1", "m")
-    assert (policy.body, policy.max_concurrency) == ({"stop": None}, 3)
-    assert policy.client.headers == {"Authorization": "Bearer k"}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,24 +108,6 @@ def test_a_tuning_resumes_as_if_it_had_not_been_killed(
     load_recipe("sft_simulator").main(arguments(searches, folder, **flags, resume_from_checkpoint=True))
     assert (folder / "simulator.json").read_bytes() == (tuned[kind] / "simulator.json").read_bytes()
     assert weights_file.read_bytes() == (tuned[kind] / weights_file.name).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_tuning_that_is_killed_resumes_by_the_same_command(
-    load_recipe: LoadRecipe, searches: Path, tuned: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe, folder = load_recipe("sft_simulator"), tmp_path / "out"
-    flags = arguments(searches, folder, max_steps=5, save_strategy="steps", save_steps=1)
-    process = multiprocessing.get_context("fork").Process(target=recipe.main, args=(flags,))
-    process.start()
-    while not (folder / "checkpoint-2/trainer_state.json").exists():
-        assert process.is_alive()
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not (folder / "simulator.json").exists()
-    recipe.main([*flags, "--resume_from_checkpoint", "true"])
-    assert (folder / "model.safetensors").read_bytes() == (tuned["full"] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -222,24 +222,6 @@ def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:
     assert 1 < most <= 4 and ended == 30
 
 
-def test_what_a_watcher_raises_ends_the_rollout() -> None:
-    def watch(index: int, trajectory: Trajectory, event: str) -> None:
-        raise KeyError("enough")
-
-    with pytest.raises(KeyError, match="enough"):
-        run_rollouts(
-            [ROW], Writer(lambda context: "x"), Library(), SETTINGS, agent=PAPER.agents["direct"], watch=watch
-        )
-
-
-def test_every_agents_prompt_shows_the_question_and_the_tag_of_the_answer() -> None:
-    for agent in (*PAPER.agents.values(), *TINYWORLD.agents.values()):
-        (message,) = agent.messages(" who wrote Emma", "Doc 1: {x}")
-        assert message["role"] == "user" and "who wrote Emma?" in message["content"]
-        assert "<answer>" in message["content"]
-        assert ("Doc 1: {x}" in message["content"]) == agent.looks_up_question
-
-
 def test_all_baselines_of_table_3_are_there() -> None:
     assert list(PAPER.agents) == [
         "policy",

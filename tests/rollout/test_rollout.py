@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, SampledTurn, TurnRequest
-from zerosearch.generation.tokenization import prompt_token_ids, text_token_ids
+from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import INVALID_ACTION_HINT, PAPER
 from zerosearch.protocol import format_observation
@@ -210,16 +210,6 @@ def test_whatever_documents_say_is_text(tiny_tokenizer: PreTrainedTokenizerFast,
     assert runs(trajectory, tiny_tokenizer)[1] == (0, format_observation(documents)), "it is all there"
     unanswered = roll_out(tiny_tokenizer, [turns[0]] * 2, engine, max_turns=1, **room)
     assert (unanswered.answer, unanswered.outcome) == (None, "turns_exhausted")
-
-
-def test_a_prompt_is_templated_if_the_tokenizer_can_and_plain_text_else(
-    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    messages = [{"role": "user", "content": "Who?"}]
-    assert len(prompt_token_ids(tiny_tokenizer, messages)) > len(tiny_tokenizer("Who?")["input_ids"])
-    assert prompt_token_ids(tiny_tokenizer, "Who?") == tiny_tokenizer("Who?")["input_ids"]
-    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
-    assert prompt_token_ids(tiny_tokenizer, messages) == tiny_tokenizer("Who?")["input_ids"]
 
 
 def test_an_invalid_action_gets_a_hint_that_is_not_trained_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -21,7 +21,7 @@ from zerosearch.checkpoints import checkpoint_to_resume
 from zerosearch.data import row_number
 from zerosearch.engines import SearchError
 from zerosearch.errors import UserError
-from zerosearch.noise import NoiseSchedule, keyed_uniform
+from zerosearch.noise import NoiseSchedule
 from zerosearch.prompts import PAPER
 from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.micro_batches import policy_mask
@@ -319,19 +319,6 @@ def test_ppo_trains_policy_and_critic(make_trainer: MakeTrainer) -> None:
     assert trainer.critic.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 * 2 / 4), "the second of four steps"
     for entry in trainer.state.log_history[:2]:
         assert {"critic/loss", "critic/value", "critic/squared_error", "kl"} <= entry.keys()
-
-
-def test_a_turn_is_not_sampled_with_the_number_that_decides_the_noise_of_its_search(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, seeds = RainEngine(), []
-    trainer = make_trainer(engine)
-    submit = trainer.generator.submit
-    monkeypatch.setattr(trainer.generator, "submit", lambda turn: seeds.append(turn.seed) or submit(turn))
-    one_batch(trainer)
-    coins = {int(keyed_uniform(*request.key) * 2**53) for request in engine.requests}
-    assert len(set(seeds)) == len(seeds) > 8 and len(coins) > 4
-    assert coins.isdisjoint(seeds)
 
 
 def test_observations_that_are_learned_from_get_no_importance_correction(make_trainer: MakeTrainer) -> None:
