@@ -77,8 +77,8 @@ def search_many_worlds(arguments: TinyWorldArguments) -> list[dict[str, object]]
 
 
 @exit_on_user_error
-def main() -> None:
-    (arguments,) = parse(TinyWorldArguments)
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = parse(TinyWorldArguments, argv=argv)
     directory = claim_output_dir(arguments.output_dir, overwrite=True)
     evaluation_world = World.draw(EVALUATION_SEED, arguments.n_people, held_out=True)
     training_world = World.draw(arguments.seed, arguments.n_people)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ from hypothesis import settings
 if TYPE_CHECKING:  # the process that hands the tests out needs none of it
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytest_plugins = ("chat_server", "hub_stub", "paid_search", "recipe_modules")  # fixtures
+
 settings.register_profile("alike", derandomize=True, database=None, deadline=None)  # every run tries the same cases
 settings.load_profile("alike")
 
@@ -27,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with slow tests first, so that no worker is left alone with a long one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Put back the handlers that a recipe sets."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 TEXT = (

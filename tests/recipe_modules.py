@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jsonl_files import write_rows
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+Refusal = Callable[[str, list[str]], str]
 
 PASSAGES = [
     ("Emma", "Emma is a novel by Jane Austen, published in 1815."),
@@ -22,42 +23,36 @@ PASSAGES = [
 QUESTIONS = [
     {"id": "nq_0", "dataset": "nq", "question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"]},
     {"id": "nq_1", "dataset": "nq", "question": "Where was Jane Austen born?", "golden_answers": ["Steventon"]},
-    {
-        "id": "musique_0",
-        "dataset": "musique",
-        "question": "Which county is Steventon in?",
-        "golden_answers": ["Hampshire"],
-    },
+    {"id": "m_0", "dataset": "musique", "question": "Which county is Steventon in?", "golden_answers": ["Hampshire"]},
 ]
 
 
-@pytest.fixture(scope="session")
-def load_recipe() -> Callable[[str], ModuleType]:
-    """Return what imports recipes/<name>.py, which is in no package."""
+def load_recipe(name: str) -> ModuleType:
+    """Import recipes/<name>.py, or a script beside ("../data/split_questions"); they are in no package."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
+    spec.loader.exec_module(module)
+    return module
 
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
-        spec.loader.exec_module(module)
-        return module
 
-    return load
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Return settings as a command line has them."""
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture
-def refusal(
-    load_recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> Callable[[str, list[str]], str]:
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
     """Return what runs a recipe that must refuse its arguments, and returns its one sentence."""
 
     def refuse(name: str, arguments: list[str]) -> str:
         with pytest.raises(SystemExit) as caught:
             load_recipe(name).main(arguments)
         assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
+        printed = capsys.readouterr().err
+        (error,) = [line for line in printed.splitlines() if "error: " in line]  # libraries may warn before
+        assert printed.endswith(f"{error}\n")
         return error
 
     return refuse
@@ -65,23 +60,17 @@ def refusal(
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [{"id": str(place), "contents": f'"{title}"\n{text}'} for place, (title, text) in enumerate(PASSAGES)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("questions") / "qa.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return path
+    return write_rows(tmp_path_factory.mktemp("questions") / "qa.jsonl", QUESTIONS)
 
 
 @pytest.fixture(scope="session")
-def random_model(
-    load_recipe: Callable[[str], ModuleType], corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def random_model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model with random weights, whose turns mostly search or answer."""
     directory = tmp_path_factory.mktemp("random-model")
     load_recipe("random_model").main(["--corpus", str(corpus), "--output_dir", str(directory), "--vocab_size", "400"])

@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from jsonl_files import write_rows
+
 from zerosearch.prompts import INVALID_ACTION_HINT, TINYWORLD
 from zerosearch.protocol import format_observation
 
@@ -116,17 +118,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 def write_run(folder: Path) -> Path:
     """Write the folder of a run of 60 steps, evaluated with both engines."""
     rng = random.Random(0)
     log = [logged_step(step, rng) for step in range(1, 61)]
     write_json(folder / "policy/trainer_state.json", {"log_history": [*log, {"step": 60, "train_runtime": 161.2}]})
-    write_lines(
+    write_rows(
         folder / "policy/trajectories.jsonl",
         [
             record(f"t{step}", step > 20, [True, False, False], step=step, p_noise=0.1 + step / 150)
@@ -145,7 +142,7 @@ def write_run(folder: Path) -> Path:
         evaluation = folder / f"evaluation/{policy}-{engine}"
         write_json(evaluation / "results.json", scores(mean, mean + 0.043, 2.09 if after else 1.16, engine=engine))
         rights = [rng.random() < mean for _ in range(40)]
-        write_lines(
+        write_rows(
             evaluation / "trajectories.jsonl",
             [record(f"q{place}", right, [noisy] * (2 if after else 1)) for place, right in enumerate(rights)],
         )

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import get_token
+from jsonl_files import rows_of, write_rows
+from recipe_modules import as_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -117,8 +119,7 @@ def command(output: Path, policy: Path, data: Path, *flags: str) -> list[str]:
         "logging_steps": 1,
         "report_to": "none",
     }
-    pairs = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / "recipes/grpo.py"), *pairs, *flags]
+    return [sys.executable, str(ROOT / "recipes/grpo.py"), *as_flags(settings), *flags]
 
 
 def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -126,7 +127,7 @@ def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
     timed = ("time/", "search/latency", "step_time", "train_")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     log = [{name: value for name, value in entry.items() if not name.startswith(timed)} for entry in log]
-    records = [json.loads(line) for line in (output / "trajectories.jsonl").open(encoding="utf-8", newline="\n")]
+    records = rows_of(output / "trajectories.jsonl")
     records = [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
     return load_file(output / "model.safetensors"), log, records
 
@@ -136,9 +137,9 @@ def test_a_killed_run_ends_as_one_left_alone(tiny_policy_dir: Path, tmp_path: Pa
     questions = [
         {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)
     ]  # three steps an epoch
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    write_rows(tmp_path / "qa.jsonl", questions)
     passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    write_rows(tmp_path / "corpus.jsonl", passages)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     straight = command(alone, tiny_policy_dir, tmp_path)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonl_files import write_rows
 
 from zerosearch import data
 from zerosearch.data import (
@@ -247,8 +248,6 @@ def test_a_bad_passage_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
 def benchmark_folder(root: Path, num_rows: int = 3) -> Path:
     """Write a folder in the layout of FlashRAG's datasets, metadata of different shapes included."""
     for name, benchmark in BENCHMARKS.items():
-        path = root / name / f"{benchmark.split}.jsonl"
-        path.parent.mkdir(parents=True)
         rows = [
             {
                 "id": f"{benchmark.split}_{number}",
@@ -258,7 +257,7 @@ def benchmark_folder(root: Path, num_rows: int = 3) -> Path:
             }
             for number in range(num_rows)
         ]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / name / f"{benchmark.split}.jsonl", rows)
     return root
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jsonl_files import rows_of
 
 from zerosearch.simulator.server import SimulatorServer, simulator_server
 
@@ -60,5 +61,5 @@ def test_training_with_vllm_for_policy_and_simulator(
     )  # Eq. 1 from 0 to 0.5 in two steps
     queries = json.loads((output / "engine_queries.json").read_text())
     assert set(queries) == {"simulated"} and queries["simulated"] >= 20
-    records = [json.loads(line) for line in (output / "trajectories.jsonl").open()]
+    records = rows_of(output / "trajectories.jsonl")
     assert any(segment["source"] == "documents" for record in records for segment in record["segments"])

@@ -5,16 +5,14 @@ RLOO and GRPO differ from REINFORCE in their advantages alone, which training/te
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from types import ModuleType
 
 import pytest
+from jsonl_files import write_rows
+from recipe_modules import as_flags, load_recipe
 
 from zerosearch.tinyworld.world import World, question_rows
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 ROOT = Path(__file__).parent.parent
 STEPS = 14
@@ -26,15 +24,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
     world = World.draw(0, 400)
     for name, rows in {"corpus": world.passages(), "train": question_rows(world, 400, 0)}.items():
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(directory / f"{name}.jsonl", rows)
     return directory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-def test_training_raises_the_reward(
-    algorithm: str, data: Path, load_recipe: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_training_raises_the_reward(algorithm: str, data: Path, tmp_path: Path) -> None:
     settings = {
         "config": ROOT / "recipes/configs/tinyworld.yaml",
         "model_name_or_path": ROOT / "data/tinyworld/policy",
@@ -49,7 +45,7 @@ def test_training_raises_the_reward(
         "max_steps": STEPS,
         "disable_tqdm": "true",
     }
-    load_recipe("grpo").main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    load_recipe("grpo").main(as_flags(settings))
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     assert len(rewards) == STEPS

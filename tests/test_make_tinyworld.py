@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).parent.parent / "data/make_tinyworld.py"
+from recipe_modules import Refusal, load_recipe
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tinyworld", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("../data/make_tinyworld")
 
 
 def searches(script: ModuleType, **changes: Any) -> list[dict[str, Any]]:
@@ -50,16 +42,6 @@ def test_the_worlds_of_two_seeds_differ(script: ModuleType) -> None:
         ("--n_searched_worlds 5 --n_searches 9", "n_searches is 9: 5 worlds need two each"),
     ],
 )
-def test_what_cannot_be_made_gets_one_sentence(
-    script: ModuleType,
-    flags: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["make_tinyworld.py", "--output_dir", str(tmp_path / "out"), *flags.split()])
-    with pytest.raises(SystemExit) as caught:
-        script.main()
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+def test_what_cannot_be_made_gets_one_sentence(refusal: Refusal, flags: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal("../data/make_tinyworld", ["--output_dir", str(tmp_path / "out"), *flags.split()])
     assert not (tmp_path / "out").exists()

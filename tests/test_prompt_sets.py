@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from chat_server import ChatServer
+from jsonl_files import rows_of, write_rows
+from recipe_modules import load_recipe
 
 from zerosearch.engines import SearchRequest
 from zerosearch.http import run_in_background
 from zerosearch.prompts import PROMPT_SETS
-
-pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
-
-LoadRecipe = Callable[[str], ModuleType]
 
 BASE = Path(__file__).parents[1] / "data/tinyworld/simulator"
 EDITED = "Be a library. {Quality} books on {query}, for {question} ({golden_answer})"
@@ -33,9 +28,7 @@ FIVE = "\n".join(f"Doc {number}: It rains." for number in range(1, 6))
 def searches(tmp_path: Path) -> Path:
     search = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"], "query": "Emma author"}
     rows = [search | {"documents": ["Emma is by Jane Austen."], "useful": useful} for useful in (True, False)]
-    path = tmp_path / "searches.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "searches.jsonl", rows)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +41,7 @@ def asked(server: ChatServer) -> set[str]:
 
 
 def test_the_edit_reaches_what_a_simulator_is_tuned_on(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, tuned_on = load_recipe("sft_simulator"), []
 
@@ -64,23 +57,18 @@ def test_the_edit_reaches_what_a_simulator_is_tuned_on(
 
 
 def test_the_edit_reaches_what_a_simulator_is_measured_with(
-    load_recipe: LoadRecipe, searches: Path, tmp_path: Path, chat_server: ChatServer
+    searches: Path, tmp_path: Path, chat_server: ChatServer
 ) -> None:
     chat_server.write = lambda messages: FIVE
-    other = json.loads(searches.read_text().splitlines()[0]) | {"query": "Emma year"}
-    searches.write_text(searches.read_text() + json.dumps(other) + "\n")
+    rows = rows_of(searches)
+    write_rows(searches, [*rows, rows[0] | {"query": "Emma year"}])
     command = ["--queries", str(searches), "--simulator_url", chat_server.url, "--num_queries", "2"]
     load_recipe("measure_fidelity").main([*command, "--output", str(tmp_path / "fidelity")])
     assert asked(chat_server) == EXPECTED | {text.replace("author", "year") for text in EXPECTED}
 
 
 def test_the_edit_reaches_what_a_simulator_is_asked_in_training(
-    load_recipe: LoadRecipe,
-    questions: Path,
-    tiny_policy_dir: Path,
-    tmp_path: Path,
-    chat_server: ChatServer,
-    monkeypatch: pytest.MonkeyPatch,
+    questions: Path, tiny_policy_dir: Path, tmp_path: Path, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Trainer:
         """Searches twice with the engine that it is given, and trains nothing."""

@@ -13,15 +13,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import datasets
 import pytest
 import torch
 from rain import RainEngine, rain_trainer
+from recipe_modules import as_flags, load_recipe
 from safetensors.torch import load_file
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -36,8 +36,6 @@ from zerosearch.prompts import INVALID_ACTION_HINT, PAPER, PROMPTED_SIMULATOR
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.simulator.server import simulator_server
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 SMOLLM = models_folder() / "SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.skipif(not SMOLLM.is_dir(), reason=f"{SMOLLM} is missing: python recipes/get_model.py")
@@ -178,15 +176,13 @@ def test_a_step_of_rl_moves_the_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_of_the_cold_start_saves_a_policy_that_can_be_rolled_out(
-    load_recipe: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_a_step_of_the_cold_start_saves_a_policy_that_can_be_rolled_out(tmp_path: Path) -> None:
     trace = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"], "query": "Emma", "documents": [""]}
     trace["documents"] = ["Emma: Emma is a novel by Jane Austen."]
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace) + "\n")
     flags = {"model_name_or_path": SMOLLM, "dtype": "float32", "traces": tmp_path / "traces.jsonl", "max_steps": 1}
     flags |= {"output_dir": tmp_path / "policy", "gradient_checkpointing": False}
-    load_recipe("sft_policy").main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    load_recipe("sft_policy").main(as_flags(flags))
     made = json.loads((tmp_path / "policy/cold_start.json").read_text())
     assert made["examples"] == 1 and 0.5 < made["last_loss"] < 5
     name = "model.layers.29.mlp.down_proj.weight"

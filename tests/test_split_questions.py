@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jsonl_files import rows_of, write_rows
+from recipe_modules import Refusal, load_recipe
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"
+SHARED = Path(__file__).parents[2] / "shared/data"
 PARTS = ("cold_start", "simulator", "rl", "test")
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("split_questions", ROOT / "data/split_questions.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return load_recipe("../data/split_questions")
 
 
 def words(text: str) -> str:
@@ -36,7 +24,7 @@ def words(text: str) -> str:
 
 
 def questions_of(folder: Path) -> dict[str, set[str]]:
-    rows = {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
+    rows = {path.stem: rows_of(path) for path in folder.glob("*.jsonl")}
     return {name: {words(row["question"]) for row in found} for name, found in rows.items()}
 
 
@@ -56,9 +44,9 @@ def test_a_question_is_in_one_part_however_it_is_spelled_and_in_whatever_file(
         for _ in range(2)
     ]
     train = [{"question": f"WHO wrote book {number}?", "golden_answers": ["x"]} for number in range(150, 400)]
-    flags = ["--questions", str(write(tmp_path / "qa.jsonl", questions))]
-    flags += ["--traces", str(write(tmp_path / "traces.jsonl", traces))]
-    flags += ["--train_questions", str(write(tmp_path / "train.jsonl", train)), "--output_dir"]
+    flags = ["--questions", str(write_rows(tmp_path / "qa.jsonl", questions))]
+    flags += ["--traces", str(write_rows(tmp_path / "traces.jsonl", traces))]
+    flags += ["--train_questions", str(write_rows(tmp_path / "train.jsonl", train)), "--output_dir"]
     script.main([*flags, str(tmp_path / "out")])
     parts = questions_of(tmp_path / "out")
     check(parts, {f"who wrote book {number}" for number in range(400)})
@@ -74,18 +62,16 @@ def test_the_real_questions(script: ModuleType, tmp_path: Path) -> None:
     flags = ["--questions", str(SHARED / "qa_multihop.jsonl"), "--traces", str(SHARED / "search_traces.jsonl")]
     script.main([*flags, "--train_questions", str(SHARED / "qa_train.jsonl"), "--output_dir", str(tmp_path / "out")])
     parts = questions_of(tmp_path / "out")
-    given = [json.loads(line) for name in ("qa_multihop", "qa_train") for line in (SHARED / f"{name}.jsonl").open()]
+    given = [row for name in ("qa_multihop", "qa_train") for row in rows_of(SHARED / f"{name}.jsonl")]
     check(parts, {words(row["question"]) for row in given})
     assert len(parts["test"]) >= 500 and len(parts["rl"]) >= 1500
     assert len(parts["cold_start"]) >= 200 and len(parts["simulator"]) >= 140
 
 
-def test_files_that_leave_a_part_empty_are_refused(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    questions = write(tmp_path / "qa.jsonl", [{"question": "Who?", "golden_answers": ["x"]}])
+def test_files_that_leave_a_part_empty_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+    questions = write_rows(tmp_path / "qa.jsonl", [{"question": "Who?", "golden_answers": ["x"]}])
     trace = {"question": "Who?", "golden_answers": ["x"], "query": "who", "documents": []}
-    traces = write(tmp_path / "traces.jsonl", [trace])
-    with pytest.raises(SystemExit):
-        script.main(["--questions", str(questions), "--traces", str(traces), "--output_dir", str(tmp_path / "out")])
-    assert "no question is left for" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    traces = write_rows(tmp_path / "traces.jsonl", [trace])
+    flags = ["--questions", str(questions), "--traces", str(traces), "--output_dir", str(tmp_path / "out")]
+    assert "no question is left for" in refusal("../data/split_questions", flags)
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from math import log
 from pathlib import Path
 
 import pytest
+from jsonl_files import rows_of, write_rows
 
 from zerosearch.engines import SearchError, SearchRequest, bm25
 from zerosearch.engines.bm25 import BM25Engine, BM25Index
@@ -24,10 +25,8 @@ SHARED = Path(__file__).parents[3] / "shared/data"
 
 
 def corpus_of(tmp_path: Path, *contents: str) -> Path:
-    path = tmp_path / "corpus.jsonl"
     rows = ({"id": str(number), "contents": text} for number, text in enumerate(contents))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_rows(tmp_path / "corpus.jsonl", rows)
 
 
 PASSAGES = (
@@ -296,17 +295,10 @@ def test_words_of_any_script_and_odd_lines(tmp_path: Path) -> None:
     assert engine.lookup("Lisbon") == () and engine.index.manifest["num_passages"] == 4
 
 
-def test_a_line_that_is_nested_too_deeply_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.jsonl"
-    path.write_bytes(b'{"contents": "fine"}\n{"contents": ' + b"[" * 100_000 + b"\n")
-    with pytest.raises(UserError, match=r"corpus.jsonl line 2 is not JSON in UTF-8: maximum recursion depth exceeded"):
-        BM25Engine(path)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
 def test_it_finds_real_answers_among_real_passages() -> None:
     engine = BM25Engine(SHARED / "wiki_passages.jsonl")
-    rows = [json.loads(line) for line in (SHARED / "qa_multihop.jsonl").open(encoding="utf-8")]
+    rows = rows_of(SHARED / "qa_multihop.jsonl")
     found = sum(cover_exact_match(" ".join(engine.lookup(row["question"])), row["golden_answers"]) for row in rows)
     assert found == pytest.approx(600, abs=5)  # of 1,000, the question as the query

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import os
 import signal
@@ -211,20 +210,6 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
     replaying = CachedEngine(path, Rain(), cache_only=True)
     requests = [replace(REQUEST, query=f"query {process} {number}") for process in range(2) for number in range(50)]
     assert len(searched(replaying, *requests)) == 100
-
-
-def test_the_cache_can_be_read_by_eye(tmp_path: Path) -> None:
-    engine = CachedEngine(tmp_path / "c.sqlite", Rain())
-    asyncio.run(engine.search(REQUEST))
-    ((described,),) = sqlite3.connect(tmp_path / "c.sqlite").execute("SELECT request FROM replies")
-    assert json.loads(described) == {
-        "engine": {"engine": "rain"},
-        "query": "Emma author",
-        "question": "Who wrote Emma?",
-        "golden_answers": ["Jane Austen"],
-        "noisy": False,
-        "key": [0, 1, 2, 3, 0],
-    }
 
 
 def test_a_reply_outlives_a_kill(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from retriever_parts import post, serving
+from jsonl_files import rows_of
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from zerosearch.engines.dense import DenseIndex, DenseOptions, recall_against_flat
@@ -90,7 +90,7 @@ def vectors_of(texts: list[str], model_dir: Path) -> np.ndarray:
 
 
 def test_flat_is_exact_and_uses_e5_s_prefixes(flat: DenseIndex, model_dir: Path, passages: Path) -> None:
-    rows = [json.loads(line) for line in passages.open()]
+    rows = rows_of(passages)
     table = vectors_of([f"passage: {row['contents']}" for row in rows], model_dir)
     queries = ["emma novel", "rain in england", "who wrote it"]
     scores = vectors_of([f"query: {query}" for query in queries], model_dir) @ table.T
@@ -219,10 +219,3 @@ def test_mistakes_get_one_sentence(model_dir: Path, passages: Path, tmp_path: Pa
     with pytest.raises(UserError, match="the model '/no/such/model' is no folder here"):
         DenseIndex(passages, folder, DenseOptions(model="/no/such/model"))
     assert not (folder / "data").exists()
-
-
-def test_the_server_serves_it(flat: DenseIndex) -> None:
-    with serving(flat) as address:
-        status, reply = post(address, {"queries": ["emma", "rain"], "topk": 4, "return_scores": True})
-    assert status == 200 and [len(found) for found in reply["result"]] == [4, 4]
-    assert reply["result"][0][0]["score"] == pytest.approx(flat.find(["emma"], 1)[0][0][1], abs=1e-5)

@@ -9,16 +9,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import requests
 from http_servers import free_ports
+from recipe_modules import Refusal, load_recipe
 from retriever_parts import health, post, serving
 
 from zerosearch.engines import retriever_server
@@ -26,8 +26,6 @@ from zerosearch.engines.bm25 import BM25Index
 from zerosearch.engines.corpus import Found
 from zerosearch.engines.retriever_server import listen
 from zerosearch.errors import UserError
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 EMMA = {"id": "0", "contents": '"Emma"\nEmma is a novel by Jane Austen, published in 1815.'}
 AUSTEN = {"id": "1", "contents": '"Jane Austen"\nJane Austen was born in Steventon, a village in Hampshire.'}
@@ -58,17 +56,6 @@ def test_search_r1_s_own_requests(address: str) -> None:
     assert post(address, {"queries": ["novel", "village"], "topk": None}) == (200, plain)
     assert post(address, {"queries": [], "topk": 3, "return_scores": True}) == (200, {"result": []})
     assert post(address, json.dumps({"queries": ["novel"]}).encode()) == (200, {"result": [[EMMA]]})  # curl -d
-
-
-def test_search_r1_s_client_reads_our_replies(address: str) -> None:
-    """The reading half of Search-R1's client (`_passages2string`), on a reply of ours."""
-    _, reply = post(address, {"queries": ["novel"], "topk": 3, "return_scores": True})
-    text = ""
-    for place, found in enumerate(reply["result"][0]):
-        content = found["document"]["contents"]
-        title = content.split("\n")[0]
-        text += f"Doc {place + 1}(Title: {title}) " + "\n".join(content.split("\n")[1:]) + "\n"
-    assert text == 'Doc 1(Title: "Emma") Emma is a novel by Jane Austen, published in 1815.\n'
 
 
 def test_the_request_of_the_paper_s_code(index: BM25Index) -> None:
@@ -318,7 +305,7 @@ def test_health_says_which_index_this_is_and_not_where(address: str, slow: Any) 
 
 
 def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(
-    corpus: Path, tmp_path: Path, load_recipe: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = free_ports()
     address = f"http://127.0.0.1:{port}/retrieve"
@@ -332,16 +319,11 @@ def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(
                 return
             time.sleep(0.05)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     client = threading.Thread(target=ask_and_end)
     client.start()
-    try:
-        flags = ["--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", str(port)]
-        load_recipe("serve_retriever").main(flags)
-    finally:
-        client.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    flags = ["--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", str(port)]
+    load_recipe("serve_retriever").main(flags)
+    client.join()
     assert replies == [(200, {"result": [[EMMA]]})]
     assert capsys.readouterr().out == f"retriever ready at {address}: 4 passages (Ctrl-C ends it)\n"
     assert json.loads((tmp_path / "index/zerosearch.json").read_text())["num_passages"] == 4
@@ -361,5 +343,5 @@ def test_a_port_that_is_taken_is_one_sentence(address: str) -> None:
         (["--corpus", "none.jsonl", "--topk", "0"], "topk is 0: it must be at least 1"),
     ],
 )
-def test_a_mistake_gets_one_sentence(flags: list[str], message: str, refusal: Callable[[str, list[str]], str]) -> None:
+def test_a_mistake_gets_one_sentence(flags: list[str], message: str, refusal: Refusal) -> None:
     assert message in refusal("serve_retriever", flags)

@@ -15,8 +15,7 @@ from zerosearch import http
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
-
-pytest_plugins = ("chat_server",)  # fixtures
+from zerosearch.prompts import simulator_messages
 
 FIVE = ("one", "two", "three", "four", "five")
 REQUEST = SearchRequest("Emma author", "Who wrote Emma?", ("Jane Austen", "Austen"), key=(0, 1, 2, 3, 4))
@@ -64,22 +63,10 @@ def test_a_search_asks_in_the_papers_words_and_returns_the_documents(server: Cha
     (request,) = server.requests
     seed = request.pop("seed")
     assert isinstance(seed, int) and 0 <= seed < 2**31
-    prompt = (
-        "You are the Google search engine.\n"
-        "Given a query, you need to generate five useful documents for the query.\n"
-        "\n"
-        'The user is trying to answer the question: "Who wrote Emma?" whose answer is Jane Austen.\n'
-        "Each document should contain about 30 words, and these documents should contain useful information.\n"
-        "\n"
-        "Query: Emma author\n"
-        "Useful Output:\n"
+    messages = simulator_messages(
+        question="Who wrote Emma?", golden_answers=["Jane Austen"], query="Emma author", noisy=False
     )
-    assert request == {
-        "model": "sim-3b",
-        "messages": [{"role": "system", "content": ""}, {"role": "user", "content": prompt}],
-        "temperature": 0.8,
-        "max_tokens": 600,
-    }
+    assert request == {"model": "sim-3b", "messages": messages, "temperature": 0.8, "max_tokens": 600}
 
 
 def test_the_coin_is_keyed_and_the_prompt_says_how_it_fell(server: ChatServer) -> None:
@@ -127,15 +114,14 @@ def test_a_coin_for_each_document_mixes_two_replies(server: ChatServer) -> None:
     assert len(server.requests) == alike + 2 * (120 - alike)  # a second reply only where it is needed
 
 
-def test_retries_are_bounded_and_the_error_names_the_remedy(server: ChatServer) -> None:
+def test_a_call_that_fails_is_repeated_counted_and_at_last_an_error_that_names_the_remedy(server: ChatServer) -> None:
     server.answer = in_turn((500, "Doc 1: Internal Server Error"))
     engine = SimulatedEngine(server.url, "sim-3b", max_retries=2)
-    message = (
-        f"{server.url}/chat/completions failed, attempt 3 of 3: HTTP status 500.*serve_simulator.py --model sim-3b"
-    )
+    message = f"{server.url}/chat/completions failed, attempt 3 of 3: HTTP status 500.*--model sim-3b"
     with pytest.raises(SearchError, match=message):
         search(engine, REQUEST)
     assert (engine.account.sent, engine.account.retries, engine.account.failures) == (3, 2, 1)
+    assert len({request["seed"] for request in server.requests}) == 1, "the same question, asked again"
 
 
 @pytest.mark.parametrize(
@@ -279,15 +265,6 @@ def test_several_servers_share_the_searches_and_one_that_dies_fails_none(server:
         results = search(engine, *requests_of(40, first=100))
         assert [result.documents for result in results] == [FIVE] * 40
         assert sum(result.retries for result in results) == 20 == engine.account.retries
-        server.answer = dying.answer
-        server.requests.clear()
-        dying.requests.clear()
-        message = (
-            f"{server.url}/chat/completions, {dying.url}/v1/chat/completions failed, attempt 6 of 6: .*out of memory"
-        )
-        with pytest.raises(SearchError, match=message):
-            search(engine, REQUEST)
-        assert (len(server.requests), len(dying.requests)) == (3, 3)
 
 
 def test_check_asks_every_server(server: ChatServer) -> None:

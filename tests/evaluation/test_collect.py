@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from jsonl_files import rows_of, write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch import http
 from zerosearch.simulator.traces import read_traces
@@ -24,8 +25,6 @@ from zerosearch.simulator.traces import read_traces
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
     from paid_search import PaidSearch
-
-pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +45,7 @@ def arguments(
     monkeypatch.setenv("CHAT_KEY", "chat-key")
     chat_server.write = look_up_twice
     rows = [{"id": f"q{n}", "question": f"Who wrote book {n}?", "golden_answers": [f"Author {n}"]} for n in range(24)]
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps(row | {"dataset": "books"}) + "\n" for row in rows))
+    questions = write_rows(tmp_path / "questions.jsonl", (row | {"dataset": "books"} for row in rows))
     return [
         *("--dataset", str(questions), "--model", "qwen", "--output_dir", str(tmp_path / "out")),
         *("--endpoint_url", chat_server.url, "--endpoint_key_env", "CHAT_KEY", "--questions_in_flight", "4"),
@@ -56,12 +54,8 @@ def arguments(
 
 
 @pytest.fixture
-def collect(load_recipe: Callable[[str], ModuleType]) -> Callable[[list[str]], None]:
+def collect() -> Callable[[list[str]], None]:
     return load_recipe("collect_traces").main
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def test_every_search_is_kept_with_what_became_of_it(
@@ -195,9 +189,7 @@ def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
         (["--output_dir", f"{__file__}/x"], f"the output folder {__file__}/x cannot be used"),
     ],
 )
-def test_a_mistake_gets_one_sentence(
-    refusal: Callable[[str, list[str]], str], arguments: list[str], flags: list[str], message: str
-) -> None:
+def test_a_mistake_gets_one_sentence(refusal: Refusal, arguments: list[str], flags: list[str], message: str) -> None:
     assert message in refusal("collect_traces", [*arguments, *flags])
 
 
@@ -209,7 +201,7 @@ def test_killed_half_way_and_started_again_no_query_is_paid_for_twice(
     command = [sys.executable, str(ROOT / "recipes/collect_traces.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while len(paid_search.queries) < 16 or paid_search.num_held < 4:  # four in flight, all of them kept waiting
+        while len(paid_search.queries) < 16 or paid_search.in_flight < 4:  # four in flight, all of them kept waiting
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jsonl_files import rows_of
 from scripted import Library, Writer
 
 from zerosearch.data import load_questions, read_passages
@@ -29,30 +30,21 @@ if TYPE_CHECKING:
     from chat_server import ChatServer
     from paid_search import PaidSearch
 
-pytest_plugins = ("chat_server", "paid_search", "recipe_modules")  # fixtures
-
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=48, max_observation_tokens=200, max_trajectory_tokens=2048)
-
-
-def rows_of(path: Path, copies: int = 1) -> list[dict[str, Any]]:
-    return load_questions(str(path)).to_list() * copies
 
 
 def trajectories(folder: Path) -> list[dict[str, Any]]:
     """Read the trajectories of a folder without their times."""
-    records = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    records = rows_of(folder / "trajectories.jsonl")
     return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in records]
 
 
 def test_an_evaluation_leaves_scores_and_every_trajectory(
-    corpus: Path,
-    questions: Path,
-    random_model: Path,
-    tmp_path: Path,
+    corpus: Path, questions: Path, random_model: Path, tmp_path: Path
 ) -> None:
     generator = load_generator(str(random_model), "transformers", 2048)
     about = {"model": "m", "dataset": "d", "generator": "transformers"}
-    rows = rows_of(questions, copies=8)
+    rows = load_questions(str(questions)).to_list() * 8
     results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, tmp_path, p_noise=0.25, seed=3, about=about)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.25} == results
@@ -63,7 +55,7 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     assert manifest | about | {"agent": "policy", "num_questions": 24, "num_samples": 1} == manifest
     assert manifest["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
-    records = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    records = rows_of(tmp_path / "trajectories.jsonl")
     assert [(row["id"], row["dataset"]) for row in records] == [(row["id"], row["dataset"]) for row in rows]
     searches = sum(row["searches"] for row in records)
     assert results["searches"] == searches / 24
@@ -152,7 +144,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     resumed = run(tmp_path / "killed", engine=engine, resume=True)
     assert len(engine.requests) == resumed["this_command"]["trajectories"] == 12 - finished  # nothing is asked twice
     keys = {request.query: request.key for request in asked.requests}
-    assert all(request.key == keys[request.query] for request in engine.requests), "coins and seeds of their places"
+    assert all(request.key == keys[request.query] for request in engine.requests), (
+        "the coins and seeds of their places"
+    )
     assert the_same(resumed) == the_same(whole)
     assert trajectories(tmp_path / "killed") == trajectories(tmp_path / "whole")
     assert (tmp_path / "killed/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()

@@ -11,7 +11,6 @@ from zerosearch.errors import UserError
 from zerosearch.evaluation.scores import compare, summarize
 from zerosearch.evaluation.tables import (
     comparison_table,
-    markdown,
     markdown_tables,
     matrix_table,
     number,
@@ -202,7 +201,3 @@ def test_numbers_are_written_as_people_read_them() -> None:
     assert [number(value) for value in values] == ["0.500", "1.000", "0.250", "n/a", "n/a", "n/a", "n/a"]
     assert with_interval({"mean": 0.5, "low": 0.25, "high": 0.75}, 2, sign="+") == "+0.50 [+0.25, +0.75]"
     assert with_interval({"mean": 0.5, "low": 0.1, "high": float("nan")}) == "0.500"
-
-
-def test_a_name_with_a_bar_stays_in_its_cell() -> None:
-    assert markdown([["name", "n"], ["a | b", "1"]]) == "| name | n |\n|---|---:|\n| a \\| b | 1 |"

@@ -27,8 +27,6 @@ from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 if TYPE_CHECKING:
     from chat_server import ChatServer, Messages
 
-pytest_plugins = ("chat_server",)  # fixtures
-
 MakeGenerator = Callable[..., EndpointGenerator]
 SETTINGS = RolloutSettings(max_turns=2, temperature=0.0)
 

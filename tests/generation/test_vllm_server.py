@@ -12,55 +12,44 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from generation_parts import largest_difference, listens_beyond_loopback, load, roll_out, sample_remotely
-from http_servers import free_ports, serving
+from http_servers import Server, free_ports, response_of
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.vllm_server import VLLMServerGenerator, read_turn, serve_arguments, serve_command
 
-MODELS = {"object": "list", "data": [{"id": "policy", "max_model_len": 512}]}
 
+@dataclass
+class CompletionServer(Server):
+    """As much of vLLM's server as a generator talks to; `reply(body)` is what a completion request gets."""
 
-class CompletionServer:
-    """As much of vLLM's server as a generator talks to; `reply` says what a completion request gets.
+    reply: Callable[[dict[str, Any]], Any] = lambda body: completion([5])
+    logprobs_mode: str = "raw_logprobs"
 
-    No request gets its reply before `gathers` of them are under way.
-    """
+    def __post_init__(self) -> None:
+        self.answer = self.completions
 
-    def __init__(self, reply: Callable[[dict[str, Any]], Any], gathers: int = 1) -> None:
-        self.reply = reply
-        self.gathers, self.gathered = gathers, asyncio.Event()
-        self.logprobs_mode = "raw_logprobs"
-        self.bodies: list[dict[str, Any]] = []
+    async def completions(self, place: int) -> Any:
+        reply = self.reply(self.requests[place])
+        reply = await reply if isawaitable(reply) else reply
+        return reply if isinstance(reply, tuple) else (200, reply)
 
-    async def completions(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.bodies.append(body)
-        if len(self.bodies) == self.gathers:
-            self.gathered.set()
-        await asyncio.wait_for(self.gathered.wait(), 30)
-        reply = self.reply(body)
-        return reply if isinstance(reply, web.Response) else web.json_response(reply)
-
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response(MODELS)
-
-    async def info(self, request: web.Request) -> web.Response:
-        assert request.query["config_format"] == "json"
-        return web.json_response({"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}})
-
-    def serving(self) -> AbstractContextManager[str]:
-        app = web.Application()
-        app.add_routes([web.get("/v1/models", self.models), web.get("/server_info", self.info)])
-        app.add_routes([web.post("/v1/completions", self.completions)])
-        return serving(app)
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return response_of(200, {"object": "list", "data": [{"id": "policy", "max_model_len": 512}]})
+        if request.path == "/server_info":
+            assert request.query["config_format"] == "json"
+            return response_of(200, {"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}})
+        return await super().handle(request)
 
 
 def completion(ids: list[int], reason: str = "stop", stop_reason: Any = "</answer>") -> dict[str, Any]:
@@ -74,15 +63,14 @@ def make(url: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> VLLMSe
 
 
 def test_a_turn_is_asked_for_by_its_ids_and_read_as_sampled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    server = CompletionServer(lambda body: completion([5, 6, 7]))
-    with server.serving() as url:
-        generator = make(url + "/", tiny_tokenizer)
+    with CompletionServer(reply=lambda body: completion([5, 6, 7])).running() as server:
+        generator = make(server.url + "/", tiny_tokenizer)
         assert isinstance(generator, RemoteGenerator)
         server.logprobs_mode = "processed_logprobs"
         turns = sample_remotely(generator, [TurnRequest(3, (1, 2), 40, seed=2**53 - 1)], Sampling(0.7, 0.9))
         assert generator.max_context_tokens == 512, "what the server takes"
     assert turns == {3: SampledTurn(3, [5, 6, 7], [-0.0, -0.25, -0.5], "stop")}
-    assert server.bodies == [
+    assert server.requests == [
         {
             "model": "policy",
             "prompt": [1, 2],
@@ -114,31 +102,31 @@ def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
 
 
 def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    server = CompletionServer(lambda body: completion([5]), gathers=40)
-    with server.serving() as url:
+    forty = asyncio.Barrier(40)
+
+    async def reply(body: dict[str, Any]) -> Any:
+        await asyncio.wait_for(forty.wait(), 30)
+        return completion([5])
+
+    with CompletionServer(reply=reply).running() as server:
         requests = [TurnRequest(number, (1,), 4, seed=number) for number in range(40)]
-        turns = sample_remotely(make(url, tiny_tokenizer), requests)
+        turns = sample_remotely(make(server.url, tiny_tokenizer), requests)
     assert sorted(turns) == list(range(40))
 
 
 def test_a_turn_that_fails_on_its_way_is_asked_for_again(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    replies = [web.Response(status=503, text="overloaded"), completion([5])]
-    server = CompletionServer(lambda body: replies.pop(0))
-    with server.serving() as url:
-        turns = sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=11)])
+    replies = [(503, "overloaded"), completion([5])]
+    with CompletionServer(reply=lambda body: replies.pop(0)).running() as server:
+        turns = sample_remotely(make(server.url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=11)])
     assert turns[0].token_ids == [5]
-    assert [body["seed"] for body in server.bodies] == [11, 11]
-
-
-def fails(status: int) -> web.Response:
-    return web.Response(status=status, text="no memory left")
+    assert [body["seed"] for body in server.requests] == [11, 11]
 
 
 @pytest.mark.parametrize(
     ("reply", "message", "attempts"),
     [
-        (lambda body: fails(400), "HTTP status 400: no memory left", 1),  # final
-        (lambda body: fails(500), "HTTP status 500: no memory left", 2),
+        (lambda body: (400, "no memory left"), "HTTP status 400: no memory left", 1),  # final
+        (lambda body: (500, "no memory left"), "HTTP status 500: no memory left", 2),
         (lambda body: {"choices": [{"text": "no ids"}]}, "its reply is not of the form expected", 2),
         (lambda body: completion([1, 2], "abort", None), "it gave the turn up: 2 tokens, finish_reason 'abort'", 2),
         (lambda body: completion([], "stop", None), "it gave the turn up: 0 tokens", 2),
@@ -147,27 +135,25 @@ def fails(status: int) -> web.Response:
 def test_a_server_that_fails_for_good_is_named_with_its_remedy(
     reply: Callable[[Any], Any], message: str, attempts: int, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    server = CompletionServer(reply)
     with (
-        server.serving() as url,
-        pytest.raises(GenerationError, match=rf"the vLLM server at {url}.*{message}") as caught,
+        CompletionServer(reply=reply).running() as server,
+        pytest.raises(GenerationError, match=rf"the vLLM server at {server.url}.*{message}") as caught,
     ):
-        sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)])
-    assert len(server.bodies) == attempts
-    assert serve_command(url, gpu=False) in str(caught.value)
+        sample_remotely(make(server.url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)])
+    assert len(server.requests) == attempts
+    assert serve_command(server.url, gpu=False) in str(caught.value)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, 0.9)])
 def test_log_probabilities_of_another_distribution_are_refused(
     sampling: Sampling, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    server = CompletionServer(lambda body: completion([5]))
     with (
-        server.serving() as url,
+        CompletionServer().running() as server,
         pytest.raises(GenerationError, match=r"reports raw_logprobs, .*--logprobs-mode processed_logprobs"),
     ):
-        sample_remotely(make(url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)], sampling)
-    assert server.bodies == []
+        sample_remotely(make(server.url, tiny_tokenizer), [TurnRequest(0, (1,), 4, seed=0)], sampling)
+    assert server.requests == []
 
 
 def test_no_server_at_all_is_said_before_the_rollout(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -183,8 +169,8 @@ def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast
         told.append("turn")
         return completion([5])
 
-    with CompletionServer(reply).serving() as url:
-        generator = make(url, tiny_tokenizer, ready=lambda: told.append("weights are there"))
+    with CompletionServer(reply=reply).running() as server:
+        generator = make(server.url, tiny_tokenizer, ready=lambda: told.append("weights are there"))
         sample_remotely(generator, [TurnRequest(0, (1,), 4, seed=0)])
     assert told == ["weights are there", "turn"]
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jsonl_files import write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch.tinyworld.world import World, question_rows
-
-pytest_plugins = ("recipe_modules",)
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
@@ -32,23 +29,15 @@ def edited_recipe(folder: Path) -> ModuleType:
     )
     recipe = (ROOT / "recipes/grpo.py").read_text()
     assert recipe.count("REWARDS = [f1_reward]\n") == 1
-    path = folder / "grpo_price.py"
-    path.write_text(recipe.replace("REWARDS = [f1_reward]\n", edit))
-    spec = importlib.util.spec_from_file_location("grpo_price", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["grpo_price"] = module
-    spec.loader.exec_module(module)
-    return module
+    (folder / "grpo_price.py").write_text(recipe.replace("REWARDS = [f1_reward]\n", edit))
+    return load_recipe(str(folder / "grpo_price"))
 
 
 @pytest.mark.slow
-def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(
-    load_recipe: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(tmp_path: Path) -> None:
     world = World.draw(1, n_people=60)
     for name, rows in {"corpus": world.passages(), "train": question_rows(world, 40, 0)}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     data = ["--dataset", str(tmp_path / "train.jsonl"), "--corpus", str(tmp_path / "corpus.jsonl")]
     f1, price = tmp_path / "f1", tmp_path / "price"
     load_recipe("grpo").main([*FLAGS, *data, "--output_dir", str(f1)])
@@ -65,7 +54,7 @@ def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(
     assert all(word in picture.read_text() for word in ("<svg", "f1", "price", *keys))
 
 
-def test_curves_refuse_what_is_not_logged(refusal: Callable[[str, list[str]], str], tmp_path: Path) -> None:
+def test_curves_refuse_what_is_not_logged(refusal: Refusal, tmp_path: Path) -> None:
     assert "holds no finished training run" in refusal("curves", ["--runs", str(tmp_path)])
     state = {"log_history": [{"step": 1, "reward": 0.5, "loss": 0.1}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
@@ -75,7 +64,7 @@ def test_curves_refuse_what_is_not_logged(refusal: Callable[[str, list[str]], st
     assert f"the output folder {__file__} is a file" in refusal("curves", below_a_file)
 
 
-def test_runs_of_one_name_are_told_apart(load_recipe: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("f1", "price"):
         (tmp_path / name / "policy").mkdir(parents=True)
         (tmp_path / name / "policy/trainer_state.json").write_text('{"log_history": [{"step": 1, "reward": 0.5}]}')

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-pytest_plugins = ("recipe_modules",)  # fixtures
+from recipe_modules import Refusal
 
 RECIPE = Path(__file__).parents[2] / "recipes/bench/bm25.py"
 
@@ -32,6 +30,6 @@ def test_it_measures_tinyworld_and_a_larger_corpus(tmp_path: Path) -> None:
     assert 0 < own["index_mib"] < grown["index_mib"]
 
 
-def test_files_come_in_pairs(refusal: Callable[[str, list[str]], str], tmp_path: Path) -> None:
+def test_files_come_in_pairs(refusal: Refusal, tmp_path: Path) -> None:
     flags = ["--corpus", "x.jsonl", "--output", str(tmp_path / "bm25.json")]
     assert refusal("bench/bm25", flags).startswith("error: --corpus and --questions go together")

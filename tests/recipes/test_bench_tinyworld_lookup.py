@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-pytest_plugins = ("recipe_modules",)  # fixtures
+from recipe_modules import Refusal, load_recipe
 
 
 @pytest.mark.parametrize(
@@ -21,13 +18,11 @@ pytest_plugins = ("recipe_modules",)  # fixtures
         (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
     ],
 )
-def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+def test_mistakes_get_one_sentence(refusal: Refusal, flags: list[str], message: str) -> None:
     assert message in refusal("bench/tinyworld_lookup", flags)
 
 
-def test_the_stored_policy_quotes_the_fact_among_others(
-    load_recipe: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_the_stored_policy_quotes_the_fact_among_others(tmp_path: Path) -> None:
     output = tmp_path / "lookup.json"
     load_recipe("bench/tinyworld_lookup").main(["--n_facts", "60", "--output", str(output)])
     rows = {row["documents"]: row for row in json.loads(output.read_text())["rows"]}

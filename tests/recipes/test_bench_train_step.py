@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch.training import trainer
 
-pytest_plugins = ("recipe_modules",)  # fixtures
-
 
 @pytest.mark.slow
-def test_both_trainers_take_the_same_step(
-    load_recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_trainers_take_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, output = load_recipe("bench/train_step"), tmp_path / "bench/train_step.json"
     monkeypatch.setattr(trainer, "run_rollouts", trainer.run_rollouts)  # the bench replaces it
 
@@ -49,15 +44,5 @@ def test_both_trainers_take_the_same_step(
         (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
     ],
 )
-def test_mistakes_get_one_sentence(refusal: Callable[[str, list[str]], str], flags: list[str], message: str) -> None:
+def test_mistakes_get_one_sentence(refusal: Refusal, flags: list[str], message: str) -> None:
     assert message in refusal("bench/train_step", flags)
-
-
-def test_a_step_has_a_group_for_each_question(load_recipe: Callable[[str], ModuleType]) -> None:
-    bench = load_recipe("bench/train_step")
-    made = bench.trajectories(3)
-    assert len(made) == 3 * bench.GROUP
-    for trajectory in made:
-        assert len(trajectory.completion_ids) == len(trajectory.env_mask) == len(trajectory.logprobs)
-        assert {0, 1} == set(trajectory.env_mask) and trajectory.answer
-    assert made[0].prompt_ids == made[bench.GROUP - 1].prompt_ids != made[bench.GROUP].prompt_ids

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-pytest_plugins = ("recipe_modules",)  # fixtures
-
-LoadRecipe = Callable[[str], ModuleType]
+from jsonl_files import write_rows
+from recipe_modules import Refusal, load_recipe
 
 
 def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
@@ -30,13 +26,11 @@ def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
         {**alike, "id": str(n), "row": n, "question": f"{n}?", "answer": answer}
         for n, answer in enumerate(answers, start=first)
     ]
-    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "trajectories.jsonl", rows)
     return str(folder)
 
 
-def test_it_prints_and_keeps_the_differences(
-    load_recipe: LoadRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_prints_and_keeps_the_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = evaluation(tmp_path / "a", ["x", "y", "y", "y", "y"])
     second = evaluation(tmp_path / "b", ["x", "x", "x", "x"])
     load_recipe("compare").main(["--first", first, "--second", second, "--output", str(tmp_path / "c.json")])
@@ -55,9 +49,7 @@ def test_it_prints_and_keeps_the_differences(
         ("strange", "line 1 is not a trajectory: it lacks id"),
     ],
 )
-def test_a_mistake_gets_one_sentence(
-    refusal: Callable[[str, list[str]], str], tmp_path: Path, second: str, message: str
-) -> None:
+def test_a_mistake_gets_one_sentence(refusal: Refusal, tmp_path: Path, second: str, message: str) -> None:
     evaluation(tmp_path / "other", ["x"], first=9)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange/trajectories.jsonl").write_text('{"question": "Why?"}\n')

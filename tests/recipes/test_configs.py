@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from recipe_modules import load_recipe
 from trl import ModelConfig
 
 from zerosearch.command_line import parse
 from zerosearch.engines.options import EngineOptions
 from zerosearch.training.trainer import SearchConfig
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -41,7 +38,9 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("name", PAPER_RUNS)
-def test_a_run_of_the_paper(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+def test_a_run_of_the_paper(
+    name: str,
+) -> None:
     recipe = load_recipe("grpo")
     arguments, options, config, model = parse(
         recipe.RecipeArguments,

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch.files import sole_writer
 from zerosearch.stages import Stages, training_status
 
-pytest_plugins = ("recipe_modules",)  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Put back the handlers that the demo sets."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
 
 @pytest.fixture(scope="module")
-def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+def recipe() -> ModuleType:
     return load_recipe("demo")
 
 
@@ -65,9 +53,7 @@ def test_results_count_every_query_to_an_engine_that_is_not_the_simulator(recipe
     }
 
 
-def test_what_cannot_work_is_refused_before_anything_is_computed(
-    refusal: Callable[[str, list[str]], str], tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_computed(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     assert "--overwrite_output_dir" in refusal("demo", ["--output_dir", str(tmp_path / "full")])
@@ -75,11 +61,6 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     with sole_writer(tmp_path / "held"):
         flags = ["--output_dir", str(tmp_path / "held"), "--overwrite_output_dir", "true", "--port", "0"]
         assert f"another run is writing to {tmp_path / 'held'}" in refusal("demo", flags)
-
-
-def test_a_port_that_is_taken_is_said_before_anything_is_computed(
-    refusal: Callable[[str, list[str]], str], tmp_path: Path
-) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

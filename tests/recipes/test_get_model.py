@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
-
-pytest_plugins = ("recipe_modules",)  # fixtures
+from recipe_modules import Refusal, load_recipe
 
 WEIGHTS = b"weights"
 
 
 @pytest.fixture(scope="module")
-def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+def recipe() -> ModuleType:
     return load_recipe("get_model")
 
 
@@ -52,7 +50,7 @@ def test_a_model_comes_from_the_hub_once(recipe: ModuleType, hub: SimpleNamespac
 
 
 def test_a_file_that_is_not_what_the_hub_says_is_refused(
-    refusal: Callable[[str, list[str]], str], hub: SimpleNamespace, tmp_path: Path
+    refusal: Refusal, hub: SimpleNamespace, tmp_path: Path
 ) -> None:
     hub.stated = hashlib.sha256(b"others").hexdigest()
     said = refusal("get_model", ["--models", "all-MiniLM-L6-v2", "--output_dir", str(tmp_path)])
@@ -61,7 +59,7 @@ def test_a_file_that_is_not_what_the_hub_says_is_refused(
 
 
 def test_where_neither_works_one_sentence_says_so(
-    refusal: Callable[[str, list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_pip(command: list[str], **options: Any) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="warning\nERROR: No matching distribution found\n")
@@ -73,5 +71,5 @@ def test_where_neither_works_one_sentence_says_so(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_none_of_these_is_refused(refusal: Callable[[str, list[str]], str]) -> None:
+def test_a_model_that_is_none_of_these_is_refused(refusal: Refusal) -> None:
     assert "models names 'gpt2'; there are SmolLM2-135M-Instruct, " in refusal("get_model", ["--models", "gpt2"])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from recipe_modules import Refusal, as_flags, load_recipe
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 TEXT = "Who's <search> Emma, 1815 </search>\n\n  Ünïcode <answer>don't</answer>?"
 
@@ -38,10 +35,10 @@ def test_tags_are_as_likely_as_they_should_be(random_model: Path) -> None:
     assert found == pytest.approx(expected, rel=0.3)
 
 
-def test_the_seed_decides_the_weights(load_recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_the_weights(corpus: Path, tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> bytes:
         flags = {"corpus": corpus, "output_dir": tmp_path / name, "vocab_size": 300, "seed": seed}
-        load_recipe("random_model").main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))])
+        load_recipe("random_model").main(as_flags(flags))
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     first = weights("a", seed=1)
@@ -57,12 +54,12 @@ def test_the_seed_decides_the_weights(load_recipe: Callable[[str], ModuleType], 
     ],
 )
 def test_a_size_that_cannot_be_is_refused(
-    refusal: Callable[[str, list[str]], str], corpus: Path, tmp_path: Path, flags: list[str], message: str
+    refusal: Refusal, corpus: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     error = refusal("random_model", ["--corpus", str(corpus), "--output_dir", str(tmp_path / "out"), *flags])
-    assert error == f"error: {message}\n"
+    assert error == f"error: {message}"
 
 
-def test_a_full_folder_is_left_alone(refusal: Callable[[str, list[str]], str], corpus: Path, tmp_path: Path) -> None:
+def test_a_full_folder_is_left_alone(refusal: Refusal, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty" in refusal("random_model", ["--corpus", str(corpus), "--output_dir", str(tmp_path)])

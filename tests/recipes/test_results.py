@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from recipe_modules import load_recipe
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
-SPEC = importlib.util.spec_from_file_location("render", RESULTS / "render.py")
-assert SPEC is not None and SPEC.loader is not None
-render = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(render)
+render = load_recipe("results/render")
 
 
 def test_the_tables_of_the_documents_are_rendered_from_the_results() -> None:

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from http_servers import free_ports
 from peft import PeftModel
+from recipe_modules import Refusal, load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.engines import SearchError, SearchRequest
@@ -23,25 +23,16 @@ from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.prompts import TINYWORLD_SIMULATOR_PROMPT, simulator_messages
 from zerosearch.protocol import split_documents
 
-pytest_plugins = ("recipe_modules",)  # fixtures
-
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "data/tinyworld/simulator"
 REQUEST = SearchRequest("Anna Vance hails from", "Where does Anna Vance hail from?", ("Port Alder",), key=(0,))
-
-
-@pytest.fixture(autouse=True)
-def signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zerosearch.simulator.server.exit_on_signals", lambda: None)  # it would be pytest's signals
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [([], "there is no model '{folder}'"), (["--max_model_len", "0"], "max_model_len is 0: it must be at least 1")],
 )
-def test_a_mistake_gets_one_sentence(
-    tmp_path: Path, flags: list[str], message: str, refusal: Callable[[str, list[str]], str]
-) -> None:
+def test_a_mistake_gets_one_sentence(tmp_path: Path, flags: list[str], message: str, refusal: Refusal) -> None:
     assert message.format(folder=tmp_path) in refusal("serve_simulator", ["--model", str(tmp_path), *flags])
 
 
@@ -49,11 +40,7 @@ def test_a_mistake_gets_one_sentence(
     ("name", "flags"), [("serve_simulator", []), ("measure_fidelity", ["--queries", "{queries}", "--port", "0"])]
 )
 def test_control_characters_are_shown_and_not_sent(
-    name: str,
-    flags: list[str],
-    load_recipe: Callable[[str], ModuleType],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queries = tmp_path / "queries.jsonl"
     queries.write_text('{"question": "Q?", "golden_answers": ["a"], "query": "q", "documents": []}\n')
@@ -65,7 +52,7 @@ def test_control_characters_are_shown_and_not_sent(
 
 
 @pytest.fixture(scope="module")
-def adapter(load_recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter that the recipe has tuned, too fast to be any good."""
     folder = tmp_path_factory.mktemp("adapter")
     row = {"question": REQUEST.question, "golden_answers": ["Port Alder"], "query": REQUEST.query, "useful": True}

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from jsonl_files import write_rows
+from recipe_modules import Refusal, as_flags, load_recipe
 from transformers import AutoModelForCausalLM
-
-from zerosearch.files import sole_writer
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 TRACES = [
     {
@@ -38,15 +34,12 @@ RECORD = {
 }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    return write(path, [*TRACES, {**TRACES[0], "question": "Who is Fanny?", "golden_answers": ["Burney"]}])
+    return write_rows(
+        tmp_path_factory.mktemp("traces") / "traces.jsonl",
+        [*TRACES, {**TRACES[0], "question": "Who is Fanny?", "golden_answers": ["Burney"]}],
+    )
 
 
 def flags(model: Path, output_dir: Path, /, **changes: Any) -> list[str]:
@@ -55,7 +48,7 @@ def flags(model: Path, output_dir: Path, /, **changes: Any) -> list[str]:
         **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
         **changes,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +57,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_searches_teach_a_policy_and_a_killed_run_ends_as_one_left_alone(
-    load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, traces: Path, tmp_path: Path
+    tiny_policy_dir: Path, traces: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe("sft_policy")
     saving = {"save_strategy": "steps", "save_steps": 1, "traces": traces}
@@ -83,19 +76,17 @@ def test_searches_teach_a_policy_and_a_killed_run_ends_as_one_left_alone(
 
 
 def test_trajectories_are_learned_by_their_score_and_an_adapter_is_saved_alone(
-    load_recipe: Callable[[str], ModuleType], tiny_policy_dir: Path, tmp_path: Path
+    tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     scored = [{**RECORD, "f1": score} for score in (1.0, 0.5, 0.4)]
-    path = write(tmp_path / "trajectories.jsonl", [*scored, {**RECORD, "f1": 1.0, "answer": None}])
+    path = write_rows(tmp_path / "trajectories.jsonl", [*scored, {**RECORD, "f1": 1.0, "answer": None}])
     changes = {"trajectories": path, "min_f1": 0.5, "use_peft": True, "lora_target_modules": "all-linear"}
     load_recipe("sft_policy").main(flags(tiny_policy_dir, tmp_path / "out", **changes))
     assert json.loads((tmp_path / "out/cold_start.json").read_text())["examples"] == 2
     assert (tmp_path / "out/adapter_model.safetensors").is_file() and not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_what_cannot_work_is_refused(
-    refusal: Callable[[str, list[str]], str], tiny_policy_dir: Path, traces: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_refused(refusal: Refusal, tiny_policy_dir: Path, traces: Path, tmp_path: Path) -> None:
     assert "--traces or --trajectories, one of the two" in refusal("sft_policy", flags(tiny_policy_dir, tmp_path))
     for budget in ({"max_turn_tokens": 5}, {"max_observation_tokens": 24}):
         said = refusal("sft_policy", flags(tiny_policy_dir, tmp_path, traces=traces, **budget))
@@ -103,10 +94,3 @@ def test_what_cannot_work_is_refused(
     assert "line 1 is not a trajectory: it lacks id" in refusal(
         "sft_policy", flags(tiny_policy_dir, tmp_path, trajectories=traces)
     )
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used/notes.txt").write_text("mine")
-    used = flags(tiny_policy_dir, tmp_path / "used", traces=traces)
-    assert "is not empty" in refusal("sft_policy", used)
-    with sole_writer(tmp_path / "used"):
-        held = refusal("sft_policy", [*used, "--overwrite_output_dir", "true"])
-    assert "another run is writing" in held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,19 +16,16 @@ import torch
 import yaml
 from chat_server import ChatServer
 from hub_stub import HubStub
+from jsonl_files import write_rows
+from recipe_modules import Refusal, as_flags, load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.command_line import parse
-from zerosearch.files import sole_writer
 from zerosearch.simulator import fidelity
 from zerosearch.training import tuning
 
-pytest_plugins = ("chat_server", "hub_stub", "recipe_modules")  # fixtures
-
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "data/tinyworld/simulator"
-LoadRecipe = Callable[[str], ModuleType]
-
 SEARCHES = [
     {
         "question": f"Where does {name} hail from?",
@@ -44,9 +41,7 @@ SEARCHES = [
 
 @pytest.fixture(scope="module")
 def searches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("searches") / "searches.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in SEARCHES))
-    return path
+    return write_rows(tmp_path_factory.mktemp("searches") / "searches.jsonl", SEARCHES)
 
 
 def arguments(searches: Path, output_dir: Path, /, **changes: Any) -> list[str]:
@@ -56,7 +51,7 @@ def arguments(searches: Path, output_dir: Path, /, **changes: Any) -> list[str]:
         **{"lora_target_modules": "all-linear", "measure_fidelity": False},
         **changes,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,9 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def tuned(
-    load_recipe: LoadRecipe, searches: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Path]]:
+def tuned(searches: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Return the folder of a run of each kind; that of LoRA held a whole model before."""
     root = tmp_path_factory.mktemp("tuned")
     recipe = load_recipe("sft_simulator")
@@ -96,7 +89,7 @@ def test_full_tuning_saves_a_model_that_has_learned(tuned: dict[str, Path]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "last"), [("full", 5), ("full", 4), ("lora", 4)])
 def test_a_tuning_resumes_as_if_it_had_not_been_killed(
-    load_recipe: LoadRecipe, searches: Path, tuned: dict[str, Path], tmp_path: Path, kind: str, last: int
+    searches: Path, tuned: dict[str, Path], tmp_path: Path, kind: str, last: int
 ) -> None:
     folder = tmp_path / "out"
     shutil.copytree(tuned[kind], folder)
@@ -143,7 +136,6 @@ def test_merging_puts_the_adapter_into_the_bases_own_weights(tuned: dict[str, Pa
 
 @pytest.mark.slow
 def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was_measured(
-    load_recipe: LoadRecipe,
     searches: Path,
     tmp_path: Path,
     chat_server: ChatServer,
@@ -166,7 +158,6 @@ def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was
     monkeypatch.setattr(tuning, "Tuner", Watched)
     monkeypatch.setattr(fidelity, "simulator_server", already_there)
     monkeypatch.setattr(recipe, "find_spec", lambda name: True)
-    monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
     chat_server.write = lambda messages: "\n".join(
         f"Doc {n}: Oscar Colby hails from Mount Kelso." for n in range(1, 6)
     )
@@ -187,7 +178,7 @@ def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was
 
 @pytest.mark.slow
 def test_the_folder_is_pushed_with_its_card_and_without_the_token(
-    hub: str, load_recipe: LoadRecipe, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: str, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -230,36 +221,17 @@ def test_the_folder_is_pushed_with_its_card_and_without_the_token(
     ],
 )
 def test_a_mistake_gets_one_sentence(
-    load_recipe: LoadRecipe,
-    searches: Path,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any], message: str, searches: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_recipe("sft_simulator").main(arguments(searches, tmp_path / "out", **changes))
-    assert caught.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(errors) == 1 and message in errors[0]
+    assert message in refusal("sft_simulator", arguments(searches, tmp_path / "out", **changes))
 
 
-def test_a_checkpoint_of_another_tuning_is_refused(
-    searches: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
-) -> None:
+def test_a_checkpoint_of_another_tuning_is_refused(searches: Path, tmp_path: Path, refusal: Refusal) -> None:
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
     flags = arguments(searches, tmp_path, tuning="lora", resume_from_checkpoint=True)
     assert f"{checkpoint} is of another tuning" in refusal("sft_simulator", flags)
-
-
-def test_a_second_run_in_a_folder_is_refused(
-    searches: Path, tmp_path: Path, refusal: Callable[[str, list[str]], str]
-) -> None:
-    flags = arguments(searches, tmp_path / "out", overwrite_output_dir=True)
-    with sole_writer(tmp_path / "out"):
-        assert "another run is writing to" in refusal("sft_simulator", flags)
 
 
 def settings_of(recipe: ModuleType, config: str) -> Any:
@@ -268,14 +240,14 @@ def settings_of(recipe: ModuleType, config: str) -> Any:
 
 
 @pytest.mark.parametrize("size", ["3b", "7b", "14b"])
-def test_the_configs_hold_the_authors_values(load_recipe: LoadRecipe, size: str) -> None:
+def test_the_configs_hold_the_authors_values(size: str) -> None:
     arguments, training, model = settings_of(load_recipe("sft_simulator"), f"sft-qwen2.5-{size}.yaml")
     assert (training.learning_rate, training.per_device_train_batch_size, training.max_steps) == (1e-6, 2, 1000)
     assert model.model_name_or_path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     assert (arguments.prompt, arguments.tuning, training.completion_only_loss) == ("paper", "full", True)
 
 
-def test_the_faithful_config_is_measured_on_queries_it_was_not_tuned_on(load_recipe: LoadRecipe) -> None:
+def test_the_faithful_config_is_measured_on_queries_it_was_not_tuned_on() -> None:
     pytest.importorskip("vllm")
     fidelity = load_recipe("measure_fidelity")
     arguments, _, _ = settings_of(load_recipe("sft_simulator"), "sft-tinyworld-faithful.yaml")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from jsonl_files import write_rows
+from recipe_modules import Refusal, load_recipe
 from trl import ModelConfig
 
 from zerosearch.command_line import parse
@@ -22,9 +22,6 @@ from zerosearch.simulator.fidelity import FidelityOptions
 from zerosearch.stages import Stages
 from zerosearch.training.config import SearchConfig
 
-pytest_plugins = ("recipe_modules",)  # fixtures
-
-ROOT = Path(__file__).parents[2]
 STAGES = (
     *("model", "split", "cold start", "searches", "simulator", "fidelity tuned", "fidelity real"),
     *("evaluation before", "training", "evaluation after"),
@@ -32,7 +29,7 @@ STAGES = (
 
 
 @pytest.fixture
-def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+def recipe() -> ModuleType:
     return load_recipe("smollm")
 
 
@@ -60,23 +57,14 @@ def commands(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
 
     monkeypatch.setattr(Stages, "run", run)
     monkeypatch.setattr(recipe, "simulator_server", server)
-    monkeypatch.setattr(recipe, "exit_on_signals", lambda: None)  # it would be pytest's signals
     monkeypatch.setattr(recipe.Smollm, "results", lambda self: {})
     monkeypatch.setattr(recipe, "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(recipe, "summary_table", lambda folder: "")
     return recorded
 
 
-def split_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("split_questions", ROOT / "data/split_questions.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_stage_is_a_command_that_its_recipe_takes(
-    recipe: ModuleType, given: list[str], commands: dict[str, list[str]], load_recipe: Callable[[str], ModuleType]
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]]
 ) -> None:
     recipe.main([*given, "--rl_steps", "7", "--baseline", "group", "--beta", "0.01"])
     assert tuple(commands) == STAGES
@@ -84,7 +72,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     evaluation, fidelity = load_recipe("evaluate"), load_recipe("measure_fidelity")
     classes: dict[str, tuple[type, ...]] = {
         "recipes/get_model.py": (load_recipe("get_model").GetModelArguments,),
-        "data/split_questions.py": (split_script().SplitArguments,),
+        "data/split_questions.py": (load_recipe("../data/split_questions").SplitArguments,),
         "recipes/sft_policy.py": (policy.RecipeArguments, policy.Budgets, policy.PolicyConfig, ModelConfig),
         "recipes/build_simulator_data.py": (load_recipe("build_simulator_data").BuildArguments, SetOptions),
         "recipes/sft_simulator.py": (simulator.RecipeArguments, simulator.SimulatorConfig, ModelConfig),
@@ -129,10 +117,7 @@ def test_a_stage_that_was_stopped_goes_on_and_a_finished_one_is_left(
 
 
 def test_a_folder_of_other_settings_and_data_that_is_missing_are_refused(
-    recipe: ModuleType,
-    given: list[str],
-    commands: dict[str, list[str]],
-    refusal: Callable[[str, list[str]], str],
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]], refusal: Refusal
 ) -> None:
     recipe.main(given)
     assert "holds a run of other settings" in refusal("smollm", [*given, "--rl_steps", "9"])
@@ -142,9 +127,7 @@ def test_a_folder_of_other_settings_and_data_that_is_missing_are_refused(
     assert "lacks qa_train.jsonl" in refusal("smollm", given)
 
 
-def test_results_hold_the_paired_difference(
-    load_recipe: Callable[[str], ModuleType], recipe: ModuleType, given: list[str]
-) -> None:
+def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]) -> None:
     run = Path(given[3])
     row = {"row": 0, "sample": 0, "dataset": "hotpotqa", "golden_answers": ["x"], "outcome": "answered", "turns": 1}
     for when, answer in (("before", "y"), ("after", "x")):
@@ -158,7 +141,7 @@ def test_results_hold_the_paired_difference(
             "segments": [],
         }
         rows = [{**row, **scored, "id": str(n), "question": f"q {n}?"} for n in range(4)]
-        (folder / "trajectories.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        write_rows(folder / "trajectories.jsonl", rows)
         score = {"mean": float(answer == "x"), "low": 0.0, "high": 1.0}
         results = {"em": score, "f1": score, "engine": "bm25", "n": 4}
         (folder / "results.json").write_text(json.dumps(results))

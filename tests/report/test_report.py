@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import record, scores, write_json, write_lines, write_run
+from jsonl_files import write_rows
+from recipe_modules import load_recipe
+from report_run import record, scores, write_json, write_run
 
 from zerosearch.errors import UserError
 from zerosearch.report import summary_table, write_report
@@ -21,9 +23,6 @@ ATTACK = (
     "<script>alert('documents')</script><img src=http://evil.example/x onerror=alert(1)></information>"
     "\x1b]0;title\x07 \u202edesrever"
 )
-
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_a_dozen_trajectories_are_shown_and_told_apart_in_words(run_dir: Path) -
 
 def test_a_trajectory_that_lost_a_search_is_not_called_trained(run_dir: Path) -> None:
     lost = record("t", False, [False], step=1, outcome="failed_search", answer=None)
-    write_lines(run_dir / "policy/trajectories.jsonl", [lost])
+    write_rows(run_dir / "policy/trajectories.jsonl", [lost])
     last = write_report(run_dir).read_text(encoding="utf-8").split('<section class="trajectory">')[-1]
     assert "trained</i>" not in last and "masked</i>" in last
     assert "no answer: failed search" in last
@@ -145,7 +144,7 @@ def test_a_trajectory_that_lost_a_search_is_not_called_trained(run_dir: Path) ->
 
 def test_a_turn_of_white_space_is_said_to_be_one(run_dir: Path) -> None:
     blank = record("t", False, [], step=1, segments=[{"source": "policy", "text": "\n\n", "noisy": None}])
-    write_lines(run_dir / "policy/trajectories.jsonl", [blank])
+    write_rows(run_dir / "policy/trajectories.jsonl", [blank])
     assert "(nothing but white space)" in page_of(run_dir).text
 
 
@@ -156,9 +155,9 @@ def test_what_files_hold_is_text_and_never_markup(run_dir: Path) -> None:
     segments_under_attack.append({"source": "documents", "text": ATTACK, "noisy": True})
     attacked = record("q0", True, [], question=ATTACK, answer=ATTACK, golden_answers=[ATTACK], dataset=ATTACK, step=1)
     attacked["segments"] = segments_under_attack
-    write_lines(run_dir / "policy/trajectories.jsonl", [attacked])
+    write_rows(run_dir / "policy/trajectories.jsonl", [attacked])
     for policy in ("before", "after"):
-        write_lines(run_dir / f"evaluation/{policy}-bm25/trajectories.jsonl", [attacked])
+        write_rows(run_dir / f"evaluation/{policy}-bm25/trajectories.jsonl", [attacked])
         by_dataset = {ATTACK: scores(0.5, 0.5, 1.0), "other": scores(0.5, 0.5, 1.0)}
         evaluation = scores(
             0.5, 0.5, 1.0, by_dataset=by_dataset, model=ATTACK, dataset=ATTACK, versions={ATTACK: ATTACK}
@@ -232,7 +231,7 @@ def test_a_broken_file_is_named(run_dir: Path, name: str, contents: str, message
 
 def test_a_segment_of_unknown_source_is_refused(run_dir: Path) -> None:
     broken = record("t", True, [], step=1, segments=[{"source": "oracle", "text": "", "noisy": None}])
-    write_lines(run_dir / "policy/trajectories.jsonl", [broken])
+    write_rows(run_dir / "policy/trajectories.jsonl", [broken])
     with pytest.raises(
         UserError, match=r"line 1: the segment .*'oracle'.* needs a text, a source \(prompt, policy, documents, hint\)"
     ):
@@ -265,7 +264,7 @@ def test_a_log_without_kl_leaves_the_plot_out_and_says_so(run_dir: Path) -> None
     assert "“KL” is left out: the log has no finite kl." in html
 
 
-def test_the_recipe_writes_the_page_and_names_a_mistake(run_dir: Path, load_recipe: Any, capsys: Any) -> None:
+def test_the_recipe_writes_the_page_and_names_a_mistake(run_dir: Path, capsys: Any) -> None:
     recipe = load_recipe("report")
     recipe.main(["--run_dir", str(run_dir)])
     assert capsys.readouterr().out.endswith(f"{run_dir / 'report.html'}\n") and (run_dir / "report.html").is_file()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from jsonl_files import rows_of
 from scripted import Library, Writer
 from scripted_rollouts import ScriptedEngine
 
@@ -79,12 +79,6 @@ def test_a_lookup_that_fails_ends_the_trajectory() -> None:
 
 def write_two_searches(context: str) -> str:
     return "<answer> Jane Austen </answer>" if context.count("</search>") > 2 else "<search> Emma author </search>"
-
-
-def test_an_agent_that_searches_may_use_all_turns() -> None:
-    trajectory, writer, engine = roll_out(PAPER.agents["ra-agent"], lambda context: "<search> Emma </search>")
-    assert (len(engine.requests), len(trajectory.turns), trajectory.outcome) == (2, 3, "turns_exhausted")
-    assert writer.contexts[1].endswith("Doc 2: Rain: It rains.</information>\n\n")
 
 
 def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
@@ -161,7 +155,7 @@ def test_a_document_without_a_title_is_shown_without_one() -> None:
 
 @pytest.mark.skipif(not PASSAGES.is_file(), reason=f"{PASSAGES} is not here")
 def test_real_passages_look_as_search_r1_shows_them() -> None:
-    rows = [json.loads(line) for line in PASSAGES.open(encoding="utf-8")]
+    rows = rows_of(PASSAGES)
     others = []
     for row in rows:
         title, _, text = row["contents"].partition("\n")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
 import pytest
 from hub_stub import HubStub
+from jsonl_files import rows_of, write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch.data import Passage
 from zerosearch.errors import UserError
@@ -21,8 +21,6 @@ from zerosearch.simulator.dataset import SetOptions, build_sets, excerpt, split_
 from zerosearch.simulator.examples import load_examples, simulator_example
 from zerosearch.simulator.judge import rule_verdict, rule_verdicts
 from zerosearch.simulator.traces import read_traces
-
-pytest_plugins = ("recipe_modules", "hub_stub")  # fixtures
 
 ROOT = Path(__file__).parents[2]
 TRACES = ROOT.parent / "shared/data/search_traces.jsonl"
@@ -287,7 +285,6 @@ def test_real_searches_keep_their_answers_and_leak_neither_answers_nor_questions
 
 @pytest.fixture
 def traces(tmp_path: Path) -> Path:
-    path = tmp_path / "traces.jsonl"
     rows = [
         {
             "question": f"Who wrote book {n}?",
@@ -297,8 +294,7 @@ def traces(tmp_path: Path) -> Path:
         }
         for n in range(30)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "traces.jsonl", rows)
 
 
 @pytest.fixture
@@ -306,11 +302,8 @@ def command(traces: Path, tmp_path: Path) -> list[str]:
     return ["--traces", str(traces), "--output_dir", str(tmp_path / "sft")]
 
 
-LoadRecipe = Callable[[str], ModuleType]
-
-
 def test_the_recipe_makes_a_dataset_that_loads(
-    load_recipe: LoadRecipe, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sft"
     load_recipe("build_simulator_data").main([*command, "--p_test", "0.3"])
@@ -332,7 +325,7 @@ def test_the_recipe_makes_a_dataset_that_loads(
 
 
 def test_overwriting_clears_the_earlier_dataset_and_nothing_else(
-    load_recipe: LoadRecipe, command: list[str], tmp_path: Path, refusal: Callable[[str, list[str]], str]
+    command: list[str], tmp_path: Path, refusal: Refusal
 ) -> None:
     folder = tmp_path / "sft"
     load_recipe("build_simulator_data").main([*command, "--p_test", "0.5"])
@@ -349,11 +342,9 @@ def test_overwriting_clears_the_earlier_dataset_and_nothing_else(
     assert "split: test" not in (folder / "README.md").read_text()
 
 
-def test_the_card_of_a_models_verdicts_names_the_model(
-    load_recipe: LoadRecipe, traces: Path, command: list[str], tmp_path: Path
-) -> None:
-    rows = [json.loads(line) | {"verdicts": {"qwen-max": [True, False, None]}} for line in traces.open()]
-    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_the_card_of_a_models_verdicts_names_the_model(traces: Path, command: list[str], tmp_path: Path) -> None:
+    rows = [row | {"verdicts": {"qwen-max": [True, False, None]}} for row in rows_of(traces)]
+    write_rows(traces, rows)
     load_recipe("build_simulator_data").main([*command, "--judge", "qwen-max", "--prompt", "tinyworld"])
     card = (tmp_path / "sft/README.md").read_text()
     assert card.startswith("---\ntask_categories:\n- text-generation\n") and "split: train" in card
@@ -364,8 +355,7 @@ def test_the_card_of_a_models_verdicts_names_the_model(
 
 def test_the_recipe_pushes_the_folder_with_its_card(
     hub: str,
-    load_recipe: LoadRecipe,
-    refusal: Callable[[str, list[str]], str],
+    refusal: Refusal,
     command: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -397,7 +387,5 @@ def test_the_recipe_pushes_the_folder_with_its_card(
         (["--traces", "none.jsonl"], "there is no file none.jsonl"),
     ],
 )
-def test_a_mistake_gets_one_sentence(
-    refusal: Callable[[str, list[str]], str], command: list[str], flags: list[str], message: str
-) -> None:
+def test_a_mistake_gets_one_sentence(refusal: Refusal, command: list[str], flags: list[str], message: str) -> None:
     assert message in refusal("build_simulator_data", [*command, *flags])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonl_files import write_rows
 
 from zerosearch.errors import UserError
 from zerosearch.simulator.examples import load_examples, simulator_example
@@ -28,8 +29,7 @@ TEMPLATE = "{query}? {quality} / {Quality} / {golden_answer}"
 
 
 def write(path: Path, *rows: object) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_rows(path, rows))
 
 
 def test_a_search_becomes_prompt_and_documents() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import ChatServer, Messages
+from jsonl_files import write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch import http
 from zerosearch.engines.simulated import SimulatedEngine
@@ -19,8 +20,6 @@ from zerosearch.protocol import format_documents
 from zerosearch.simulator.fidelity import Card, FidelityOptions, measure_recorded, measure_simulator
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import HeldOutQuery, read_held_out
-
-pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
 
 TRACES = Path(__file__).parents[3] / "shared/data/search_traces.jsonl"
 QUERIES = [
@@ -158,16 +157,11 @@ def test_the_card_of_a_real_engine() -> None:
 
 
 def test_the_recipe_measures_any_endpoint(
-    chat_server: ChatServer,
-    tmp_path: Path,
-    load_recipe: Any,
-    refusal: Callable[[str, list[str]], str],
-    capsys: pytest.CaptureFixture[str],
+    chat_server: ChatServer, tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     play(chat_server)
     rows = [{"question": one.question, "golden_answers": one.answers, "query": one.query} for one in QUERIES]
-    queries = tmp_path / "queries.jsonl"
-    queries.write_text("".join(json.dumps({**row, "documents": []}) + "\n" for row in rows))
+    queries = write_rows(tmp_path / "queries.jsonl", ({**row, "documents": []} for row in rows))
     flags = ["--queries", str(queries), "--output", str(tmp_path / "card"), "--num_queries", "20"]
     load_recipe("measure_fidelity").main([*flags, "--simulator_url", chat_server.url])
     assert json.loads((tmp_path / "card.json").read_text())["useful_answer_rate"] == 1.0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonl_files import write_rows
 
 from zerosearch.errors import UserError
 from zerosearch.simulator.held_out import HeldOutQuery, choose, read_held_out
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps({"documents": [], **row}) + "\n" for row in rows))
-    return path
+    return write_rows(path, ({"documents": [], **row} for row in rows))
 
 
 EMMA = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"], "query": "Emma author"}

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from types import ModuleType
 from typing import Any
 
 import pytest
-from aiohttp import web
-from http_servers import serving
+from chat_server import ChatServer, Messages
+from jsonl_files import rows_of, write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch import http
 from zerosearch.engines.cache import Cache
@@ -35,8 +29,6 @@ from zerosearch.simulator.judge import (
     parse_verdict,
     rule_verdict,
 )
-
-pytest_plugins = ("recipe_modules",)  # fixtures
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,52 +79,28 @@ def test_agreement_of_two_judges() -> None:
         assert (found["share"], found["kappa"]) == (share, None)
 
 
-@dataclass
-class JudgeServer:
-    """An OpenAI-style endpoint: `answer(n, messages)` is (status, body) for the n-th call."""
-
-    url: str = ""
-    answer: Callable[[int, list[dict[str, str]]], tuple[int, str]] = lambda n, messages: verdict_of(messages)
-    hold: Callable[[int], bool] = lambda n: False  # whether the n-th call waits until this says no
-    held: int = 0
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-
-
-def reply_of(text: Any) -> tuple[int, str]:
+def reply_of(text: Any) -> tuple[int, Any]:
     usage = {"prompt_tokens": 100, "completion_tokens": 4}
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
 
 
-def verdict_of(messages: list[dict[str, str]]) -> tuple[int, str]:
+def verdict_of(messages: Messages) -> tuple[int, Any]:
     """Find a document sufficient if it holds the query's first word."""
     text = messages[0]["content"]
     query, document = text.split("Query: ")[1].split("\n")[0], text.split("<document>\n")[1].split("\n</document>")[0]
     return reply_of(f"Verdict: {'sufficient' if query.split()[0] in document else 'insufficient'}")
 
 
+def judging(server: ChatServer, *first: Any) -> Callable[[int], Any]:
+    """Return answers: first those given, then verdicts."""
+    return lambda n: first[n] if n < len(first) else verdict_of(server.requests[n]["messages"])
+
+
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+def server(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
     monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
-    state = JudgeServer()
-
-    async def chat(request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        state.requests.append(body)
-        state.keys.append(request.headers.get("Authorization"))
-        number = len(state.requests) - 1
-        status, text = state.answer(number, body["messages"])
-        state.held += 1
-        while state.hold(number):
-            await asyncio.sleep(0.01)
-        state.held -= 1
-        return web.Response(status=status, text=text, content_type="application/json")
-
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", chat)
-    with serving(app, shutdown_timeout=0.1) as address:
-        state.url = f"{address}/v1"
-        yield state
+    chat_server.answer = judging(chat_server)
+    return chat_server
 
 
 @pytest.fixture
@@ -148,13 +116,13 @@ SEARCHES = [
 ]
 
 
-def make_judge(server: JudgeServer, model: str = "judge-1", template: str = JUDGE_PROMPT, **options: Any) -> Judge:
+def make_judge(server: ChatServer, model: str = "judge-1", template: str = JUDGE_PROMPT, **options: Any) -> Judge:
     named = {f"judge_{name}": value for name, value in options.items()}
     return Judge(JudgeOptions(judge_url=server.url, judge_model=model, **named), template)
 
 
 def test_the_judge_is_asked_about_each_document_alone(
-    server: JudgeServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOST_KEY", "secret")
     judge = make_judge(server, api_key_variable="HOST_KEY")
@@ -186,7 +154,7 @@ def test_the_judge_is_asked_about_each_document_alone(
     }
 
 
-def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(server: JudgeServer, cache: Cache) -> None:
+def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(server: ChatServer, cache: Cache) -> None:
     first = judge_traces(SEARCHES, make_judge(server), cache)
     judge = make_judge(server)
     assert judge_traces(SEARCHES, judge, cache) == first
@@ -197,8 +165,8 @@ def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(serve
     assert len(server.requests) == 5
 
 
-def test_a_reply_without_a_verdict_is_asked_for_once_more(server: JudgeServer, cache: Cache) -> None:
-    server.answer = lambda n, messages: reply_of("It depends.") if n == 0 else verdict_of(messages)
+def test_a_reply_without_a_verdict_is_asked_for_once_more(server: ChatServer, cache: Cache) -> None:
+    server.answer = judging(server, reply_of("It depends."))
     judge = make_judge(server)
     assert judge_traces(SEARCHES[1:], judge, cache) == [[True]]
     assert (judge.counts["asked_again"], judge.counts["without_verdict"]) == (1, 0)
@@ -221,9 +189,9 @@ PARTS = [{"type": "thinking", "thinking": "Verdict: sufficient"}, {"type": "text
     ],
 )
 def test_a_verdict_is_never_guessed_nor_asked_for_a_third_time(
-    server: JudgeServer, cache: Cache, reply: Any, verdict: Verdict, shown_again: str | None
+    server: ChatServer, cache: Cache, reply: Any, verdict: Verdict, shown_again: str | None
 ) -> None:
-    server.answer = lambda n, messages: reply_of(reply)
+    server.answer = lambda n: reply_of(reply)
     for _ in range(2):
         judge = make_judge(server)
         assert judge_traces(SEARCHES[1:], judge, cache) == [[verdict]]
@@ -243,10 +211,10 @@ def test_a_verdict_is_never_guessed_nor_asked_for_a_third_time(
     ],
 )
 def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_nothing(
-    server: JudgeServer, cache: Cache, failure: tuple[int, str], calls: int, message: str
+    server: ChatServer, cache: Cache, failure: tuple[int, str], calls: int, message: str
 ) -> None:
     judge_traces(SEARCHES[1:], make_judge(server), cache)
-    server.answer = lambda n, messages: failure
+    server.answer = lambda n: failure
     judge = make_judge(server, concurrency=1)
     judge.client.max_retries = 2
     with pytest.raises(UserError, match=f"{message}.*verdicts so far are kept"):
@@ -255,7 +223,7 @@ def test_a_judge_that_fails_for_good_ends_the_run_in_one_sentence_and_loses_noth
     assert cache.get(judge.cached_as(("rain", "It rains.")))["verdict"] is True
 
 
-def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cache: Cache) -> None:
+def test_what_is_under_way_when_the_judge_fails_is_kept(server: ChatServer, cache: Cache) -> None:
     judge = make_judge(server, concurrency=4)
     verdict, failed = judge.verdict, Event()
 
@@ -267,8 +235,16 @@ def test_what_is_under_way_when_the_judge_fails_is_kept(server: JudgeServer, cac
             raise
 
     judge.verdict = watched_verdict  # type: ignore[method-assign]
-    server.answer = lambda n, messages: (401, "no") if "document 0" in str(messages) else verdict_of(messages)
-    server.hold = lambda n: "document 0" not in str(server.requests[n]) and not failed.is_set()
+
+    async def answer(n: int) -> Any:
+        messages = server.requests[n]["messages"]
+        if "document 0" in str(messages):
+            return 401, "no"
+        while not failed.is_set():
+            await asyncio.sleep(0.01)
+        return verdict_of(messages)
+
+    server.answer = answer
     with pytest.raises(UserError, match="401"):
         judge_traces([{"query": "q", "documents": [f"document {n}" for n in range(20)]}], judge, cache)
     assert all(cache.get(judge.cached_as(("q", f"document {n}"))) for n in (1, 2, 3))
@@ -285,24 +261,23 @@ def write_traces(path: Path, num_searches: int) -> Path:
         }
         for n in range(num_searches)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
 def test_both_judges_in_one_run_and_their_agreement(
-    server: JudgeServer,
-    load_recipe: Callable[[str], ModuleType],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     traces = write_traces(tmp_path / "traces.jsonl", 20)
-    server.answer = lambda n, messages: (
-        reply_of("hm") if "book7 author" in messages[0]["content"] else verdict_of(messages)
-    )
+
+    def answer(n: int) -> Any:
+        messages = server.requests[n]["messages"]
+        return reply_of("hm") if "book7 author" in messages[0]["content"] else verdict_of(messages)
+
+    server.answer = answer
     command = ["--traces", str(traces), "--output_dir", str(tmp_path / "out"), "--judges", "rule", "llm"]
     command += ["--judge_url", server.url, "--judge_model", "judge\x1b[2J"]
     load_recipe("judge_traces").main(command)
-    rows = [json.loads(line) for line in (tmp_path / "out/judged.jsonl").open()]
+    rows = rows_of(tmp_path / "out/judged.jsonl")
     assert len(rows) == 20 and rows[3]["query"] == "book3 author"
     assert rows[3]["verdicts"] == {"rule": [True, False], "judge\x1b[2J": [True, False]}
     assert rows[7]["verdicts"] == {"rule": [True, False], "judge\x1b[2J": [None, None]}
@@ -342,34 +317,6 @@ def test_a_key_goes_to_an_address_only_if_it_is_named_for_it(monkeypatch: pytest
         (["--output_dir", __file__], f"the output folder {__file__} is a file"),
     ],
 )
-def test_a_mistake_gets_one_sentence(
-    refusal: Callable[[str, list[str]], str], tmp_path: Path, flags: list[str], message: str
-) -> None:
+def test_a_mistake_gets_one_sentence(refusal: Refusal, tmp_path: Path, flags: list[str], message: str) -> None:
     traces = write_traces(tmp_path / "traces.jsonl", 1)
     assert message in refusal("judge_traces", ["--traces", str(traces), "--output_dir", str(tmp_path / "out"), *flags])
-
-
-@pytest.mark.slow
-def test_killed_half_way_and_started_again_no_verdict_is_paid_for_twice(server: JudgeServer, tmp_path: Path) -> None:
-    traces = write_traces(tmp_path / "traces.jsonl", 100)
-    server.hold = lambda n: n >= 80
-    command = [sys.executable, str(ROOT / "recipes/judge_traces.py"), "--traces", str(traces)]
-    command += ["--output_dir", str(tmp_path / "out"), "--judges", "llm", "--judge_concurrency", "4"]
-    command += ["--judge_url", server.url, "--judge_model", "judge-1"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while server.held < 4 or len(server.requests) < 84:  # four in flight, and all of them kept waiting
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    cache = Cache(tmp_path / "out/verdicts.sqlite")
-    paid = cache._database.execute("SELECT count(*) FROM replies").fetchone()[0]
-    cache.close()
-    before = len(server.requests)
-    assert (before, paid) == (84, 80)  # lost with the kill: no more than was in flight
-    assert not (tmp_path / "out/judged.jsonl").exists()
-    server.hold = lambda n: False
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert len(server.requests) - before == 200 - paid
-    rows = [json.loads(line) for line in (tmp_path / "out/judged.jsonl").open()]
-    assert [row["verdicts"]["judge-1"] for row in rows] == [[True, False]] * 100

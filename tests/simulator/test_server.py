@@ -18,8 +18,6 @@ from zerosearch.errors import UserError
 from zerosearch.simulator import server as serving
 from zerosearch.simulator.server import SimulatorServer, cpu_environment, model_arguments, simulator_server
 
-pytest_plugins = ("recipe_modules",)  # fixtures
-
 
 def make_adapter(directory: Path, **config: object) -> Path:
     directory.mkdir(exist_ok=True)

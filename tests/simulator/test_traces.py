@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from jsonl_files import write_rows
 
 from zerosearch.data import Passage
 from zerosearch.errors import UserError
@@ -21,17 +21,12 @@ TRACE = {
 SHARED = Path(__file__).parents[3] / "shared/data"
 
 
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_every_column_is_kept(tmp_path: Path) -> None:
-    assert read_traces(write(tmp_path / "t.jsonl", TRACE)) == [TRACE]
+    assert read_traces(write_rows(tmp_path / "t.jsonl", [TRACE])) == [TRACE]
 
 
 def test_a_search_may_have_found_nothing(tmp_path: Path) -> None:
-    assert read_traces(write(tmp_path / "t.jsonl", TRACE | {"documents": []}))[0]["documents"] == []
+    assert read_traces(write_rows(tmp_path / "t.jsonl", [TRACE | {"documents": []}]))[0]["documents"] == []
 
 
 @pytest.mark.parametrize(
@@ -48,12 +43,12 @@ def test_a_search_may_have_found_nothing(tmp_path: Path) -> None:
 )
 def test_a_row_that_is_no_trace_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_traces(write(tmp_path / "t.jsonl", TRACE, TRACE | change))
+        read_traces(write_rows(tmp_path / "t.jsonl", [TRACE, TRACE | change]))
 
 
 def test_no_searches_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"t\.jsonl holds no searches"):
-        read_traces(write(tmp_path / "t.jsonl"))
+        read_traces(write_rows(tmp_path / "t.jsonl", []))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from jsonl_files import rows_of
 from peft import LoraConfig
 from rain import ROWS, RainEngine, one_batch
 from safetensors.torch import load_file
@@ -152,9 +153,7 @@ def test_rewards_receive_the_trajectories(make_trainer: MakeTrainer) -> None:
     assert sorted(set(batch["advantages"].tolist()))[0] < 0
 
 
-def test_the_agent_says_how_the_policy_is_asked_and_documents_are_shown(
-    make_trainer: MakeTrainer,
-) -> None:
+def test_the_agent_says_how_the_policy_is_asked_and_documents_are_shown(make_trainer: MakeTrainer) -> None:
     agent = replace(
         PAPER.policy, template="Q: {question}", write_observation=lambda documents: f"[{len(documents)} documents]"
     )
@@ -253,7 +252,7 @@ def test_training_logs_and_writes_what_the_report_reads(make_trainer: MakeTraine
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
     assert first["time/rollout_s"] < first["time/step_s"]
     output = Path(trainer.args.output_dir)
-    records = [json.loads(line) for line in (output / "trajectories.jsonl").read_text().splitlines()]
+    records = rows_of(output / "trajectories.jsonl")
     assert [record["step"] for record in records] == [1, 1, 1, 2, 2, 2]
     assert len({record["id"] for record in records[:3]}) > 1, "spread over the questions of the step"
     assert "<|im_start|>user\nWho wrote" in records[0]["segments"][0]["text"]
