@@ -274,7 +274,7 @@ def test_a_turn_cut_by_its_own_limit_is_invalid_and_one_cut_by_the_context_ends_
     long = "<think> " + "It rains. " * 30
     trajectory = roll_out(tiny_tokenizer, [long, "<answer> x </answer>"], max_turn_tokens=20)
     assert (trajectory.turns[0].kind, trajectory.turns[0].num_tokens) == ("invalid", 20)
-    assert (trajectory.outcome, trajectory.cut_turns) == ("answered", 1)
+    assert (trajectory.outcome, trajectory.counts()["cut_turns"]) == ("answered", 1)
     cut = roll_out(tiny_tokenizer, [long], max_trajectory_tokens=30)
     assert (cut.outcome, len(cut.prompt_ids) + len(cut.completion_ids)) == ("truncated", 30)
 
@@ -491,6 +491,7 @@ def test_a_record_holds_the_text_by_who_wrote_it(tiny_tokenizer: PreTrainedToken
         "cut_turns": 0,
         "cut_observations": 0,
         "retries": 0,
+        "short_replies": 0,
         "p_noise": 1.0,
         "f1": pytest.approx(2 / 3),
         "em": 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import fmean, median
 
 from zerosearch.metrics import METRICS
@@ -15,15 +15,7 @@ from zerosearch.rollout.trajectory import OUTCOMES, Outcome, RolloutClock, Traje
 class TrajectoryFacts:
     """What the metrics need of a trajectory, small enough to be gathered from every rank."""
 
-    searches: int
-    turns: int
-    policy_tokens: int
-    observation_tokens: int
-    invalid_actions: int
-    cut_turns: int
-    cut_observations: int
-    retries: int
-    short_replies: int
+    counts: dict[str, int]
     outcome: Outcome | None
     noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
     latencies_s: tuple[float, ...]
@@ -34,15 +26,7 @@ class TrajectoryFacts:
     def of(cls, trajectory: Trajectory) -> TrajectoryFacts:
         searched = trajectory.searched_turns
         return cls(
-            searches=len(searched),
-            turns=len(trajectory.turns),
-            policy_tokens=trajectory.policy_tokens,
-            observation_tokens=trajectory.observation_tokens,
-            invalid_actions=trajectory.invalid_actions,
-            cut_turns=trajectory.cut_turns,
-            cut_observations=trajectory.cut_observations,
-            retries=sum(turn.retries for turn in searched),
-            short_replies=sum(turn.short_replies for turn in searched),
+            counts=trajectory.counts(),
             outcome=trajectory.outcome,
             noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),
             latencies_s=tuple(turn.latency_s for turn in searched if turn.latency_s is not None),
@@ -51,19 +35,15 @@ class TrajectoryFacts:
         )
 
 
-# Fields whose mean per trajectory is logged.
-MEANS = tuple(field.name for field in fields(TrajectoryFacts) if field.type == "int")
-
-
 def rollout_metrics(facts: Sequence[TrajectoryFacts], clocks: Sequence[RolloutClock]) -> dict[str, float]:
     """Return the log entries of a rollout, from the facts of all trajectories and the clock of each rank.
 
     Counts are means per trajectory, outcomes shares, latencies those of single searches, times means over ranks;
     `search/logprob` is the mean log-probability of a policy token, in nats, as it was sampled.
     """
-    metrics = {f"search/{name}": fmean(getattr(fact, name) for fact in facts) for name in MEANS}
+    metrics = {f"search/{name}": fmean(fact.counts[name] for fact in facts) for name in facts[0].counts}
     metrics |= {f"search/{outcome}": fmean(fact.outcome == outcome for fact in facts) for outcome in OUTCOMES}
-    tokens = sum(fact.policy_tokens for fact in facts)
+    tokens = sum(fact.counts["policy_tokens"] for fact in facts)
     metrics["search/logprob"] = sum(fact.logprob for fact in facts) / tokens if tokens else math.nan
     noisy = [coin for fact in facts for coin in fact.noisy]
     metrics["search/noisy_share"] = fmean(noisy) if noisy else 0.0

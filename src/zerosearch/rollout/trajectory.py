@@ -68,14 +68,6 @@ class Trajectory:
         return sum(turn.num_observation_tokens for turn in self.turns)
 
     @property
-    def invalid_actions(self) -> int:
-        return sum(turn.kind == "invalid" for turn in self.turns)
-
-    @property
-    def cut_turns(self) -> int:
-        return sum(turn.is_cut for turn in self.turns)
-
-    @property
     def cut_observations(self) -> int:
         return sum(turn.is_observation_cut for turn in self.turns)
 
@@ -88,6 +80,20 @@ class Trajectory:
     @property
     def searches(self) -> int:
         return len(self.searched_turns)
+
+    def counts(self) -> dict[str, int]:
+        """Return what is counted of a trajectory, for its record and for the means in the training log."""
+        return {
+            "searches": self.searches,
+            "turns": len(self.turns),
+            "policy_tokens": self.policy_tokens,
+            "observation_tokens": self.observation_tokens,
+            "invalid_actions": sum(turn.kind == "invalid" for turn in self.turns),
+            "cut_turns": sum(turn.is_cut for turn in self.turns),
+            "cut_observations": self.cut_observations,
+            "retries": sum(turn.retries for turn in self.searched_turns),
+            "short_replies": sum(turn.short_replies for turn in self.searched_turns),
+        }
 
     def append_sampled(self, sampled: SampledTurn) -> None:
         """Append what the policy sampled."""
@@ -126,14 +132,7 @@ class Trajectory:
             "step": step,
             "answer": self.answer,
             "outcome": self.outcome,
-            "searches": self.searches,
-            "turns": len(self.turns),
-            "policy_tokens": self.policy_tokens,
-            "observation_tokens": self.observation_tokens,
-            "invalid_actions": self.invalid_actions,
-            "cut_turns": self.cut_turns,
-            "cut_observations": self.cut_observations,
-            "retries": sum(turn.retries for turn in self.searched_turns),
+            **self.counts(),
             "generation_s": sum(turn.generation_s for turn in self.turns),
             "search_s": sum(turn.latency_s or 0.0 for turn in self.searched_turns),
             "p_noise": self.p_noise,

@@ -42,7 +42,7 @@ def log_rollout(
     own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
     engine = trainer.current_engine
     sent = {account.engine: account.newly_sent() for account in accounts_of(engine)}
-    sent = sent or {engine.name: sum(fact.searches + fact.retries for fact in own_facts)}
+    sent = sent or {engine.name: sum(fact.counts["searches"] + fact.counts["retries"] for fact in own_facts)}
     ranks = gather_object([(own_facts, clock, failure and f"{failure}", sent)])
     if trainer.accelerator.is_main_process:
         path = Path(trainer.args.output_dir) / (QUERIES if is_training else EVALUATION_QUERIES)
