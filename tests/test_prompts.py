@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from zerosearch.prompts import (
     SIMULATOR_FROM_QUERY,
     TINYWORLD,
     Agent,
-    simulator_prompt,
+    simulator_messages,
 )
 
 # One line, as the paper's code feeds it; "as your want" is theirs.
@@ -41,6 +42,12 @@ Noisy Output:
 """
 
 GOLDEN_HINT = "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"  # noqa: E501
+
+
+def simulator_prompt(**asked: Any) -> str:
+    system, user = simulator_messages(**asked)
+    assert system == {"role": "system", "content": ""} and user["role"] == "user"
+    return user["content"]
 
 
 def test_policy_prompt_to_the_letter() -> None:

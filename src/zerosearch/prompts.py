@@ -364,35 +364,6 @@ READING_FIELDS = frozenset({"question", "reasoning", "query", "documents"})
 SIMULATOR_FIELDS = frozenset({"question", "golden_answer", "query", "quality", "Quality"})
 
 
-def simulator_prompt(
-    *,
-    question: str,
-    golden_answers: Sequence[str],
-    query: str,
-    noisy: bool,
-    template: SimulatorTemplate = SIMULATOR_PROMPT,
-) -> str:
-    """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
-
-    The paper's prompt has room for one answer: the first golden answer is the one it names. Of a pair of templates,
-    the one for the quality is used.
-    Raises `UserError` for no golden answer where the template names one, and for a template with an unknown field or
-    without `{query}`.
-    """
-    chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
-    if not golden_answers and "{golden_answer}" in chosen:
-        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
-    check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
-    quality = "noisy" if noisy else "useful"
-    return chosen.format(
-        question=question,
-        golden_answer=golden_answers[0] if golden_answers else "",
-        query=query,
-        quality=quality,
-        Quality=quality.capitalize(),
-    )
-
-
 def simulator_messages(
     *,
     question: str,
@@ -401,12 +372,25 @@ def simulator_messages(
     noisy: bool,
     template: SimulatorTemplate = SIMULATOR_PROMPT,
 ) -> list[dict[str, str]]:
-    """Return the chat messages of `simulator_prompt`, in tuning and in every search alike.
+    """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
 
-    The system message is empty, as in the reference: without one, Qwen's chat template writes its own.
+    In tuning and in every search alike. The paper's prompt has room for one answer: the first golden answer is the one
+    it names. Of a pair of templates, the one for the quality is used. The system message is empty, as in the
+    reference: without one, Qwen's chat template writes its own.
+    Raises `UserError` for no golden answer where the template names one, and for a template with an unknown field or
+    without `{query}`.
     """
-    prompt = simulator_prompt(
-        question=question, golden_answers=golden_answers, query=query, noisy=noisy, template=template
+    chosen = template if isinstance(template, str) else template.noisy if noisy else template.useful
+    if not golden_answers and "{golden_answer}" in chosen:
+        raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
+    check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
+    quality = "noisy" if noisy else "useful"
+    prompt = chosen.format(
+        question=question,
+        golden_answer=golden_answers[0] if golden_answers else "",
+        query=query,
+        quality=quality,
+        Quality=quality.capitalize(),
     )
     return [{"role": "system", "content": ""}, {"role": "user", "content": prompt}]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from zerosearch.prompts import INVALID_ACTION_HINT, TINYWORLD, simulator_prompt
+from zerosearch.prompts import INVALID_ACTION_HINT, TINYWORLD, simulator_messages
 from zerosearch.protocol import format_observation
 from zerosearch.tinyworld import world
 
@@ -69,9 +69,10 @@ def _all_texts() -> Iterator[str]:
     yield TINYWORLD.policy.prompt("Who?")
     yield INVALID_ACTION_HINT
     for noisy in (False, True):
-        yield simulator_prompt(
+        messages = simulator_messages(
             question="Who?", golden_answers=["A"], query="A", noisy=noisy, template=TINYWORLD.simulator
         )
+        yield messages[-1]["content"]
     yield format_observation(["A"] * 6)
     for tag in ("think", "search", "information", "answer"):
         yield f"<{tag}> <{tag}> </{tag}>\n</{tag}>"
