@@ -21,7 +21,7 @@ from hypothesis import settings
 if TYPE_CHECKING:  # the process that hands the tests out needs none of it
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-pytest_plugins = ("chat_server", "hub_stub", "paid_search", "recipe_modules")  # fixtures
+pytest_plugins = ("http_servers", "chat_server", "hub_stub", "paid_search", "recipe_modules")  # fixtures
 
 settings.register_profile("alike", derandomize=True, database=None, deadline=None)  # every run tries the same cases
 settings.load_profile("alike")
@@ -40,6 +40,12 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test wait half a second before a service is asked again."""
+    monkeypatch.setattr("zerosearch.http.FIRST_BACK_OFF_S", 0.01)
 
 
 TEXT = (

@@ -14,6 +14,7 @@ from inspect import isawaitable
 from threading import Thread
 from typing import Any, Self
 
+import pytest
 from aiohttp import web
 
 TIMEOUT_S = 30.0
@@ -96,6 +97,12 @@ class Server:
         app.router.add_route("*", "/{path:.*}", self.handle)
         with serving(app, shutdown_timeout=0.1) as self.url:
             yield self
+
+
+@pytest.fixture
+def http_server() -> Iterator[Server]:
+    with Server().running() as server:
+        yield server
 
 
 def response_of(status: int, content: Any = "", **headers: str) -> web.Response:

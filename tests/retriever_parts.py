@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any
 
@@ -40,6 +44,24 @@ def post(address: str, body: Any, **headers: str) -> tuple[int, Any]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     reply = requests.post(address, **content, headers=named, timeout=60)
     return reply.status_code, reply.json()
+
+
+def ask_and_end(serve: Callable[[], None], address: str, body: Any) -> tuple[int, Any]:
+    """Run what serves in this thread until it has answered one request, then a SIGTERM; return what it answered."""
+
+    def ask() -> tuple[int, Any]:
+        for _ in range(400):
+            with suppress(requests.ConnectionError):
+                reply = post(address, body)
+                os.kill(os.getpid(), signal.SIGTERM)  # which uvicorn handles: it has answered
+                return reply
+            time.sleep(0.05)
+        raise TimeoutError(f"nothing answers at {address}")
+
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(ask)
+        serve()
+    return reply.result()
 
 
 def health(address: str) -> dict[str, Any]:

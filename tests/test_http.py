@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -35,12 +35,10 @@ WELL = (200, {"well": True})
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+def server(http_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(http, "LONGEST_BACK_OFF_S", 0.02)
-    with Server().running() as running:
-        running.url += "/api"
-        yield running
+    http_server.url += "/api"
+    return http_server
 
 
 def client_of(**settings: Any) -> HTTPClient:

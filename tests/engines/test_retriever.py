@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from http_servers import Server, in_turn
 from retriever_parts import serving
 
-from zerosearch import http
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
@@ -24,12 +22,10 @@ both = pytest.mark.parametrize("protocol", ["search-r1", "zerosearch"])
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(http_server: Server) -> Server:
     """A server of somebody else's."""
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
-    with Server().running() as running:
-        running.url += "/retrieve"
-        yield running
+    http_server.url += "/retrieve"
+    return http_server
 
 
 def searched(server: Server, protocol: RetrieverProtocol, **options: Any) -> tuple[Any, RetrieverEngine]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import requests
 from http_servers import free_ports
 from recipe_modules import Refusal, load_recipe
-from retriever_parts import health, post, serving
+from retriever_parts import ask_and_end, health, post, serving
 
 from zerosearch.engines import retriever_server
 from zerosearch.engines.bm25 import BM25Index
@@ -309,22 +308,9 @@ def test_the_recipe_serves_on_loopback_and_ends_on_a_signal(
 ) -> None:
     port = free_ports()
     address = f"http://127.0.0.1:{port}/retrieve"
-    replies: list[Any] = []
-
-    def ask_and_end() -> None:
-        for _ in range(200):
-            with suppress(requests.ConnectionError):
-                replies.append(post(address, {"queries": ["novel"], "topk": 1}))
-                os.kill(os.getpid(), signal.SIGTERM)  # which uvicorn handles: it has answered
-                return
-            time.sleep(0.05)
-
-    client = threading.Thread(target=ask_and_end)
-    client.start()
     flags = ["--corpus", str(corpus), "--index_dir", str(tmp_path / "index"), "--port", str(port)]
-    load_recipe("serve_retriever").main(flags)
-    client.join()
-    assert replies == [(200, {"result": [[EMMA]]})]
+    serve = partial(load_recipe("serve_retriever").main, flags)
+    assert ask_and_end(serve, address, {"queries": ["novel"], "topk": 1}) == (200, {"result": [[EMMA]]})
     assert capsys.readouterr().out == f"retriever ready at {address}: 4 passages (Ctrl-C ends it)\n"
     assert json.loads((tmp_path / "index/zerosearch.json").read_text())["num_passages"] == 4
 

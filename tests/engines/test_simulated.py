@@ -11,7 +11,6 @@ import pytest
 from chat_server import ChatServer
 from http_servers import in_turn
 
-from zerosearch import http
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
 from zerosearch.errors import UserError
@@ -32,8 +31,7 @@ def completion(content: Any) -> Reply:
 
 
 @pytest.fixture
-def server(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+def server(chat_server: ChatServer) -> ChatServer:
     chat_server.answer = in_turn(reply_of(*FIVE))
     return chat_server
 

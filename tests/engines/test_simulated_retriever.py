@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import requests
 from chat_server import ChatServer, Messages
 from http_servers import free_ports
-from retriever_parts import health, post, serving_application
+from recipe_modules import Refusal, load_recipe
+from retriever_parts import ask_and_end, health, post, serving_application
 
-from zerosearch import http
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.engines.simulated_retriever import QueryNoise, SimulatedRetriever
 from zerosearch.noise import NoiseSchedule
 from zerosearch.prompts import PAPER, TINYWORLD
-
-pytest_plugins = ("chat_server", "recipe_modules")  # fixtures
 
 EMMA = {"question": "Who wrote the novel Emma?", "golden_answers": ["Jane Austen", "Austen"]}
 RADIUM = {"question": "Who discovered the element radium?", "golden_answers": ["Marie Curie"]}
@@ -44,8 +38,7 @@ def write(messages: Messages) -> str:
 
 
 @pytest.fixture
-def simulator(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+def simulator(chat_server: ChatServer) -> ChatServer:
     chat_server.write = write
     return chat_server
 
@@ -289,34 +282,14 @@ def test_a_simulator_that_only_copies_refuses_a_query_of_which_nothing_is_known(
 
 
 def test_the_recipe_serves_a_simulator(
-    simulator: ChatServer,
-    questions: Path,
-    load_recipe: Callable[[str], ModuleType],
-    capsys: pytest.CaptureFixture[str],
+    simulator: ChatServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = free_ports()
     address = f"http://127.0.0.1:{port}/retrieve"
-    replies: list[Any] = []
-
-    def ask_and_end() -> None:
-        for _ in range(400):
-            with suppress(requests.ConnectionError):
-                replies.append(post(address, {"queries": ["Emma author"]}))
-                os.kill(os.getpid(), signal.SIGTERM)  # which uvicorn handles: it has answered
-                return
-            time.sleep(0.05)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    client = threading.Thread(target=ask_and_end)
-    client.start()
-    try:
-        flags = ["--engine", "simulated", "--simulator_url", simulator.url, "--questions", str(questions)]
-        load_recipe("serve_retriever").main([*flags, "--noise_start", "1", "--noise_end", "1", "--port", str(port)])
-    finally:
-        client.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    ((status, reply),) = replies
+    flags = ["--engine", "simulated", "--simulator_url", simulator.url, "--questions", str(questions)]
+    flags += ["--noise_start", "1", "--noise_end", "1", "--port", str(port)]
+    serve = partial(load_recipe("serve_retriever").main, flags)
+    status, reply = ask_and_end(serve, address, {"queries": ["Emma author"]})
     assert status == 200 and [row["contents"] for row in reply["result"][0]] == [
         f'"Emma author"\nnoisy, nobody, {number}.' for number in (1, 2, 3)
     ]
@@ -334,5 +307,5 @@ def test_the_recipe_serves_a_simulator(
         (["--questions", "none.jsonl"], "there is no file none.jsonl"),
     ],
 )
-def test_a_mistake_gets_one_sentence(flags: list[str], message: str, refusal: Callable[[str, list[str]], str]) -> None:
+def test_a_mistake_gets_one_sentence(flags: list[str], message: str, refusal: Refusal) -> None:
     assert message in refusal("serve_retriever", ["--engine", "simulated", *flags])

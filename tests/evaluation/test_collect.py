@@ -19,7 +19,6 @@ import pytest
 from jsonl_files import rows_of, write_rows
 from recipe_modules import Refusal, load_recipe
 
-from zerosearch import http
 from zerosearch.simulator.traces import read_traces
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ def look_up_twice(messages: Messages) -> str:
 def arguments(
     chat_server: ChatServer, paid_search: PaidSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
     monkeypatch.setenv("SERPAPI_API_KEY", "serp-key")
     monkeypatch.setenv("CHAT_KEY", "chat-key")
     chat_server.write = look_up_twice

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-pytest_plugins = ("recipe_modules",)  # fixtures
+from jsonl_files import write_rows
+from recipe_modules import load_recipe
 
 
-def test_it_counts_queries_whose_question_is_found(
-    load_recipe: Callable[[str], ModuleType], questions: Path, tmp_path: Path
-) -> None:
+def test_it_counts_queries_whose_question_is_found(questions: Path, tmp_path: Path) -> None:
     asked = [("Who wrote Emma?", "Emma author"), ("Who wrote Emma?", "Jane Austen"), ("Who wrote Emma?", "zebra")]
-    searches = tmp_path / "searches.jsonl"
-    searches.write_text("".join(json.dumps({"question": text, "query": query}) + "\n" for text, query in asked))
+    rows = ({"question": text, "query": query} for text, query in asked)
+    searches = write_rows(tmp_path / "searches.jsonl", rows)
     flags = ["--searches", str(searches), "--questions", str(questions), "--output", str(tmp_path / "found.json")]
     load_recipe("bench/question_lookup").main(flags)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -13,7 +13,6 @@ from chat_server import ChatServer, Messages
 from jsonl_files import write_rows
 from recipe_modules import Refusal, load_recipe
 
-from zerosearch import http
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.protocol import format_documents
@@ -120,10 +119,7 @@ def test_formats_lengths_and_failed_searches_are_measured(chat_server: ChatServe
     assert card["noisy_leak_rate"] == 0.0
 
 
-def test_an_endpoint_that_fails_for_good_stops_the_measurement(
-    chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+def test_an_endpoint_that_fails_for_good_stops_the_measurement(chat_server: ChatServer) -> None:
     chat_server.write = lambda messages: 401
     with pytest.raises(UserError, match=r"the measurement stopped: the simulator at .* HTTP status 401"):
         measure(chat_server)

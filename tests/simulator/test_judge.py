@@ -14,7 +14,6 @@ from chat_server import ChatServer, Messages
 from jsonl_files import rows_of, write_rows
 from recipe_modules import Refusal, load_recipe
 
-from zerosearch import http
 from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError
@@ -97,8 +96,7 @@ def judging(server: ChatServer, *first: Any) -> Callable[[int], Any]:
 
 
 @pytest.fixture
-def server(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
-    monkeypatch.setattr(http, "FIRST_BACK_OFF_S", 0.01)
+def server(chat_server: ChatServer) -> ChatServer:
     chat_server.answer = judging(chat_server)
     return chat_server
 
