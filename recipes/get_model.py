@@ -134,7 +134,8 @@ def get(name: str, folder: Path) -> None:
                     f"{next(iter(PACKAGES[name]))} ({because[-1]}); copy a folder of it to {folder}"
                 ) from None
         write_json(unfinished / "source.json", {"model": REPOSITORIES[name], "from": source})
-        unfinished.rename(folder)
+        if not folder.exists():  # another run may have brought it by now
+            unfinished.rename(folder)
 
 
 @exit_on_user_error

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import read_passages
-from zerosearch.files import claim_output_dir
+from zerosearch.files import claim_output_dir, sole_writer
 
 END_OF_TEXT = "<|endoftext|>"
 P_TAGS = {"<search>": 0.10, "</search>": 0.03, "<answer>": 0.05, "</answer>": 0.015}  # at each token
@@ -107,12 +107,14 @@ def make_tags_likely(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer, draw the weights, save both."""
     (arguments,) = parse(RandomModelArguments, argv=argv)
-    output_dir = claim_output_dir(Path(arguments.output_dir))
-    texts = [f"{passage.title}\n{passage.text}" for passage in read_passages(arguments.corpus)]
-    tokenizer = train_tokenizer(texts, arguments.vocab_size)
-    model = random_model(tokenizer, arguments.seed)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    output_dir = Path(arguments.output_dir)
+    with sole_writer(output_dir):
+        claim_output_dir(output_dir)
+        texts = [f"{passage.title}\n{passage.text}" for passage in read_passages(arguments.corpus)]
+        tokenizer = train_tokenizer(texts, arguments.vocab_size)
+        model = random_model(tokenizer, arguments.seed)
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
     print(f"{output_dir}: {model.num_parameters():,} random parameters, {len(tokenizer):,} tokens")
 
 

@@ -18,11 +18,13 @@ Messages = list[dict[str, str]]
 class ChatServer(Server):
     """`write(messages)` is the model: a text, or an HTTP status to fail with, or a response.
 
-    `models` is what it answers when it is asked for them; `requests` are the completions that were asked for.
+    `models` and `tokenizer_info` are what it answers when it is asked for them; `requests` are the completions that
+    were asked for.
     """
 
     write: Callable[[Messages], Any] = lambda messages: "<answer> yes </answer>"
     models: tuple[int, Any] = (200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+    tokenizer_info: tuple[int, Any] = (404, {"detail": "Not Found"})  # of vLLM, where a flag allows it
     tells_stop_string: bool = False  # as vLLM does
     tells_usage: bool = True
 
@@ -36,6 +38,8 @@ class ChatServer(Server):
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/v1/models":
             return response_of(*self.models)
+        if request.path == "/tokenizer_info":
+            return response_of(*self.tokenizer_info)
         assert request.path == "/v1/chat/completions"
         return await super().handle(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 UNENCODABLE = re.compile("[\x00\ud800-\udfff]")
@@ -29,6 +30,21 @@ def clean_json(content: Any) -> Any:
     if isinstance(content, dict):
         return {clean_text(name): clean_json(item) for name, item in content.items()}
     return content
+
+
+def any_token(names: Iterable[str]) -> re.Pattern[str]:
+    """Return what finds any of these tokens in a text; single characters and runs of spaces do not count."""
+    found = sorted((name for name in names if len(name) > 1 and not name.isspace()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)) or "(?!)")
+
+
+def cut_tokens(tokens: re.Pattern[str], text: str) -> Iterator[str]:
+    """Yield the pieces of a text that is cut behind the first character of each token it spells out."""
+    start = 0
+    while match := tokens.search(text, start):
+        yield text[start : match.start() + 1]
+        start = match.start() + 1
+    yield text[start:]
 
 
 def without_thoughts(text: str) -> str:

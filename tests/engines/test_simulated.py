@@ -227,6 +227,24 @@ def test_check_takes_the_first_model_and_refuses_one_that_is_not_served(server: 
     assert server.requests[0]["model"] == unchecked.identity()["model"] == "sim-3b"
 
 
+@pytest.mark.parametrize(
+    ("info", "end"),
+    [
+        pytest.param((200, {"added_tokens_decoder": {"7": "<|im_end|>", "8": " "}}), "< |im_end|>", id="named"),
+        pytest.param((404, {"detail": "Not Found"}), "<|im_end|>", id="another kind of server"),
+        pytest.param((200, {"added_tokens_decoder": {"7": 8}}), "<|im_end|>", id="another form"),
+    ],
+)
+def test_added_tokens_that_a_server_names_are_plain_text(server: ChatServer, info: Reply, end: str) -> None:
+    server.tokenizer_info = info
+    engine = SimulatedEngine(server.url)
+    engine.check()
+    search(engine, SearchRequest("Emma<|im_end|>", "Who wrote <|im_end|> Emma?", ("Jane<|im_end|>",)))
+    prompt = prompt_of(server.requests[0])
+    assert f"Query: Emma{end}\n" in prompt and f'"Who wrote {end} Emma?" whose answer is Jane{end}.' in prompt
+    assert prompt.count("im_end|>") == 3
+
+
 @pytest.mark.parametrize("models", [(404, "no such page"), (200, "hello"), (200, []), (200, {"data": 5})])
 def test_check_refuses_a_server_of_another_kind(server: ChatServer, models: Reply) -> None:
     server.models = models

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from zerosearch.errors import UserError
 from zerosearch.generation import SampledTurn, TurnRequest
 from zerosearch.generation.tokenization import (
+    added_tokens,
     chat_messages,
-    cut_added_tokens,
     decoded_text,
     fit_observation,
     plain_text,
@@ -32,6 +32,7 @@ from zerosearch.generation.transformers_engine import TurnEnd
 from zerosearch.prompts import PAPER
 from zerosearch.protocol import format_observation
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
+from zerosearch.text import cut_tokens
 
 # How GPT-2, Qwen2.5 and Llama-3 cut a text before they merge: the last two let ">" run into the line breaks behind it.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -307,7 +308,7 @@ def test_text_without_added_tokens_is_tokenised_as_the_tokenizer_does(
 def test_overlapping_added_tokens_are_all_cut() -> None:
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(["ab|", "|cd", "[[X]", "[X]"])
-    assert list(cut_added_tokens(tokenizer, "ab|cd [[X] [X")) == ["a", "b|", "cd [", "[", "X] [X"]
+    assert list(cut_tokens(added_tokens(tokenizer), "ab|cd [[X] [X")) == ["a", "b|", "cd [", "[", "X] [X"]
 
 
 def test_the_pieces_of_a_unigram_vocabulary_hold_no_control_token() -> None:

@@ -49,6 +49,21 @@ def test_a_model_comes_from_the_hub_once(recipe: ModuleType, hub: SimpleNamespac
     assert [path.name for path in folder.parent.iterdir()] == [recipe.MINILM]
 
 
+def test_what_another_run_brought_meanwhile_stays(
+    recipe: ModuleType, hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, download = tmp_path / recipe.MINILM, huggingface_hub.snapshot_download
+
+    def slow_download(*arguments: Any, **options: Any) -> None:
+        folder.mkdir()
+        (folder / "theirs").touch()
+        download(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", slow_download)
+    recipe.main(["--models", recipe.MINILM, "--output_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.rglob("*")] == [recipe.MINILM, "theirs"]
+
+
 def test_a_file_that_is_not_what_the_hub_says_is_refused(
     refusal: Refusal, hub: SimpleNamespace, tmp_path: Path
 ) -> None:

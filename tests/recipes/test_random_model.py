@@ -10,6 +10,8 @@ from recipe_modules import Refusal, as_flags, load_recipe
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zerosearch.files import sole_writer
+
 TEXT = "Who's <search> Emma, 1815 </search>\n\n  Ünïcode <answer>don't</answer>?"
 
 
@@ -60,6 +62,9 @@ def test_a_size_that_cannot_be_is_refused(
     assert error == f"error: {message}"
 
 
-def test_a_full_folder_is_left_alone(refusal: Refusal, corpus: Path, tmp_path: Path) -> None:
+def test_a_full_folder_is_left_alone_and_so_is_one_in_use(refusal: Refusal, corpus: Path, tmp_path: Path) -> None:
+    flags = ["--corpus", str(corpus), "--output_dir", str(tmp_path)]
+    with sole_writer(tmp_path):
+        assert "another run is writing to" in refusal("random_model", flags)
     (tmp_path / "notes.txt").write_text("mine")
-    assert "is not empty" in refusal("random_model", ["--corpus", str(corpus), "--output_dir", str(tmp_path)])
+    assert "is not empty" in refusal("random_model", flags)

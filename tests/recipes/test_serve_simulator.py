@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,10 @@ def test_a_tuned_adapter_is_served_as_it_is(served: tuple[str, subprocess.Popen[
     assert search(engine, REQUEST) == [expected]
     assert engine.model == "simulator"  # the adapter, which is listed after its base
     assert search(SimulatedEngine(served[0], str(BASE), **settings), REQUEST) != [expected]
+    spelled = [replace(REQUEST, query=f"Anna Vance {end} hails from") for end in ("<|endoftext|>", "< |endoftext|>")]
+    plain, unchecked = search(engine, spelled[1]), search(engine, spelled[0])
+    engine.check()
+    assert search(engine, spelled[0]) == plain != unchecked
 
 
 @pytest.mark.slow

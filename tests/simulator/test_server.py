@@ -73,7 +73,7 @@ def test_the_settings_reach_vllm(random_model: Path, monkeypatch: pytest.MonkeyP
     # The longest that the model takes.
     assert list(given.values()) == ["127.0.0.1", str(random_model), "float32", "8192"]
     assert int(command[command.index("--port") + 1]) > 0
-    assert command[-2:] == ["--seed", "1"]
+    assert command[-2:] == ["--seed", "1"] and "--enable-tokenizer-info-endpoint" in command
 
 
 def running(code: str, tmp_path: Path) -> SimulatorServer:

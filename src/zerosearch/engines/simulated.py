@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from zerosearch.metrics import holds_answer
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import SIMULATOR_PROMPT, SimulatorTemplate, simulator_messages
 from zerosearch.protocol import is_well_formed, split_documents
-from zerosearch.text import without_thoughts
+from zerosearch.text import any_token, cut_tokens, without_thoughts
 
 CHECK_TIMEOUT_S = 10.0
 CONCURRENCY_OF_A_SERVER = 64
@@ -56,6 +57,7 @@ class SimulatedEngine:
     noisy reply that holds a golden answer of the question; one that leaks the second time as well is used as it is.
 
     Every prompt follows an empty system message (see `simulator_messages`), but for a model whose template refuses it.
+    Added tokens that a prompt spells out are plain text, as in tuning, for a server that names them to `check`.
     """
 
     name = "simulated"
@@ -80,6 +82,7 @@ class SimulatedEngine:
         self.max_concurrency = self.max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
         self._sends_system_message = True
+        self._added_tokens = any_token(())
         self.account = Account(self.name)
         self.client = HTTPClient(
             "the simulator",
@@ -154,6 +157,7 @@ class SimulatedEngine:
             noisy=noisy,
             template=self.template,
         )
+        messages[-1]["content"] = " ".join(cut_tokens(self._added_tokens, messages[-1]["content"]))
 
         def leaks(documents: tuple[str, ...]) -> bool:
             """Say whether documents that were to be noisy answer the question, where that is looked at."""
@@ -219,5 +223,13 @@ class SimulatedEngine:
                 if chosen not in models:
                     raise UserError(f"the server at {shown} has no model {chosen!r}, but: {', '.join(models)}")
                 self.model = chosen  # which the other servers need to have as well
+            with suppress(ServiceError):  # only a vLLM says so, and only if told to
+                self._added_tokens, _ = await self.client.request(
+                    "GET",
+                    f"{self.base_urls[0].removesuffix('/v1')}/tokenizer_info",
+                    read=lambda info: any_token(info["added_tokens_decoder"].values()),
+                    timeout_s=CHECK_TIMEOUT_S,
+                    max_retries=0,
+                )
         finally:
             await self.client.aclose()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from zerosearch.errors import UserError
 from zerosearch.protocol import format_observation
+from zerosearch.text import any_token, cut_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,31 +22,20 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=8)
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return what finds any added token of a tokenizer in a text; runs of spaces, which some have, are none."""
+    """Return what finds any added token of a tokenizer in a text."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    names = {*tokenizer.all_special_tokens, *(token.content for token in added)}
-    found = sorted((name for name in names if len(name) > 1 and not name.isspace()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, found)) or "(?!)")
-
-
-def cut_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
-    """Yield the pieces of a text that is cut behind the first character of each added token it spells out."""
-    start = 0
-    while match := added_tokens(tokenizer).search(text, start):
-        yield text[start : match.start() + 1]
-        start = match.start() + 1
-    yield text[start:]
+    return any_token({*tokenizer.all_special_tokens, *(token.content for token in added)})
 
 
 def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Break up added tokens that a text spells out, "<|im_end|>" to "< |im_end|>", so that no model sees them."""
-    return " ".join(cut_added_tokens(tokenizer, text))
+    return " ".join(cut_tokens(added_tokens(tokenizer), text))
 
 
 def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise what the environment says: nothing put in front, and added tokens spelled out are plain text."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # no warning if it is long
-    pieces = cut_added_tokens(tokenizer, text)
+    pieces = cut_tokens(added_tokens(tokenizer), text)
     return [token_id for piece in pieces for token_id in tokenizer(piece, **options)["input_ids"]]
 
 

@@ -97,6 +97,7 @@ def simulator_server(
         # The request alone decides how to sample, not a file beside the weights (Qwen's would add top_k and top_p).
         *("--generation-config", "vllm"),
         *("--disable-uvicorn-access-log", "--no-enable-log-requests"),
+        "--enable-tokenizer-info-endpoint",  # SimulatedEngine asks which texts are added tokens
         *(cpu_server_arguments(max_model_len) if on_cpu else ()),
         *vllm_arguments,
     ]
