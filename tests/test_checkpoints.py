@@ -71,6 +71,20 @@ def test_a_fresh_start_clears_what_runs_write_and_nothing_else(tmp_path: Path) -
     assert (mine / "notes").exists()
 
 
+@pytest.mark.parametrize("output_dir", ["", ".", ".."])
+def test_nothing_is_removed_where_the_user_stands(
+    output_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    readme = Path(output_dir, "README.md")
+    readme.touch()
+    refused = pytest.raises(UserError, match="holds the current folder; nothing is overwritten there")
+    with refused, training_run(settings(Path(output_dir)), overwrite=True):
+        pass
+    assert readme.exists()
+
+
 def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint-2", "{}")
     resuming = settings(tmp_path, resume_from_checkpoint="true")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from zerosearch.command_line import parse, say
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.errors import UserError
 
 
@@ -99,6 +101,20 @@ def test_wrong_config_files(tmp_path: Path, text: str, message: str) -> None:
 def test_what_is_said_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     say("a\x1b[2J\u202e\nb")
     assert capsys.readouterr().out == "a\\x1b[2J\\u202e\nb\n"
+
+
+def test_what_the_terminals_encoding_lacks_is_shown_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    @exit_on_user_error
+    def main() -> None:
+        say("caf\xe9 \u65e5")
+        raise UserError("\u65e5")
+
+    streams = [TextIOWrapper(BytesIO(), encoding="latin-1", newline="\n") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with pytest.raises(SystemExit):
+        main()
+    assert [stream.detach().getvalue() for stream in streams] == [b"caf\xe9 \\u65e5\n", b"error: \\u65e5\n"]
 
 
 def test_flags_for_another_program_are_returned() -> None:

@@ -102,9 +102,9 @@ def test_a_failure_in_passing_is_retried_and_counted(server: Server, code: int) 
 
 
 def test_a_reply_of_another_form_is_retried(server: Server) -> None:
-    broken = ["<html>gateway</html>", "", '{"cut', "[1, 2", {}, [], '"x"', 5, "null"]
+    broken = ["<html>gateway</html>", "", '{"cut', "[1, 2", {}, [], '"x"', 5, "null", {"well": 10**400}]
     server.answer = in_turn(*((200, content) for content in broken), WELL)
-    assert get(client_of(max_retries=9), server.url, lambda reply: reply["well"]) == (True, 9)
+    assert get(client_of(max_retries=10), server.url, lambda reply: float(reply["well"])) == (1.0, 10)
 
 
 @pytest.mark.parametrize("code", [400, 401, 402, 403, 404, 422, 501])
@@ -160,6 +160,14 @@ def test_nobody_there_is_retried(server: Server, url: str) -> None:
 @pytest.mark.parametrize("url", ["localhost:6001", "http://localhost:port/v1", "no address", "file:///etc/passwd", ""])
 def test_an_address_that_is_not_http_is_final(url: str) -> None:
     failed(client_of(), url, "attempt 1 of 6: this is not an http address")
+
+
+def test_what_the_library_refuses_to_send_is_final(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = server.url.replace("//", "//user:p4ss@")
+    failed(client_of(api_key="sk-secret"), url, "attempt 1 of 6: Cannot combine AUTHORIZATION header with")
+    monkeypatch.setenv("http_proxy", "http://[::1")
+    failed(client_of(trust_env=True), "http://no-such-host.invalid/api", "attempt 1 of 6: Invalid IPv6 URL")
+    assert not server.seen
 
 
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:

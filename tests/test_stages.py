@@ -20,12 +20,14 @@ def test_a_stage_that_fails_shows_its_last_lines_and_names_its_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys\nfor number in range(40): print('line', number)\nsys.exit(7)\n")
+    lines = "sys.stdout.buffer.write(b'caf\\xe9\\n')\nfor number in range(40): print('line', number)"
+    script.write_text(f"import sys\n{lines}\nsys.exit(7)\n")
     with pytest.raises(UserError, match=rf"some work failed with exit status 7; .*{tmp_path}/logs/some-work\.log"):
         Stages(tmp_path / "logs", tmp_path).run("some work", script)
     shown = capfd.readouterr().err.split()
     assert "39" in shown and "25" in shown and "24" not in shown
-    assert (tmp_path / "logs/some-work.log").read_text().count("line") == 40
+    log = (tmp_path / "logs/some-work.log").read_text()
+    assert log.startswith("caf\ufffd\n") and log.count("line") == 40
 
 
 def test_a_stage_whose_file_is_there_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

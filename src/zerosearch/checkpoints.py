@@ -62,8 +62,15 @@ def training_run(config: TrainingArguments, overwrite: bool, written: Sequence[s
 
 
 def clear(folder: Path, written: Sequence[str]) -> None:
-    """Remove what a run has written into its folder, by name or pattern; of links, only the link."""
-    for path in [path for pattern in written for path in folder.glob(pattern)]:
+    """Remove what a run has written into its folder, by name or pattern; of links, only the link.
+
+    Raises `UserError` if there is something to remove and the folder holds the current one, as "" and "." do: files of
+    these names are hardly a run's.
+    """
+    found = [path for pattern in written for path in folder.glob(pattern)]
+    if found and Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"the output folder {folder} holds the current folder; nothing is overwritten there")
+    for path in found:
         if path.name.startswith("checkpoint-") and not path.name.removeprefix("checkpoint-").isdigit():
             continue
         if path.is_dir() and not path.is_symlink():

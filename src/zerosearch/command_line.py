@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
+from io import TextIOWrapper
 from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -81,10 +82,16 @@ def say(text: str) -> None:
 
 
 def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Wrap a recipe's main: a `UserError` becomes `error: <message>` on stderr and exit status 2, no traceback."""
+    """Wrap a recipe's main: a `UserError` becomes `error: <message>` on stderr and exit status 2, no traceback.
+
+    What a terminal's encoding lacks is written as an escape, too.
+    """
 
     @wraps(main)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:

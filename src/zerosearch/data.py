@@ -220,11 +220,11 @@ def hub_rows(source: str, split: str, choose: ChooseColumns) -> Iterator[tuple[s
 
     try:
         dataset = datasets.load_dataset(source, split=split)
-    # What the Hub client raises for a wrong name, split or permission, for a network that is not there, and for files
-    # that cannot be read.
+    # What the Hub client raises for a wrong name, split or permission, for a network that is not there, for files that
+    # cannot be read, and for a dataset that is a program.
     except (
-        *(FileNotFoundError, ConnectionError, ValueError),
-        *(HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetGenerationError),
+        *(FileNotFoundError, ConnectionError, ValueError, RuntimeError),
+        *(HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError),
     ) as error:
         message = f"the dataset {source!r} (split {split!r}) is not a file here and cannot be loaded from the Hub"
         raise UserError(f"{message}: {error}") from error
@@ -245,8 +245,11 @@ def _wanted(columns: Sequence[str], source: str) -> list[str]:
 def _numbered(tables: Iterable[Any], source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of Arrow tables or batches, each with its place."""
     rows = (row for table in tables for row in table.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} row {number}", clean_json(row)
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{source} row {number}", clean_json(row)
+    except (OverflowError, ValueError) as error:  # a date beyond the year 9999, half a character
+        raise UserError(f"{source} holds a value that cannot be read: {error}") from error
 
 
 def _benchmark_file(path: str, source: str) -> Path:

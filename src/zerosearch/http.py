@@ -219,6 +219,8 @@ class HTTPClient:
             raise CallFailed("this is not an http address", None, is_final=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise CallFailed(f"{type(error).__name__} {error}", None) from None
+        except ValueError as error:  # a key beside a password, a proxy that is no address
+            raise CallFailed(str(error), None, is_final=True) from None
         text = reply.decode("utf-8-sig", errors="replace")  # JSON is UTF-8, whatever a header says
         if response.status != 200:
             if where := response.headers.get("Location"):  # another host would be sent the key
@@ -231,7 +233,7 @@ class HTTPClient:
             )
         try:
             return read(clean_json(json.loads(text)))
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError, UserError):
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, UserError):
             raise CallFailed(f"its reply is not of the form expected: {text}") from None
 
 

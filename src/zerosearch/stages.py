@@ -71,7 +71,8 @@ class Stages:
                 cwd=self.root,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,  # a group of its own: what it starts is ended with it
             ) as process,
         ):

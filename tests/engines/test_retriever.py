@@ -81,7 +81,7 @@ def test_search_r1_s_format(server: Server) -> None:
 
 
 def test_the_format_of_the_paper_s_code(server: Server) -> None:
-    server.answer = in_turn((200, [{"text": "one", "score": 0.1}, {"text": "two"}]))
+    server.answer = in_turn((200, [{"text": "one", "score": 0.1}, {"text": " "}, {"text": "two"}]))
     assert searched(server, "zerosearch")[0] == SearchResult(("one", "two"))
     assert server.requests == [{"query": "novel by Austen", "top_k": 5}]
 
@@ -130,3 +130,5 @@ def test_the_wrong_protocol_and_no_server_are_found_before_the_run(server: Serve
         RetrieverEngine(server.url).check()
     with pytest.raises(UserError, match=r"at http://\*\*\*@127.0.0.1:9/.*serve_retriever.py --corpus"):
         RetrieverEngine("http://user:p4ss@127.0.0.1:9/retrieve").check()
+    with pytest.raises(UserError, match="this is not an http address"):
+        RetrieverEngine("http://[::1").check()

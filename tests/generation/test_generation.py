@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +25,14 @@ from transformers import (
 
 from zerosearch.errors import UserError
 from zerosearch.generation import SampledTurn, Sampling, TurnRequest
-from zerosearch.generation.loading import load_generator, load_model, load_tokenizer, longest_context, whole_model
+from zerosearch.generation.loading import (
+    check_tokenizer,
+    load_generator,
+    load_model,
+    load_tokenizer,
+    longest_context,
+    whole_model,
+)
 from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
 from zerosearch.generation.vllm_colocated import VLLMGenerator
 
@@ -227,6 +236,42 @@ def test_a_model_without_positions_is_refused(tiny_tokenizer: PreTrainedTokenize
     generator = TransformersGenerator(lambda: nullcontext(model), tiny_tokenizer, [0], 64)
     with pytest.raises(UserError, match="needs position_ids, which BloomForCausalLM lacks; use vLLM"):
         generator.session(Sampling()).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "fails: TemplateSyntaxError"),
+        ("{{ raise_exception('no users') }}", "fails: TemplateError no users"),
+        ("{{ messages[0].nothing.more }}", "fails: UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
+        ("{% for place in range(10 ** 9) %}{% endfor %}", "fails: OverflowError"),
+        ("", "leaves out what the user says"),
+        ("{{ messages[0]['content'][0]['text'] }}", "leaves out what the user says"),
+    ],
+)
+def test_a_chat_template_that_cannot_ask_is_refused(
+    template: str, message: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"the chat template of mine {message}"):
+        check_tokenizer(tokenizer, "mine")
+
+
+def test_a_tokenizer_without_an_end_and_a_configuration_of_another_form_are_refused(
+    tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_policy_dir, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="model names no end of sequence"):
+        load_tokenizer(str(folder))
+    for content in ("[]", '{"model_type": "llama", "hidden_size": "x"}'):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"the configuration of .*model cannot be read"):
+            load_tokenizer(str(folder))
 
 
 class SleepyEngine:

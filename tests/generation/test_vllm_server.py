@@ -101,6 +101,16 @@ def test_how_a_turn_ended(reason: str, stop_reason: Any, finish: str) -> None:
     assert read_turn(completion([1], reason, stop_reason), 0).finish == finish
 
 
+@pytest.mark.parametrize("ids", [[-1], ["a"], [1.5], [None], [True]])
+def test_a_turn_of_anything_but_ids_is_none(ids: list[Any]) -> None:
+    with pytest.raises(TypeError):  # which the client takes for a reply of another form
+        read_turn(completion(ids), 0)
+    reply = completion([1])
+    reply["choices"][0]["logprobs"]["token_logprobs"] = [None]
+    with pytest.raises(TypeError):
+        read_turn(reply, 0)
+
+
 def test_turns_of_all_trajectories_are_under_way_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     forty = asyncio.Barrier(40)
 

@@ -221,6 +221,11 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
             '{"question": "Who?"}',
             r"trajectories\.jsonl line 1 is not a trajectory: it lacks id",
         ),
+        (
+            "policy/trajectories.jsonl",
+            json.dumps(record("t", True, [], step="x")),
+            "line 1 .* its step is 'x'",
+        ),
     ],
 )
 def test_a_broken_file_is_named(run_dir: Path, name: str, contents: str, message: str) -> None:

@@ -39,6 +39,12 @@ def test_a_search_may_have_found_nothing(tmp_path: Path) -> None:
         ({"documents": None}, "'documents' must be a list"),
         ({"documents": [{"title": "Emma"}]}, r"a document must be a text or \{title, text\}, and is"),
         ({"documents": [""]}, "a document must be"),
+        ({"documents": [{"title": 5, "text": "A novel."}]}, "a document must be"),
+        ({"answer": ["Jane", None]}, r"'answer' must be a text or a list of texts, and is \['Jane', None\]"),
+        ({"answer": 5}, "'answer' must be"),
+        ({"useful": "false"}, "'useful' must be true, false or null, and is 'false'"),
+        ({"verdicts": ["rule"]}, "'verdicts' must hold lists of true, false and null, and is"),
+        ({"verdicts": {"rule": ["true", None]}}, "'verdicts' must hold"),
     ],
 )
 def test_a_row_that_is_no_trace_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

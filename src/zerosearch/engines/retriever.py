@@ -73,9 +73,10 @@ class RetrieverEngine:
         return {"engine": self.name, **named}
 
     async def _check(self) -> None:
-        address, health = redacted_url(self.url), urljoin(self.url, "health")
+        address = redacted_url(self.url)
         try:
             await self._ask("test", max_retries=0)
+            health = urljoin(self.url, "health")
             try:
                 self.index, _ = await self.client.request("GET", health, read=_read_index, max_retries=0)
             except ServiceError:
@@ -97,8 +98,8 @@ class RetrieverEngine:
 
     def _result(self, reply: Any) -> SearchResult:
         if self.protocol == "zerosearch":
-            texts = [found["text"] for found in reply[: self.num_documents]]
-            return SearchResult(tuple(text.strip() for text in texts))
+            texts = [found["text"].strip() for found in reply[: self.num_documents]]
+            return SearchResult(tuple(filter(None, texts)))
         (found,) = reply["result"]
         return result_of([passage_of(one.get("document", one), "a document") for one in found[: self.num_documents]])
 

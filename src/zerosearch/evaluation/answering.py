@@ -28,6 +28,7 @@ from zerosearch.rollout.trajectory import Trajectory
 FIELDS: dict[str, Any] = {  # of `Trajectory.to_record`, as far as they are read again, with their types
     "id": str | None,
     "dataset": str | None,
+    "step": int | None,
     "question": str,
     "golden_answers": list,
     "answer": str | None,

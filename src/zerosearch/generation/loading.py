@@ -57,6 +57,7 @@ def model_config(model: str | None, revision: str = "main", trust_remote_code: b
 
     Raises `UserError` if no model is named, there is none of that name, or its weights in a folder are broken.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if model is None:
@@ -67,6 +68,8 @@ def model_config(model: str | None, revision: str = "main", trust_remote_code: b
         config = AutoConfig.from_pretrained(base or model, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"there is no model {model!r}: {str(error).splitlines()[0]}") from error
+    except (TypeError, LookupError, StrictDataclassError) as error:
+        raise UserError(f"the configuration of {model} cannot be read: {type(error).__name__} {error}") from error
     check_weights(model)
     return config
 
@@ -96,19 +99,36 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, a folder or a Hub id, padding on the left. An adapter may leave it to its base.
 
-    Raises `UserError` if no model is named or there is none of that name.
+    Raises `UserError` if no model is named, there is none of that name, or a question cannot be asked with it.
     """
     from transformers import AutoTokenizer
 
     config = model_config(model, revision, trust_remote_code)
     options = {"config": config, "trust_remote_code": trust_remote_code, "padding_side": "left"}
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **options)
     except (OSError, ValueError) as error:
         base = base_of_adapter(str(model), revision)
         if base is None:
             raise UserError(f"there is no tokenizer of {model!r}: {str(error).splitlines()[0]}") from error
         return load_tokenizer(base, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, str(model))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Raise `UserError` for a tokenizer that names no end of sequence, or whose chat template loses a question."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} names no end of sequence (eos_token)")
+    if tokenizer.chat_template is None:
+        return
+    question = "Who wrote Emma?"
+    try:
+        written = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(f"the chat template of {model} fails: {type(error).__name__} {error}") from error
+    if question not in written:
+        raise UserError(f"the chat template of {model} leaves out what the user says")
 
 
 def load_model(

@@ -148,6 +148,8 @@ def read_turn(reply: Any, trajectory: int) -> SampledTurn:
     token_ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
     if reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
         raise CallFailed(f"it gave the turn up: {len(token_ids)} tokens, finish_reason {reason!r}")
+    if not all(type(token_id) is int and token_id >= 0 for token_id in token_ids) or None in logprobs:
+        raise TypeError("ids and log-probabilities are numbers")
     return SampledTurn(trajectory, token_ids, logprobs, finish_of(reason, choice["stop_reason"]))
 
 

@@ -97,7 +97,7 @@ def choose_pairs(before: Mapping[str, Record], after: Mapping[str, Record]) -> l
 
 def choose_training(recorded: Sequence[Record]) -> tuple[Sequence[Record], str]:
     """Return trajectories spread evenly over training, with noisy searches if enough have one, and this rule."""
-    in_order = sorted(recorded, key=lambda record: record.get("step") or 0)
+    in_order = sorted(recorded, key=lambda record: record["step"] or 0)
     noisy = [record for record in in_order if any(segment["noisy"] for segment in record["segments"])]
     pool = noisy if len(noisy) >= NUM_TRAINING else in_order
     shown = f"{min(len(pool), NUM_TRAINING)} of {'these' if pool is noisy else 'all'}"
