@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from datasets import concatenate_datasets
 from trl import ModelConfig
 
 from zerosearch.checkpoints import training_run
@@ -48,8 +49,10 @@ MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidel
 class RecipeArguments:
     """What to learn from, and what of the model learns."""
 
-    searches: str = field(metadata={"help": "A .jsonl, .json or .parquet file, a folder, or a dataset on the Hub."})
-    searches_split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
+    searches: list[str] = field(
+        metadata={"help": ".jsonl, .json or .parquet files, folders, or datasets on the Hub; all are learned from."}
+    )
+    searches_split: str = field(default="train", metadata={"help": "Split of folders and of datasets on the Hub."})
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
     tuning: Literal["full", "lora", "qlora"] = field(
         default="full", metadata={"help": "Every weight, a LoRA adapter, or one over 4-bit weights. See --lora_r etc."}
@@ -60,7 +63,7 @@ class RecipeArguments:
     measure_fidelity: bool = field(default=True, metadata={"help": "Measure the simulator once it is tuned."})
     held_out: str | None = field(
         default=None,
-        metadata={"help": "Searches to measure with, JSONL. Default: test.jsonl in the folder --searches."},
+        metadata={"help": "Searches to measure with, JSONL. Default: test.jsonl in the first of --searches."},
     )
     fidelity_queries: int = field(default=300, metadata={"min": 2, "help": "Held-out queries to measure with."})
     leave_out_held_out: bool = field(
@@ -98,18 +101,24 @@ def main(argv: list[str] | None = None) -> None:
     model.use_peft, model.load_in_4bit = recipe.tuning != "full", recipe.tuning == "qlora"
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     prompts = PROMPT_SETS[recipe.prompt]
-    queries = Path(recipe.held_out or Path(recipe.searches, "test.jsonl"))
+    queries = Path(recipe.held_out or Path(recipe.searches[0], "test.jsonl"))
     if recipe.measure_fidelity and not queries.is_file():
         raise UserError(f"{queries} holds no searches to measure with: see --held_out and --measure_fidelity")
     held_out = read_held_out(queries, prompts.rule) if recipe.measure_fidelity else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
-    examples = load_examples(recipe.searches, recipe.searches_split, prompts.simulator, left_out)
+    examples = concatenate_datasets(
+        [load_examples(source, recipe.searches_split, prompts.simulator, left_out) for source in recipe.searches]
+    )
     folder, repository = Path(training.output_dir), None
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
         if training.push_to_hub and training.process_index == 0:
             repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
         training.push_to_hub = False  # TRL would push a card of its own
-        made = {"base_model": model.model_name_or_path, "searches": recipe.searches, "prompt": recipe.prompt}
+        made = {
+            "base_model": model.model_name_or_path,
+            "searches": ", ".join(recipe.searches),
+            "prompt": recipe.prompt,
+        }
         made |= {"tuning": recipe.tuning} | ({} if recipe.tuning == "full" else {"merged": recipe.merge})
         made |= tune(model, training, tokenizer, examples, checkpoint, recipe.merge)
         if training.process_index != 0:

@@ -98,8 +98,13 @@ class Smollm:
         sets = flags(num_documents=3, fill_from_question=True, p_test=0.25, overwrite_output_dir=True)
         sets += flags(traces=self.folder / "data/simulator.jsonl", output_dir=searches)
         self.stages.run("searches", "recipes/build_simulator_data.py", *sets, makes=searches / "README.md")
+        gaps, more_searches = self.folder / "data/cloze.jsonl", self.folder / "cloze-data"
+        made = flags(corpus=self.data / "wiki_passages.jsonl", leave_out=self.folder / "data/test.jsonl", output=gaps)
+        self.stages.run("gaps", "data/cloze_searches.py", *made, makes=gaps)
+        sets = flags(traces=gaps, num_documents=3, p_test=0.0, output_dir=more_searches, overwrite_output_dir=True)
+        self.stages.run("more searches", "recipes/build_simulator_data.py", *sets, makes=more_searches / "README.md")
         how = self.sft("sft-smollm2-135m", self.arguments.simulator_steps, simulator)
-        how += flags(searches=searches, measure_fidelity=False)
+        how += ["--searches", str(searches), str(more_searches), *flags(measure_fidelity=False)]
         self.stages.run("simulator", "recipes/sft_simulator.py", *how, makes=simulator / "simulator.json")
         measured = {"tuned": flags(model=simulator, port=0), "real": flags(engine="recorded")}
         for name, who in measured.items():

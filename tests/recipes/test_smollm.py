@@ -23,7 +23,8 @@ from zerosearch.stages import Stages
 from zerosearch.training.config import SearchConfig
 
 STAGES = (
-    *("model", "split", "cold start", "searches", "simulator", "fidelity tuned", "fidelity real"),
+    *("model", "split", "cold start", "searches", "gaps", "more searches", "simulator"),
+    *("fidelity tuned", "fidelity real"),
     *("evaluation before", "training", "evaluation after"),
 )
 
@@ -73,6 +74,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     classes: dict[str, tuple[type, ...]] = {
         "recipes/get_model.py": (load_recipe("get_model").GetModelArguments,),
         "data/split_questions.py": (load_recipe("../data/split_questions").SplitArguments,),
+        "data/cloze_searches.py": (load_recipe("../data/cloze_searches").ClozeArguments,),
         "recipes/sft_policy.py": (policy.RecipeArguments, policy.Budgets, policy.PolicyConfig, ModelConfig),
         "recipes/build_simulator_data.py": (load_recipe("build_simulator_data").BuildArguments, SetOptions),
         "recipes/sft_simulator.py": (simulator.RecipeArguments, simulator.SimulatorConfig, ModelConfig),
