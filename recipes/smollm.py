@@ -31,7 +31,7 @@ from zerosearch.evaluation.answering import read_trajectories
 from zerosearch.evaluation.scores import compare
 from zerosearch.files import claim_output_dir, models_folder, read_json, sole_writer, write_json
 from zerosearch.report import summary_table, write_report
-from zerosearch.report.run import outcome
+from zerosearch.report.run import outcome, read_log
 from zerosearch.simulator.server import exit_on_signals, simulator_server
 from zerosearch.stages import Stages, training_status
 
@@ -151,6 +151,7 @@ class Smollm:
         evaluated = self.folder / "evaluation"
         before, after = (evaluated / f"{when}-bm25/trajectories.jsonl" for when in ("before", "after"))
         difference = compare(read_trajectories(before), read_trajectories(after))
+        log = read_log(self.folder / "policy/trainer_state.json") or ()
         cards = {name: read_json(self.folder / f"fidelity/{name}.json") for name in ("tuned", "real")}
         return {
             **outcome(self.folder, "bm25"),
@@ -161,6 +162,8 @@ class Smollm:
             "real_engine": {name: rate for name, rate in cards["real"].items() if "_rate" in name},
             "model": read_json(source) if (source := self.model / "source.json").exists() else "copied by hand",
             "seed": self.arguments.seed,
+            "generator": self.arguments.generator,
+            "train_seconds": sum(entry["time/step_s"] for entry in log),
         }
 
 

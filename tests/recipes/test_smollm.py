@@ -131,7 +131,15 @@ def test_a_folder_of_other_settings_and_data_that_is_missing_are_refused(
 
 def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]) -> None:
     run = Path(given[3])
-    row = {"row": 0, "sample": 0, "dataset": "hotpotqa", "golden_answers": ["x"], "outcome": "answered", "turns": 1}
+    row = {
+        "row": 0,
+        "sample": 0,
+        "step": None,
+        "dataset": "hotpotqa",
+        "golden_answers": ["x"],
+        "outcome": "answered",
+        "turns": 1,
+    }
     for when, answer in (("before", "y"), ("after", "x")):
         folder = run / f"evaluation/{when}-bm25"
         folder.mkdir(parents=True)
@@ -147,9 +155,10 @@ def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]
         score = {"mean": float(answer == "x"), "low": 0.0, "high": 1.0}
         results = {"em": score, "f1": score, "engine": "bm25", "n": 4}
         (folder / "results.json").write_text(json.dumps(results))
+    log = [{"step": step, "reward": 0.5, "time/step_s": 40.0} for step in (1, 2)]
     for path, content in {
         "policy/engine_queries.json": {"simulated": 9},
-        "policy/trainer_state.json": {"global_step": 3},
+        "policy/trainer_state.json": {"global_step": 2, "log_history": log},
         "fidelity/tuned.json": {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1], "queries": 20},
         "fidelity/real.json": {"answer_rate": 0.5},
         "../models/SmolLM2-135M-Instruct/source.json": {"from": "the Hub"},
@@ -160,7 +169,8 @@ def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]
     (arguments,) = parse(recipe.SmollmArguments, argv=given)
     found = recipe.Smollm(arguments, [], run).results()
     assert found["f1_difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0} and found["questions"] == 4
-    assert (found["em_before"], found["em_after"], found["steps"]) == (0.0, 1.0, 3)
+    assert (found["em_before"], found["em_after"], found["steps"]) == (0.0, 1.0, 2)
+    assert (found["generator"], found["train_seconds"]) == ("vllm", 80.0)
     assert (found["simulated_queries_in_training"], found["real_engine_queries_in_training"]) == (9, 0)
     rates = {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1]}
     assert (found["simulator"], found["real_engine"]) == (rates, {"answer_rate": 0.5})

@@ -289,7 +289,7 @@ def test_the_summary_is_aligned_and_short(run_dir: Path) -> None:
     ]
     assert lines[5:] == [
         "real-engine queries in training: 0",
-        "60 steps in 2 min 41 s, everything in 7 min 22 s; generated with transformers, seed 3",
+        "seed 3; steps 60; generated with transformers; training 2 min 41 s; everything 7 min 22 s",
     ]
 
 

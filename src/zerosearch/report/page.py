@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,9 @@ def summary_table(run_dir: Path) -> str:
     found = {f"{engine} {policy}": scores for engine, policy, scores in run.evaluations}
     lines = [matrix_table(found)] if found else []
     if run.results:
-        queries, steps, generator, seed = (
-            run.results.get(key, NOT_A_NUMBER)
-            for key in ("real_engine_queries_in_training", "steps", "generator", "seed")
-        )
-        training, everything = (duration(run.results.get(key)) for key in ("train_seconds", "total_seconds"))
-        lines.append(f"real-engine queries in training: {queries}")
-        lines.append(
-            f"{steps} steps in {training}, everything in {everything}; generated with {generator}, seed {seed}"
-        )
+        known = run.results
+        lines.append(f"real-engine queries in training: {known.get('real_engine_queries_in_training', NOT_A_NUMBER)}")
+        lines.append("; ".join(f"{term} {text}" for term, text in _facts(known).items()))
     return "\n".join([*lines, *run.notes()])
 
 
@@ -108,11 +102,16 @@ def _by_dataset(run: Run) -> dict[str, dict[str, Scores]]:
     }
 
 
+def _facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return what results.json says of the run besides scores, a text a term."""
+    facts = {term: str(results[key]) for key, term in FACTS.items() if key in results}
+    return facts | {term: duration(results[key]) for key, term in DURATIONS.items() if key in results}
+
+
 def _made(run: Run) -> dict[str, str]:
     """Return what is known of how the run was made, a text a term."""
     known, found = run.results, [scores for *_, scores in run.evaluations]
-    made = {term: str(known[key]) for key, term in FACTS.items() if key in known}
-    made |= {term: duration(known[key]) for key, term in DURATIONS.items() if key in known}
+    made = _facts(known)
     for policy in POLICIES:
         models = (scores.get("model", "") for _, one, scores in run.evaluations if one == policy)
         made[f"policy {policy}"] = _joined(map(shown_path, models))
