@@ -1,0 +1,52 @@
+"""Sim-to-real (SSRL, Fan et al. 2025, arXiv 2508.10874, Section 5): a run on the simulator ends on a real engine.
+
+    python recipes/variants/sim_to_real.py --config recipes/configs/tinyworld.yaml \\
+        --corpus outputs/tinyworld/train_corpus.jsonl --output_dir outputs/sim-to-real
+
+The paper goes over to a real engine after training, and within a trajectory; here the last steps of training do.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from zerosearch.engines import SearchEngine, SearchRequest, SearchResult
+from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
+from zerosearch.prompts import PromptSet
+
+sys.path.append(str(Path(__file__).parents[1]))
+import grpo
+
+LAST_SIMULATED_STEP = 20  # of 30 with recipes/configs/tinyworld.yaml
+REAL: EngineKind = "bm25"
+
+
+class SimulatedThenReal:
+    """Ask the simulator up to a step, and a real engine from there on; each one's queries are counted."""
+
+    name = "simulated, then real"
+
+    def __init__(self, simulated: SearchEngine, real: SearchEngine) -> None:
+        self.engines = (simulated, real)
+        self.max_concurrency = min(simulated.max_concurrency, real.max_concurrency)
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        _, step, *_ = request.key
+        return await self.engines[step > LAST_SIMULATED_STEP].search(request)
+
+    async def aclose(self) -> None:
+        for engine in self.engines:
+            await engine.aclose()
+
+
+def choose_engine(options: EngineOptions, prompts: PromptSet) -> SearchEngine:
+    simulated, real = (make_engine(replace(options, engine=kind), prompts.simulator) for kind in ("simulated", REAL))
+    return SimulatedThenReal(simulated, real)
+
+
+grpo.choose_engine = choose_engine
+
+if __name__ == "__main__":
+    grpo.main()
