@@ -31,10 +31,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 REAL_DATA := $(if $(PASSAGES),--corpus $(PASSAGES)) $(if $(QUESTIONS),--questions $(QUESTIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real smollm test quick lint format bench tables clean
+.PHONY: help install demo real smollm test quick lint format bench tables paper-tables clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv (DEVICE=gpu|cpu|novllm, TORCH_INDEX=..., PYTHON=...; found out when not given)
 	@echo "$(VENV) is ready. To set it up anew, say for another DEVICE, remove it first."
@@ -87,6 +87,9 @@ bench: $(STAMP) ## run the measurements of recipes/bench one after the other (on
 
 tables: $(STAMP) ## render recipes/results into the tables of the documents
 	$(BIN)/python recipes/results/render.py
+
+paper-tables: $(STAMP) ## the paper's tables on TinyWorld, over seeds: hours; a part by RUNS="grpo ppo" SEEDS=2
+	$(BIN)/python recipes/tables.py $(if $(RUNS),--runs $(RUNS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 clean: ## remove caches and build files (.venv and outputs/ stay)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from zerosearch.evaluation.tables import markdown, number, with_interval
+from zerosearch.evaluation.tables import measured_table
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -36,19 +35,8 @@ def rendered(text: str) -> str:
 def table(path: Path) -> str:
     """Return a file's rows as a Markdown table, and below it the machine and the command that measured them."""
     results = json.loads(path.read_text(encoding="utf-8"))
-    columns = results["columns"]
-    rows = [[cell(row[one["key"]], one.get("digits", 3)) for one in columns] for row in results["rows"]]
-    shown = markdown([[one["title"] for one in columns], *rows])
-    return f"{shown}\n\nMachine: {results['machine']}. Command:\n\n```bash\n{results['command']}\n```"
-
-
-def cell(value: Any, digits: int) -> str:
-    """Write a number with its digits, `{mean, low, high}` with its interval, text as it is, and "-" for null."""
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return with_interval(value, digits) if isinstance(value, dict) else number(value, digits)
+    how = f"Machine: {results['machine']}. Command:\n\n```bash\n{results['command']}\n```"
+    return f"{measured_table(results)}\n\n{how}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import importlib.util
 import json
 import math
 import sys
@@ -16,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from chat_server import ChatServer
+from jsonl_files import write_rows
+from recipe_modules import Refusal, load_recipe
 
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.rollout.trajectory import Trajectory, Turn
 from zerosearch.tinyworld.world import World, question_rows
-
-pytest_plugins = ("chat_server",)  # fixtures
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ROOT / "recipes/variants"
@@ -42,23 +41,15 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "grpo", raising=False)
 
-    def load_variant(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"variant_{name}", VARIANTS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load_variant
+    return lambda name: load_recipe(f"variants/{name}")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     world = World.draw(1, n_people=60)
-    for name, rows in {"corpus": world.passages(), "train": question_rows(world, 40, 0)}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "corpus.jsonl", world.passages())
+    write_rows(folder / "train.jsonl", question_rows(world, 40, 0))
     return folder
 
 
@@ -88,7 +79,8 @@ def test_a_variant_runs_for_a_step(run: str, load: Load, data: Path, chat_server
     main = variant.main if RUNS[run] else variant.grpo.main
     main([*RUNS[run], *FLAGS, *engine, *where, "--output_dir", str(tmp_path / "policy")])
     (entry, _) = json.loads((tmp_path / "policy/trainer_state.json").read_text())["log_history"]
-    assert entry["search/searches"] > 0 and math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
+    assert entry["search/searches"] > 0 and math.isfinite(entry["loss"])
+    assert entry["grad_norm"] > 0 or run == "self_search", "its policy knows no fact by heart"
     queries = json.loads((tmp_path / "policy/engine_queries.json").read_text())
     names = {"sim_to_real": {"simulated", "bm25"}, "self_search": {"none: the policy itself"}}
     assert queries.keys() == names.get(run, {"bm25"})
@@ -213,8 +205,6 @@ def test_rewards_of_the_released_code(load: Load) -> None:
     assert defects.containment_reward(answers, **rows) == defects.example_reward(answers, **rows) == [None] * 4
 
 
-def test_a_defect_and_a_schedule_are_named_first(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, words in (("defects", "name a defect first: swapped-rows, "), ("noise", "name a schedule first: const")):
-        with pytest.raises(SystemExit) as caught:
-            load(name).main(["none"])
-        assert caught.value.code == 2 and words in capsys.readouterr().err
+def test_a_defect_and_a_schedule_are_named_first(load: Load, refusal: Refusal) -> None:
+    assert "name a defect first: swapped-rows, " in refusal("variants/defects", ["none"])
+    assert "name a schedule first: constant, " in refusal("variants/noise", [])

@@ -13,7 +13,7 @@ import pytest
 
 from zerosearch.errors import UserError
 from zerosearch.training import sentinel
-from zerosearch.training.sentinel import Collapse, has_collapsed, signs_of_collapse, train_watched
+from zerosearch.training.sentinel import Collapse, first_collapse, signs_of_collapse, train_watched
 from zerosearch.training.trainer import SearchTrainer
 
 MakeTrainer = Callable[..., SearchTrainer]
@@ -34,18 +34,10 @@ def entry(step: int, **changed: float | None) -> dict[str, Any]:
     return {"step": step} | healthy | {name.replace("__", "/"): value for name, value in changed.items()}
 
 
-def collapsed_at(log: list[dict[str, Any]]) -> int | None:
-    """Return the step at which a run of this log would have been stopped."""
-    for end in range(1, len(log) + 1):
-        if has_collapsed(signs_of_collapse(log[:end])):
-            return log[end - 1]["step"]
-    return None
-
-
 def test_a_run_that_falls_silent_is_stopped_a_few_steps_later() -> None:
     log = [entry(step) for step in range(1, 11)]
     log += [entry(step, reward=0.0, search__answered=0.0, kl=8.6) for step in range(11, 20)]
-    assert collapsed_at(log) == 14
+    assert first_collapse(log) == 14
     signs = signs_of_collapse(log)
     assert signs[9] == {}
     assert signs[13] == {
@@ -67,20 +59,20 @@ def test_a_run_that_falls_silent_is_stopped_a_few_steps_later() -> None:
 )
 def test_two_signs_of_which_one_is_done_by_the_policy_are_a_collapse(changed: dict[str, float]) -> None:
     log = [entry(step) for step in range(1, 11)] + [entry(step, **changed) for step in range(11, 20)]
-    assert collapsed_at(log) in (13, 14)
+    assert first_collapse(log) in (13, 14)
     (behaviour,) = changed.keys() & {"search__invalid_actions", "reward", "search__answered"}
     alone = {behaviour: changed[behaviour]}
     for one in (alone, {name: value for name, value in changed.items() if name not in alone}):
         log = [entry(step) for step in range(1, 11)] + [entry(step, **one) for step in range(11, 20)]
-        assert collapsed_at(log) is None and signs_of_collapse(log)[-1], f"{one} alone is a sign, and no more"
+        assert first_collapse(log) is None and signs_of_collapse(log)[-1], f"{one} alone is a sign, and no more"
 
 
 def test_a_short_fall_and_what_was_not_logged_are_no_collapse() -> None:
     log = [entry(step) for step in range(1, 11)]
     log[4:6] = [entry(step, reward=0.0, search__answered=0.0, kl=9.0) for step in (5, 6)]
-    assert collapsed_at(log) is None
+    assert first_collapse(log) is None
     bare = [{"step": step, "reward": 0.5 if step < 5 else 0.0} for step in range(1, 20)]
-    assert collapsed_at(bare) is None and signs_of_collapse(bare)[-1].keys() == {"reward"}
+    assert first_collapse(bare) is None and signs_of_collapse(bare)[-1].keys() == {"reward"}
     never = [entry(step, reward=0.0) for step in range(1, 20)]
     assert signs_of_collapse(never)[-1] == {}, "a reward that never rose has not fallen"
 

@@ -73,6 +73,24 @@ def markdown_tables(evaluations: Mapping[str, Results]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def measured_table(results: Results) -> str:
+    """Return the `rows` of a measurement as Markdown; its `columns` say which, the title and the digits.
+
+    A number is written with its digits, `{mean, low, high}` with its interval, text as it is, and null as "-".
+    """
+    columns = results["columns"]
+    rows = [[_measured(row[one["key"]], one.get("digits", 3)) for one in columns] for row in results["rows"]]
+    return markdown([[one["title"] for one in columns], *rows])
+
+
+def _measured(value: Any, digits: int) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return with_interval(value, digits) if isinstance(value, dict) else number(value, digits)
+
+
 def is_finite(value: object) -> TypeGuard[float]:
     """Say whether a value is a number, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

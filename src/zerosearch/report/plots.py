@@ -177,6 +177,27 @@ def curves_plot(logs: Mapping[str, Sequence[LogEntry]], keys: Sequence[str]) -> 
     return _svg(figure, "curves")
 
 
+def rows_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the exact match of a table's rows with their intervals, a line each; return an SVG file's text.
+
+    A row has `table`, `name`, `em` as `{mean, low, high}`, and `differs`, whether from the first row of its kind.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.6 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        mean, low, high = (row["em"][key] for key in ("mean", "low", "high"))
+        colour = COLOURS["orange" if row["differs"] else "blue"]
+        axes.plot([low, high], [place, place], "-", color=colour, linewidth=1.5)
+        axes.plot(mean, place, "o" if row["differs"] else "s", color=colour, markersize=4)
+        if place and rows[place - 1]["table"] != row["table"]:
+            axes.axhline(place - 0.5, color=COLOURS["rule"], linewidth=1)
+    axes.set_yticks(range(len(rows)), [_words(f"{row['table']}: {row['name']}") for row in rows])
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="exact match, 95 % interval over seeds and questions")
+    return _svg(figure, "rows")
+
+
 def _words(text: str) -> str:
     """Return a name from outside for matplotlib: no formula, and nothing that SVG cannot hold."""
     return printable(text).replace("$", r"\$")

@@ -87,6 +87,12 @@ def has_collapsed(signs: Sequence[Mapping[str, str]]) -> bool:
     return len(last) == PATIENCE and all(len(found) > 1 and found.keys() & DONE_BY_THE_POLICY for found in last)
 
 
+def first_collapse(log: Sequence[LogEntry]) -> int | None:
+    """Return the step at which a run of this log is, or would have been, stopped."""
+    signs = signs_of_collapse(log)
+    return next((log[end - 1]["step"] for end in range(1, len(log) + 1) if has_collapsed(signs[:end])), None)
+
+
 def signs_of_collapse(log: Sequence[LogEntry]) -> list[dict[str, str]]:
     """Return for each logged step the names of the values that are astray, and by how much in words.
 
