@@ -182,7 +182,8 @@ class Tables:
         return {
             (record["name"], record["seed"]): record
             for record in records
-            if record["settings"] == settings_of(record["name"], self.arguments, self.train_flags)
+            if record["name"] in RUNS
+            and record["settings"] == settings_of(record["name"], self.arguments, self.train_flags)
         }
 
     def run(self) -> None:
@@ -302,7 +303,7 @@ class Tables:
         rows, seeds = table_rows(done), sorted({seed for _, seed in done})
         if not rows:
             return
-        results = {
+        results: dict[str, Any] = {
             "what": "Policies trained and scored on TinyWorld, with 95 % intervals over seeds and questions",
             "command": " ".join(["python recipes/tables.py", *self.train_flags]),
             "machine": f"{os.cpu_count()} cores, {'a GPU' if torch.accelerator.is_available() else 'no GPU'}",
@@ -318,10 +319,10 @@ class Tables:
         write_text(self.folder / "tables.svg", rows_plot(rows))
 
 
-def settings_of(name: str, arguments: TablesArguments, train_flags: Sequence[str]) -> dict[str, Any] | None:
-    """Return what a run is made by, None if there is none of the name; with other settings it is another run."""
+def settings_of(name: str, arguments: TablesArguments, train_flags: Sequence[str]) -> dict[str, Any]:
+    """Return what a run is made by; what was recorded with other settings is another run."""
     of_all = {"train_flags": list(train_flags), "num_questions": arguments.num_questions}
-    return asdict(RUNS[name]) | of_all if name in RUNS else None
+    return asdict(RUNS[name]) | of_all
 
 
 def table_rows(done: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
