@@ -169,6 +169,7 @@ def test_five_documents_are_found_however_the_reply_is_laid_out(reply: str) -> N
         ("one line\nand one\nDoc 3:", ("one line", "and one")),
         ("Doc 1: a line\u2028of two\x85halves", ("a line of two halves",)),
         ("1. one\n2. two\u2028lines", ("one", "two lines")),
+        ("1. one\ntwo", ("one", "two")),  # one item makes no list
         ("I am sorry, I cannot do that.", ("I am sorry, I cannot do that.",)),
         ("Doc 1: two\nlines\n\nDoc 2: one", ("two lines", "one")),
         ("Doc 1: \nDoc 2: b\nDoc 4: d", ("b", "d")),

@@ -139,6 +139,7 @@ def test_text_comes_back_to_the_letter_and_holds_no_special_token(
     text = "".join(pieces)
     ids = text_token_ids(tokenizer, text)
     assert decoded_text(tokenizer, ids) == text
+    assert decoded_text(tokenizer, tokenizer.all_special_ids) == "".join(tokenizer.all_special_tokens)
     assert set(tokenizer.all_special_ids).isdisjoint(ids)
     assert not any(special in plain_text(text, tokenizer) for special in SPECIALS)
     assert plain_text(text, tokenizer).replace(" ", "") == text.replace(" ", "")

@@ -82,34 +82,29 @@ def write_two_searches(context: str) -> str:
 
 
 def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
-    def write(context: str) -> str:
-        if context.endswith("What helps:\n"):
-            return "<think> Which? </think> Emma is by <answer> Jane Austen </answer>"
-        return (
-            "<answer> Jane Austen </answer>"
-            if "<information>Emma" in context
-            else "<think> Hm. </think> <search> Emma </search>"
+    thought = "<think> Hm. </think> <search> Emma </search>"
+    note = "<think> Which? </think> Emma is by <answer> Jane Austen </answer>"
+    said = iter([thought, note, "<search> her </search>", note, "<answer> Jane Austen </answer>"])
+    trajectory, writer, _ = roll_out(PAPER.agents["search-o1"], lambda context: next(said))
+    first, reading, _, last_reading, last = writer.contexts
+    for context, reasoning, query in ((reading, "", "Emma"), (last_reading, " <search> her </search>", "her")):
+        assert context == reading_prompt(
+            question=QUESTION,
+            reasoning=thought + reasoning,
+            query=query,
+            documents=f"Doc 1: Emma: Found for {query}\nDoc 2: Rain: It rains.",
+            template=PAPER.agents["search-o1"].reading_template or "",
         )
-
-    trajectory, writer, _ = roll_out(PAPER.agents["search-o1"], write)
-    first, reading, last = writer.contexts
-    assert reading == reading_prompt(
-        question=QUESTION,
-        reasoning="<think> Hm. </think> <search> Emma </search>",
-        query="Emma",
-        documents="Doc 1: Emma: Found for Emma\nDoc 2: Rain: It rains.",
-        template=PAPER.agents["search-o1"].reading_template or "",
-    )
     notes = "\n\n<information>Emma is by <answer> Jane Austen </answer></information>\n\n"
-    assert last == f"{first}<think> Hm. </think> <search> Emma </search>{notes}"
+    assert last == f"{first}{thought}{notes}<search> her </search>{notes}"
     # The notes are the environment's: their tags are no action, their tokens are masked, their seed is another.
-    assert [turn.kind for turn in trajectory.turns] == ["search", "answer"]
-    assert len(set(writer.seeds)) == 3
+    assert [turn.kind for turn in trajectory.turns] == ["search", "search", "answer"]
+    assert len(set(writer.seeds)) == 5
     sampled = [
         token for token, is_policy in zip(trajectory.completion_ids, trajectory.env_mask, strict=True) if is_policy
     ]
     assert writer.tokenizer.decode(sampled) == "".join(turn.text for turn in trajectory.turns)
-    assert trajectory.reading_tokens > 0 and writer.released == [1, 0]
+    assert trajectory.reading_tokens > 0 and writer.released == [1, 1, 0]
     record = trajectory.to_record(ROW, "PROMPT")["segments"]
     assert record[2]["text"] == notes and record[2]["documents"] == ["Emma: Found for Emma", "Rain: It rains."]
 

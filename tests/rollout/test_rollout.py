@@ -50,7 +50,7 @@ def test_one_trajectory_to_the_letter(tiny_tokenizer: PreTrainedTokenizerFast) -
     ]
     assert trajectory.logprobs == [-0.5 if own else 0.0 for own in trajectory.env_mask]
     assert (trajectory.answer, trajectory.outcome, trajectory.searches) == ("Jane Austen", "answered", 1)
-    assert trajectory.policy_tokens == sum(trajectory.env_mask)
+    assert (trajectory.policy_tokens, trajectory.reading_tokens) == (sum(trajectory.env_mask), 0)
     assert trajectory.observation_tokens == len(trajectory.env_mask) - sum(trajectory.env_mask) - 1  # but for the EOS
     assert engine.requests == [SearchRequest("Emma author", "Question 0?", ("gold 0", "g"), 0.0, (0, 0, 0, 0, 0))]
 
@@ -98,6 +98,7 @@ def test_arrival_order_changes_nothing(tiny_tokenizer: PreTrainedTokenizerFast) 
     assert first == second
     coins = [turn.noisy for trajectory in first[0] for turn in trajectory.searched_turns]
     assert 0.3 < sum(coins) / len(coins) < 0.7
+    assert coins == [turn.noisy_share for trajectory in first[0] for turn in trajectory.searched_turns]
 
 
 def timeless(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -250,6 +251,7 @@ def test_an_end_of_sequence_before_a_hint_is_dropped_unless_the_agent_keeps_it(
     assert trajectory.policy_tokens == sum(trajectory.env_mask)
     assert len(trajectory.completion_ids) == len(trajectory.env_mask) == len(trajectory.logprobs)
     assert [turn.text for turn in trajectory.turns] == [f"Hm.{kept}", kept, f"<answer> x </answer>{end}"]
+    assert trajectory.turns[1].num_tokens == int(keeps)
     contexts = [list(request.context_ids) for request in generator.requests[0]]
     whole = trajectory.prompt_ids + trajectory.completion_ids
     assert all(context == whole[: len(context)] for context in contexts), "ids only grow"

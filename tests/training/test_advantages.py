@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from zerosearch.training.advantages import (
+    custom_advantages,
     group_normalized,
     leave_one_out,
     masked_gae,
@@ -42,16 +45,17 @@ def test_grpo_normalises_within_each_group() -> None:
     advantages = group_normalized(torch.tensor([0.0, 1.0, 0.3, 0.3]), num_generations=2, epsilon=0.0)
     torch.testing.assert_close(advantages[:2], torch.tensor([-0.70711, 0.70711]), atol=1e-5, rtol=0)
     assert advantages[2:].isnan().all()  # 0 / 0: epsilon is what keeps such a group quiet
-    assert group_normalized(torch.tensor([0.3, 0.3]), num_generations=2).tolist() == [0.0, 0.0]
+    by_default = group_normalized(torch.tensor([0.0, 1.0, 0.3, 0.3]), num_generations=2)  # 0.5 / (0.70711 + 0.0001)
+    torch.testing.assert_close(by_default, torch.tensor([-0.70701, 0.70701, 0.0, 0.0]), atol=4e-6, rtol=0)
 
 
 def test_grpo_divides_by_n_minus_1_of_the_known_rewards_and_adds_epsilon() -> None:
     # mean 1, deviations -1, 0, 1: variance 2 / 2 = 1.
     advantages = group_normalized(torch.tensor([0.0, 1.0, 2.0]), num_generations=3, epsilon=1.0)
     torch.testing.assert_close(advantages, torch.tensor([-0.5, 0.0, 0.5]))
-    # Known: 0 and 2, mean 1, deviation sqrt(2).
-    advantages = group_normalized(torch.tensor([0.0, NAN, 2.0]), num_generations=3, epsilon=0.0)
-    torch.testing.assert_close(advantages, torch.tensor([-0.70711, 0.0, 0.70711]), atol=1e-5, rtol=0)
+    # Known of the first group: 0 and 2, mean 1, deviation sqrt(2).
+    advantages = group_normalized(torch.tensor([0.0, NAN, 2.0, 0.0, 1.0, 2.0]), num_generations=3, epsilon=0.0)
+    torch.testing.assert_close(advantages, torch.tensor([-0.70711, 0, 0.70711, -1, 0, 1]), atol=1e-5, rtol=0)
     assert group_normalized(torch.tensor([NAN, 1.0, NAN, NAN]), num_generations=2).tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
@@ -76,10 +80,7 @@ def test_ppo_rewards_the_last_policy_token_and_charges_each_for_the_kl() -> None
     rewards = token_rewards(torch.tensor([0.5, NAN]), MASK, logps, reference, beta=0.1)
     expected = torch.tensor([[-0.1, 0.0, 0.0, 0.0, 0.7], [-0.05, 0.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(rewards, expected)
-    assert token_rewards(torch.tensor([0.5, 1.0]), MASK, logps, None, beta=0.0)[:, [0, 4]].tolist() == [
-        [0, 0.5],
-        [1, 0],
-    ]
+    assert token_rewards(torch.tensor([0.5]), MASK[:1], logps[:1], None, beta=0.0).tolist() == [[0, 0, 0, 0, 0.5]]
 
 
 def test_an_observation_is_one_transition_for_gae() -> None:
@@ -110,3 +111,31 @@ def test_whitening_looks_at_policy_tokens_only() -> None:
     everyone = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 0.0])
     torch.testing.assert_close(whiten(advantages, MASK, everyone)[1, 0].item(), 4 / math.sqrt(5.2))
     assert whiten(advantages[1:], MASK[1:]).tolist() == [[0.0] * 5], "one token has no deviation"
+    two = torch.ones(1, 2)
+    torch.testing.assert_close(whiten(torch.tensor([[1.0, 3.0]]), two), torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
+    assert whiten(torch.tensor([[2.0, 2.0]]), two).tolist() == [[0.0, 0.0]], "epsilon keeps what is alike quiet"
+
+
+TURNS = [
+    SimpleNamespace(num_tokens=2, num_observation_tokens=1),
+    SimpleNamespace(num_tokens=1, num_observation_tokens=0),
+]
+LONG = SimpleNamespace(turns=TURNS, completion_ids=[7] * 5)  # an end of sequence was appended
+SHORT = SimpleNamespace(turns=TURNS[1:], completion_ids=[7])
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (torch.tensor([1.0, NAN]), [1.0, 0.0]),
+        ([[1.0, 2.0], [3.0]], [[1, 1, 0, 2, 0], [3, 0, 0, 0, 0]]),  # one a turn
+        ([[1, 2, 3, 4, NAN], 6], [[1, 2, 3, 4, 0], [6, 0, 0, 0, 0]]),  # one a token; one a trajectory
+        ([torch.tensor(5.0), torch.tensor([6.0])], [[5, 5, 0, 5, 0], [6, 0, 0, 0, 0]]),
+    ],
+)
+def test_a_users_advantages_are_spread_over_the_policys_tokens(returned: Any, expected: list[Any]) -> None:
+    trajectories: Any = [LONG, SHORT]
+    found = custom_advantages(lambda *_: returned, torch.zeros(2), trajectories, 1, slice(0, 2))
+    assert found.tolist() == expected
+    second = custom_advantages(lambda *_: returned, torch.zeros(2), trajectories, 1, slice(1, 2)).tolist()
+    assert second == [row[:1] if isinstance(row, list) else row for row in expected[1:]], "of one rank"

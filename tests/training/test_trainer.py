@@ -27,6 +27,7 @@ from zerosearch.prompts import PAPER
 from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.micro_batches import policy_mask
 from zerosearch.training.rewards import f1_reward
+from zerosearch.training.runs import append_trajectories
 from zerosearch.training.trainer import SearchTrainer
 
 MakeTrainer = Callable[..., SearchTrainer]
@@ -202,7 +203,12 @@ def test_any_exception_of_a_rollout_leaves_a_checkpoint(
     monkeypatch.setattr(SearchTrainer, "_keys", fail_in_the_second_step)
     with pytest.raises(ZeroDivisionError, match="a defect"):
         trainer.train()
-    assert checkpoint_to_resume("true", str(tmp_path / "policy")) == str(tmp_path / "policy/checkpoint-1")
+    checkpoint = tmp_path / "policy/checkpoint-1"
+    assert checkpoint_to_resume("true", str(tmp_path / "policy")) == str(checkpoint)
+    append_trajectories(tmp_path / "policy", [{"step": 1}, {"step": 2}])
+    make_trainer(max_steps=1).train(resume_from_checkpoint=str(checkpoint))
+    left = (tmp_path / "policy/trajectories.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in left} == {1}, "the second step will be rolled out again"
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
