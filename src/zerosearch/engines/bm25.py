@@ -74,7 +74,6 @@ class BM25Engine:
         return self._find(query).documents
 
     def identity(self) -> dict[str, Any]:
-        """Return what its results depend on."""
         return {"engine": self.name, **self.index.identity(), "num_documents": self.num_documents}
 
     def _find(self, query: str) -> SearchResult:

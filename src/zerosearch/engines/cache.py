@@ -38,12 +38,10 @@ class Cache:
             raise UserError(f"the cache {path} cannot be used: {error}") from error
 
     def get(self, request: Mapping[str, Any]) -> Any:
-        """Return the reply to a request, `None` if there is none."""
         found = self._run("SELECT reply FROM replies WHERE key = ?", _key(request))
         return json.loads(found[0][0]) if found else None
 
     def put(self, request: Mapping[str, Any], reply: Any) -> None:
-        """Keep the reply to a request."""
         row = (_key(request), json.dumps(request), json.dumps(reply))
         self._run("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", *row)
 
@@ -53,7 +51,6 @@ class Cache:
         return [json.loads(text) for (text,) in found if text]
 
     def close(self) -> None:
-        """Close the file."""
         self._database.close()
 
     def _run(self, statement: str, *values: str) -> list[Any]:
@@ -103,7 +100,6 @@ class CachedEngine:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of searches in flight
 
     def identity(self) -> dict[str, Any]:
-        """Return what the results depend on: the same as for the engine itself."""
         return self._identity
 
     async def search(self, request: SearchRequest) -> SearchResult:
@@ -119,7 +115,6 @@ class CachedEngine:
         return SearchResult(**{**found, **lists, "retries": 0})
 
     async def aclose(self) -> None:
-        """Close the engine and the file."""
         await self.engine.aclose()
         self.cache.close()
 

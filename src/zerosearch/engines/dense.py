@@ -92,7 +92,6 @@ class DenseIndex(PassageIndex):
             raise UserError(f"{path or self.data} holds {there}; {wanted}")
 
     def identity(self) -> dict[str, Any]:
-        """Return what its results depend on."""
         return {**super().identity(), "num_probes": self.options.num_probes}
 
     @property
@@ -184,7 +183,6 @@ class DenseIndex(PassageIndex):
         return {"index_mib": round(size_mib, 2), "recall_against_flat": recalls, "recall_depth": RECALL_DEPTH}
 
     def _read(self, path: Path) -> Any:
-        """Open an index where it lies."""
         import faiss
 
         if not path.is_file():

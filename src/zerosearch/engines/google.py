@@ -74,7 +74,6 @@ class GoogleEngine(SearchAPIEngine):
         return f"Google through {self.provider}"
 
     def identity(self) -> dict[str, Any]:
-        """Return what its results depend on."""
         return {"engine": self.name, "provider": self.provider, "num_documents": self.num_documents}
 
 

@@ -58,13 +58,11 @@ class RetrieverEngine:
         run_in_background(self._check())
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        """Return the documents the retriever finds. Raises `SearchError`."""
         with self.account.search():
             result, retries = await self._ask(request.query, around=self.account.call)
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self.client.aclose()
 
     def identity(self) -> dict[str, Any]:

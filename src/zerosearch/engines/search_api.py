@@ -124,7 +124,6 @@ class SearchAPIEngine:
         return f"the search service {self.api.name}"
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        """Return the documents of the first page of results. Raises `SearchError`."""
         content = {"params": self._filled(self.api.params, request.query)}
         if self.api.body is not None:
             content["json"] = self._filled(self.api.body, request.query)
@@ -141,11 +140,9 @@ class SearchAPIEngine:
             return replace(result, retries=retries)
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self.client.aclose()
 
     def identity(self) -> dict[str, Any]:
-        """Return what its results depend on."""
         asked = {"url", "params", "body", "results", "title", "text"}
         description = self.api.model_dump_json(include=asked)
         sha256 = hashlib.sha256(description.encode()).hexdigest()

@@ -138,7 +138,6 @@ class SimulatedEngine:
         return {"engine": self.name, "template_sha256": template_sha256, **named}
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self.client.aclose()
 
     def _draw(self, request: SearchRequest) -> tuple[bool, ...]:

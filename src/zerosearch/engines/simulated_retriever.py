@@ -204,11 +204,9 @@ class SimulatedRetriever:
         }
 
     async def schedule(self) -> dict[str, Any]:
-        """Answer GET /schedule."""
         return self.noise.to_json()
 
     async def change_schedule(self, change: Schedule) -> dict[str, Any]:
-        """Answer POST /schedule."""
         named = change.model_dump(exclude_none=True)
         counts = {name: named.pop(name) for name in ("total_queries", "queries") if name in named}
         try:

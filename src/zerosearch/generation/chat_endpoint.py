@@ -42,7 +42,6 @@ class PieceTokenizer:
         return {"input_ids": [int.from_bytes(b"\x01" + piece, "big") for piece in pieces]}  # the 1 keeps zeros
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
-        """Return the text of ids."""
         pieces = (token_id.to_bytes(5, "big").lstrip(b"\x00")[1:] for token_id in token_ids)
         return b"".join(pieces).decode("utf-8", "surrogatepass")
 
@@ -193,7 +192,6 @@ class EndpointGenerator:
         return reply
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self.client.aclose()
 
 

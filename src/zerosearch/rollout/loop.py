@@ -224,7 +224,6 @@ class _Rollout:
                 self._begin(index)
 
     def _begin(self, index: int) -> None:
-        """Start the first turn."""
         if self.max_turns == 0:
             self.trajectories[index].prompt_ids += self.writer.encode(self.agent.last_turn_opening)
         self._start_turn(index)
@@ -295,7 +294,6 @@ class _Rollout:
             self._act(sampled, now - self.turn_starts.pop(sampled.trajectory))
 
     def _receive(self, arrival: Arrival) -> None:
-        """Take a turn that was sampled elsewhere."""
         assert self.remote is not None
         if isinstance(arrival.outcome, TimedOut):
             limit_s = self.settings.turn_timeout_s

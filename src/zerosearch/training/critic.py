@@ -137,7 +137,6 @@ class Critic:
         return mean.item()
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add to the gradients, and update after the last micro-batch."""
         if self.deepspeed:
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             self.model.backward(loss, scale_wrt_gas=False)
