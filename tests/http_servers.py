@@ -93,7 +93,7 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[Self]:
-        app = web.Application()
+        app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self.handle)
         with serving(app, shutdown_timeout=0.1) as self.url:
             yield self

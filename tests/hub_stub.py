@@ -1,54 +1,48 @@
-"""A stand-in for the Hub, as much as pushing a folder needs; run what pushes in a process of its own (HF_ENDPOINT)."""
+"""A stand-in for the Hub, as much as pushing a folder needs; every file is taken inline, in the commit itself."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from aiohttp import web
+from http_servers import Server, response_of
 
 
-class HubStub(BaseHTTPRequestHandler):
-    """As much of the Hub as pushing a folder talks to; every file is taken inline, in the commit itself."""
+@dataclass
+class HubStub(Server):
+    """`committed` is what was pushed. With `refuse` nobody may do anything."""
 
-    committed: dict[str, bytes]
-    paths: list[str]
-    refuse: bool
-    repository = ""
+    committed: dict[str, bytes] = field(default_factory=dict)
+    refuse: bool = False
+    repository: str = ""
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.paths.append(self.path)
-        if self.path == "/api/repos/create":
-            type(self).repository = "{organization}/{name}".format_map(json.loads(body))
-        reply: dict[str, Any] = {"url": f"http://{self.headers['Host']}/{self.repository}"}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append(request)
+        rows = [json.loads(line) for line in (await request.read()).splitlines()]
+        if request.path == "/api/repos/create":
+            self.repository = "{organization}/{name}".format_map(rows[0])
+        reply: dict[str, Any] = {"url": f"{self.url}/{self.repository}"}
+        if "/preupload/" in request.path:
+            names = [file["path"] for file in rows[0]["files"]]
             reply["files"] = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
-        elif "/commit/" in self.path:
+        elif "/commit/" in request.path:
             reply |= {"commitUrl": f"{reply['url']}/commit/1", "commitOid": "1"}
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        content = json.dumps({"error": "Invalid username or password."} if self.refuse else reply).encode()
-        self.send_response(401 if self.refuse else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+            files = [row["value"] for row in rows if row["key"] == "file"]
+            self.committed |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+        return response_of(401, {"error": "Invalid username or password."}) if self.refuse else response_of(200, reply)
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
-    HubStub.committed, HubStub.paths, HubStub.refuse = {}, [], False
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubStub)
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
+    """The Hub of this process and of those that it starts."""
+    with HubStub().running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
+            monkeypatch.setenv(name, value)
+        yield hub

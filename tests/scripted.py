@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from scripted_rollouts import ScriptedEngine
+
+from zerosearch.engines import SearchError, SearchRequest
 from zerosearch.generation import SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.chat_endpoint import PieceTokenizer
 
@@ -42,21 +44,14 @@ class Writer:
         self.released.append(trajectory)
 
 
-class Library:
+class Library(ScriptedEngine):
     """Finds two documents about whatever it is asked, or fails."""
 
     name = "library"
-    max_concurrency = 4
 
     def __init__(self, broken: bool = False) -> None:
-        self.requests: list[SearchRequest] = []
-        self.broken = broken
+        def reply(request: SearchRequest) -> Any:
+            found = [f"Emma: Found for {request.query}", "Rain: It rains."]
+            return SearchError("the library is closed") if broken else found
 
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.requests.append(request)
-        if self.broken:
-            raise SearchError("the library is closed")
-        return SearchResult((f"Emma: Found for {request.query}", "Rain: It rains."), noisy=False)
-
-    async def aclose(self) -> None:
-        pass
+        super().__init__(reply, max_concurrency=4)

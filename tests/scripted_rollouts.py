@@ -105,8 +105,10 @@ class ScriptedEngine:
         self.requests.append(request)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        await asyncio.sleep(self.delay())
-        self.in_flight -= 1
+        try:
+            await asyncio.sleep(self.delay())
+        finally:
+            self.in_flight -= 1
         documents = self.reply(request)
         if isinstance(documents, Exception):
             raise documents
@@ -117,25 +119,25 @@ class ScriptedEngine:
 
 
 def questions(count: int) -> list[dict[str, Any]]:
+    asked = [(n, f"Question {n}?") for n in range(count)]
     return [
-        {
-            "id": str(n),
-            "prompt": f"Question {n}?\n",
-            "question": f"Question {n}?",
-            "golden_answers": [f"gold {n}", "g"],
-        }
-        for n in range(count)
+        {"id": str(n), "prompt": f"{text}\n", "question": text, "golden_answers": [f"gold {n}", "g"]}
+        for n, text in asked
     ]
+
+
+def writer_of(tokenizer: PreTrainedTokenizerFast, *turns: str) -> ScriptedGenerator:
+    """Return a generator that writes these turns, for every question alike."""
+    return ScriptedGenerator(tokenizer, lambda trajectory, turn: turns[turn])
 
 
 def roll_out(
     tokenizer: PreTrainedTokenizerFast, turns: list[str], engine: ScriptedEngine | None = None, **settings: Any
 ) -> Trajectory:
     """Roll out one trajectory whose policy writes these turns."""
-    generator = ScriptedGenerator(tokenizer, lambda trajectory, turn: turns[turn])
-    (trajectory,) = run_rollouts(
-        questions(1), generator, engine or ScriptedEngine(), RolloutSettings(**{"max_turns": 4, **settings})
-    )
+    generator = writer_of(tokenizer, *turns)
+    budgets = RolloutSettings(**{"max_turns": 4, **settings})
+    (trajectory,) = run_rollouts(questions(1), generator, engine or ScriptedEngine(), budgets)
     assert generator.released == [0]
     return trajectory
 

@@ -6,11 +6,9 @@ has to search or answer, a few turns before it in the prompt show how.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from rain import RainEngine, rain_trainer
 from recipe_modules import as_flags, load_recipe
 from safetensors.torch import load_file
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator
+from searching import searched
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zerosearch.engines import SearchRequest
@@ -195,19 +194,9 @@ def test_a_step_of_the_cold_start_saves_a_policy_that_can_be_rolled_out(tmp_path
 @pytest.mark.slow
 def test_the_model_plays_the_search_engine_when_prompted() -> None:
     pytest.importorskip("vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     request = SearchRequest("capital of France", "What is the capital of France?", ("Paris",))
-    with simulator_server(str(SMOLLM), port, max_model_len=2048, num_threads=1) as server:
+    with simulator_server(str(SMOLLM), port=0, max_model_len=2048, num_threads=1) as server:
         engine = SimulatedEngine(server.base_url, template=PROMPTED_SIMULATOR, temperature=0.0, max_tokens=200)
-
-        async def one() -> tuple[str, ...]:
-            try:
-                return (await engine.search(request)).documents
-            finally:
-                await engine.aclose()
-
-        documents = asyncio.run(one())
-    assert documents and any("France" in document for document in documents)
-    assert not any("<|im_" in document for document in documents)
+        (result,) = searched(engine, request)
+    assert any("France" in document for document in result.documents)
+    assert not any("<|im_" in document for document in result.documents)

@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from searching import wait_until
 
 from zerosearch.errors import UserError
 from zerosearch.stages import Stages
@@ -72,13 +71,6 @@ def test_a_signal_leaves_no_stage_and_nothing_that_a_stage_started(tmp_path: Pat
         command.send_signal(signal.SIGTERM)
         assert command.wait(60) == 128 + signal.SIGTERM
     wait_until(lambda: not any(is_running(int(path.read_text())) for path in paths))
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:

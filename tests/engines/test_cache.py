@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from searching import searched
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.account import Account
@@ -46,15 +47,6 @@ class Rain:
 
     def identity(self) -> dict[str, Any]:
         return {"engine": self.name, **self._identity}
-
-
-def searched(engine: CachedEngine, *requests: SearchRequest) -> list[SearchResult]:
-    async def search() -> list[SearchResult]:
-        results = await asyncio.gather(*map(engine.search, requests))
-        await engine.aclose()
-        return results
-
-    return asyncio.run(search())
 
 
 def test_a_cached_answer_needs_no_engine_and_says_the_same(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from http_servers import Server, in_turn
 from retriever_parts import serving
+from searching import searched
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Engine
@@ -28,15 +28,9 @@ def server(http_server: Server) -> Server:
     return http_server
 
 
-def searched(server: Server, protocol: RetrieverProtocol, **options: Any) -> tuple[Any, RetrieverEngine]:
-    engine = RetrieverEngine(server.url, protocol, **options)
-
-    async def search() -> Any:
-        (result,) = await asyncio.gather(engine.search(REQUEST), return_exceptions=True)
-        await engine.aclose()
-        return result
-
-    return asyncio.run(search()), engine
+def found(server: Server, protocol: RetrieverProtocol, **options: Any) -> SearchResult:
+    (result,) = searched(RetrieverEngine(server.url, protocol, **options), REQUEST)
+    return result
 
 
 @both
@@ -48,13 +42,7 @@ def test_over_the_network_as_in_the_process(protocol: RetrieverProtocol, corpus:
         engine = RetrieverEngine(address, protocol)
         engine.check()
 
-        async def search() -> list[SearchResult]:
-            requests = [SearchRequest(query, "Q?", ("a",)) for query in queries]
-            results = await asyncio.gather(*map(engine.search, requests))
-            await engine.aclose()
-            return results
-
-        results = asyncio.run(search())
+        results = searched(engine, *(SearchRequest(query, "Q?", ("a",)) for query in queries))
     assert [result.documents for result in results] == [direct.lookup(query) for query in queries]
     assert results[0].documents[0] == "Emma is a novel by Jane Austen, published in 1815."
     assert engine.identity()["index"] == direct.index.identity()
@@ -73,16 +61,16 @@ FOUND = SearchResult(DOCUMENTS, titles=("Emma", "", "Steventon"))
 def test_search_r1_s_format(server: Server) -> None:
     reply = {"result": [[{"document": row, "score": 1.5} for row in ROWS]]}
     server.answer = in_turn((200, reply), (200, {"result": [ROWS]}), (200, reply))
-    assert searched(server, "search-r1")[0] == FOUND
+    assert found(server, "search-r1") == FOUND
     # Its own server fails without scores.
     assert server.requests == [{"queries": ["novel by Austen"], "topk": 5, "return_scores": True}]
-    assert searched(server, "search-r1")[0].documents == DOCUMENTS
-    assert searched(server, "search-r1", num_documents=2)[0].documents == DOCUMENTS[:2]
+    assert found(server, "search-r1").documents == DOCUMENTS
+    assert found(server, "search-r1", num_documents=2).documents == DOCUMENTS[:2]
 
 
 def test_the_format_of_the_paper_s_code(server: Server) -> None:
     server.answer = in_turn((200, [{"text": "one", "score": 0.1}, {"text": " "}, {"text": "two"}]))
-    assert searched(server, "zerosearch")[0] == SearchResult(("one", "two"))
+    assert found(server, "zerosearch") == SearchResult(("one", "two"))
     assert server.requests == [{"query": "novel by Austen", "top_k": 5}]
 
 
@@ -101,7 +89,8 @@ def test_the_format_of_the_paper_s_code(server: Server) -> None:
 )
 def test_another_format_is_a_failed_call_and_shown(server: Server, protocol: RetrieverProtocol, reply: Any) -> None:
     server.answer = in_turn((200, reply))
-    error, engine = searched(server, protocol, max_retries=0)
+    engine = RetrieverEngine(server.url, protocol, max_retries=0)
+    (error,) = searched(engine, REQUEST, keep_errors=True)
     assert isinstance(error, SearchError)
     assert f"its reply is not of the form expected: {json.dumps(reply)}" in str(
         error

@@ -8,11 +8,13 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import searching
 from http_servers import Server, in_turn
 
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult, search_api
@@ -199,15 +201,7 @@ def engine_of(name: str, server: Server, **options: Any) -> SearchAPIEngine:
     return SearchAPIEngine(api.model_copy(update=told), KEY, **options)
 
 
-def searched(engine: SearchAPIEngine, *requests: SearchRequest) -> list[Any]:
-    """Search, and return what came of each request."""
-
-    async def search() -> list[Any]:
-        results = await asyncio.gather(*map(engine.search, requests or [REQUEST]), return_exceptions=True)
-        await engine.aclose()
-        return results
-
-    return asyncio.run(search())
+searched = partial(searching.searched, keep_errors=True)
 
 
 def test_every_description_is_tried() -> None:
@@ -219,7 +213,7 @@ def test_a_search_is_sent_as_documented_and_the_page_is_read(http_server: Server
     service = SERVICES[name]
     http_server.answer = in_turn((200, service.page))
     engine = engine_of(name, http_server)
-    assert searched(engine) == [FOUND]
+    assert searched(engine, REQUEST) == [FOUND]
     (request,) = http_server.seen
     sent = dict(request.query) if service.method == "GET" else http_server.requests[0]
     assert (request.method, sent) == (service.method, service.sent)
@@ -231,7 +225,7 @@ def test_a_search_is_sent_as_documented_and_the_page_is_read(http_server: Server
 def test_no_results_are_no_documents(http_server: Server, name: str, reply: Any) -> None:
     http_server.answer = in_turn((200, reply))
     engine = engine_of(name, http_server)
-    assert searched(engine) == [SearchResult(())]
+    assert searched(engine, REQUEST) == [SearchResult(())]
     assert (engine.account.sent, engine.account.failures) == (1, 0)
 
 
@@ -239,7 +233,7 @@ def test_no_results_are_no_documents(http_server: Server, name: str, reply: Any)
 def test_a_refusal_is_final_free_and_says_what_to_do(http_server: Server, name: str, reply: Reply) -> None:
     http_server.answer = in_turn(reply)
     engine = engine_of(name, http_server)
-    (error,) = searched(engine)
+    (error,) = searched(engine, REQUEST)
     assert isinstance(error, SearchError) and len(http_server.seen) == 1
     who = f"Google through {name}" if name in PROVIDERS else f"the search service {name}"
     assert str(error).startswith(f"{who} at http://127.0.0.1:") and f"HTTP status {reply[0]}: " in str(error)
@@ -251,7 +245,7 @@ def test_a_refusal_is_final_free_and_says_what_to_do(http_server: Server, name: 
 def test_what_may_pass_is_tried_again(http_server: Server, name: str, reply: Reply) -> None:
     http_server.answer = in_turn(reply, reply, (200, SERVICES[name].page))
     engine = engine_of(name, http_server)
-    assert searched(engine) == [replace(FOUND, retries=2)]
+    assert searched(engine, REQUEST) == [replace(FOUND, retries=2)]
     assert (engine.account.sent, engine.account.retries, engine.account.queries) == (3, 2, 1)
     assert engine.account.usd == pytest.approx(engine.api.usd_per_query), "a call that fails is free"
 
@@ -264,7 +258,7 @@ NO_PAGES += [(name, reply) for name, service in SERVICES.items() for reply in se
 def test_a_reply_that_is_no_page_is_a_failed_call_and_free(http_server: Server, name: str, reply: Any) -> None:
     http_server.answer = in_turn((200, json.dumps(reply)))
     engine = engine_of(name, http_server, max_retries=0)
-    (error,) = searched(engine)
+    (error,) = searched(engine, REQUEST)
     assert isinstance(error, SearchError)
     assert (engine.account.sent, engine.account.failures, engine.account.usd) == (1, 1, pytest.approx(0.0))
 
@@ -329,7 +323,7 @@ def test_a_plan_of_ones_own_has_its_own_price(http_server: Server) -> None:
 def test_serper_says_when_a_query_cost_more(http_server: Server, credits: Any, usd: float) -> None:
     http_server.answer = in_turn((200, SERVICES["serper"].page | {"credits": credits}))
     engine = engine_of("serper", http_server)
-    searched(engine)
+    searched(engine, REQUEST)
     assert engine.account.usd == pytest.approx(usd)
 
 

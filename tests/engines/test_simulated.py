@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from chat_server import ChatServer
 from http_servers import in_turn
+from searching import searched
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.simulated import SimulatedEngine, SimulatorCounts
@@ -36,16 +36,6 @@ def server(chat_server: ChatServer) -> ChatServer:
     return chat_server
 
 
-def search(engine: SimulatedEngine, *requests: SearchRequest) -> list[SearchResult]:
-    async def run() -> list[SearchResult]:
-        try:
-            return await asyncio.gather(*(engine.search(request) for request in requests))
-        finally:
-            await engine.aclose()
-
-    return asyncio.run(run())
-
-
 def prompt_of(request: dict[str, Any]) -> str:
     return request["messages"][-1]["content"]
 
@@ -56,7 +46,7 @@ def requests_of(count: int, first: int = 0, p_noise: float = 0.0) -> list[Search
 
 
 def test_a_search_asks_in_the_papers_words_and_returns_the_documents(server: ChatServer) -> None:
-    (result,) = search(SimulatedEngine(server.url, model="sim-3b"), REQUEST)
+    (result,) = searched(SimulatedEngine(server.url, model="sim-3b"), REQUEST)
     assert result == SearchResult(FIVE, noisy=False, retries=0)
     (request,) = server.requests
     seed = request.pop("seed")
@@ -69,24 +59,24 @@ def test_a_search_asks_in_the_papers_words_and_returns_the_documents(server: Cha
 
 def test_the_coin_is_keyed_and_the_prompt_says_how_it_fell(server: ChatServer) -> None:
     requests = requests_of(100, p_noise=0.3)
-    noisy = [bool(result.noisy) for result in search(SimulatedEngine(server.url, "sim-3b"), *requests)]
+    noisy = [bool(result.noisy) for result in searched(SimulatedEngine(server.url, "sim-3b"), *requests)]
     assert 0.2 < sum(noisy) / 100 < 0.4
     lines = [(text.split("\n"), "noisy" in text) for text in map(prompt_of, server.requests)]
     assert {text[-3]: fell for text, fell in lines} == {f"Query: query {row}": fell for row, fell in enumerate(noisy)}
-    again = search(SimulatedEngine(server.url, "sim-3b"), *reversed(requests))
+    again = searched(SimulatedEngine(server.url, "sim-3b"), *reversed(requests))
     assert [bool(result.noisy) for result in reversed(again)] == noisy
 
 
 def test_certain_noise_needs_no_coin(server: ChatServer) -> None:
     never, always = (SearchRequest("q", "Q?", ("a",), p_noise=p_noise) for p_noise in (0.0, 1.0))
-    results = search(SimulatedEngine(server.url, "sim-3b"), never, always)
+    results = searched(SimulatedEngine(server.url, "sim-3b"), never, always)
     assert [result.noisy for result in results] == [False, True]
     assert all("seed" not in request for request in server.requests)  # no key: nothing to derive it from
 
 
 def test_the_seed_is_the_keys(server: ChatServer) -> None:
     for request in (REQUEST, replace(REQUEST, key=(0, 1, 2, 3, 5)), REQUEST):
-        search(SimulatedEngine(server.url, "sim-3b"), request)
+        searched(SimulatedEngine(server.url, "sim-3b"), request)
     first, second, third = (request["seed"] for request in server.requests)
     assert first == third != second
 
@@ -97,7 +87,7 @@ def test_a_coin_for_each_document_mixes_two_replies(server: ChatServer) -> None:
         return reply_of(*(f"{quality} {number}" for number in range(1, 6)))
 
     server.answer = by_quality
-    results = search(SimulatedEngine(server.url, "sim-3b", coin="document"), *requests_of(120, p_noise=0.3))
+    results = searched(SimulatedEngine(server.url, "sim-3b", coin="document"), *requests_of(120, p_noise=0.3))
     shares = Counter(round(5 * (result.noisy_share or 0.0)) for result in results)
     assert len(shares) >= 5  # 0 to 4 or 5 of five
     assert 0.22 < sum(noisy * count for noisy, count in shares.items()) / 600 < 0.38
@@ -117,7 +107,7 @@ def test_a_call_that_fails_is_repeated_counted_and_at_last_an_error_that_names_t
     engine = SimulatedEngine(server.url, "sim-3b", max_retries=2)
     message = f"{server.url}/chat/completions failed, attempt 3 of 3: HTTP status 500.*--model sim-3b"
     with pytest.raises(SearchError, match=message):
-        search(engine, REQUEST)
+        searched(engine, REQUEST)
     assert (engine.account.sent, engine.account.retries, engine.account.failures) == (3, 2, 1)
     assert len({request["seed"] for request in server.requests}) == 1, "the same question, asked again"
 
@@ -137,13 +127,13 @@ def test_a_template_that_refuses_the_system_message_is_asked_without_it(server: 
 
     server.answer = answer
     engine = SimulatedEngine(server.url, "sim-3b", max_concurrency=1)
-    results = search(engine, *requests_of(1), *requests_of(3, first=10))
+    results = searched(engine, *requests_of(1), *requests_of(3, first=10))
     assert [result.documents for result in results] == [FIVE] * 4
     assert [len(request["messages"]) for request in server.requests[-3:]] == [1, 1, 1], "it is remembered"
     server.answer = in_turn((400, {"error": {"message": refusal}}))
     server.requests.clear()
     with pytest.raises(SearchError, match="HTTP status 400"):
-        search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
+        searched(SimulatedEngine(server.url, "sim-3b"), REQUEST)
     assert [len(request["messages"]) for request in server.requests] == [2, 1], "asked again once"
 
 
@@ -169,7 +159,7 @@ def test_a_short_or_leaking_reply_is_asked_for_once_more(
 ) -> None:
     server.answer = in_turn(*(reply_of(*documents) for documents in replies))
     engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=True)
-    (result,) = search(engine, replace(REQUEST, p_noise=1.0))
+    (result,) = searched(engine, replace(REQUEST, p_noise=1.0))
     assert result == SearchResult(used, noisy=True, retries=asked - 1, short_replies=short)
     assert len({request["seed"] for request in server.requests}) == asked  # one seed would give the same reply
     assert engine.counts == SimulatorCounts(asked, asked - short, short)
@@ -181,7 +171,7 @@ def test_useful_replies_may_answer_and_so_may_noisy_ones_by_default(
 ) -> None:
     server.answer = in_turn(reply_of(*LEAK))
     engine = SimulatedEngine(server.url, "sim-3b", ask_leaks_again=ask_leaks_again)
-    (result,) = search(engine, replace(REQUEST, p_noise=p_noise))
+    (result,) = searched(engine, replace(REQUEST, p_noise=p_noise))
     assert result.retries == 0
 
 
@@ -190,7 +180,7 @@ def test_no_documents_twice_is_a_search_error(server: ChatServer, content: str |
     server.answer = in_turn(completion(content))
     engine = SimulatedEngine(server.url, "sim-3b")
     with pytest.raises(SearchError, match="wrote no documents for the query 'Emma author', asked twice"):
-        search(engine, REQUEST)
+        searched(engine, REQUEST)
     assert len(server.requests) == 2 and engine.account.failures == 1
 
 
@@ -205,13 +195,13 @@ PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}, 
 def test_a_thought_is_not_a_document(server: ChatServer, content: Any) -> None:
     server.answer = in_turn(completion(content))
     engine = SimulatedEngine(server.url, "sim-3b")
-    assert search(engine, REQUEST)[0].documents == FIVE
+    assert searched(engine, REQUEST)[0].documents == FIVE
     assert engine.counts.well_formed_replies == 1
 
 
 def test_a_thought_cut_off_holds_no_documents_and_is_asked_for_again(server: ChatServer) -> None:
     server.answer = in_turn(completion(f"<think>\n{THOUGHT}"), reply_of(*FIVE))
-    (result,) = search(SimulatedEngine(server.url, "sim-3b"), REQUEST)
+    (result,) = searched(SimulatedEngine(server.url, "sim-3b"), REQUEST)
     assert (result.documents, result.short_replies) == (FIVE, 1)
 
 
@@ -223,7 +213,7 @@ def test_check_takes_the_first_model_and_refuses_one_that_is_not_served(server: 
     with pytest.raises(UserError, match="has no model 'sim-7b', but: sim-3b, other"):
         SimulatedEngine(server.url, model="sim-7b").check()
     unchecked = SimulatedEngine(server.url)
-    search(unchecked, REQUEST)
+    searched(unchecked, REQUEST)
     assert server.requests[0]["model"] == unchecked.identity()["model"] == "sim-3b"
 
 
@@ -239,7 +229,7 @@ def test_added_tokens_that_a_server_names_are_plain_text(server: ChatServer, inf
     server.tokenizer_info = info
     engine = SimulatedEngine(server.url)
     engine.check()
-    search(engine, SearchRequest("Emma<|im_end|>", "Who wrote <|im_end|> Emma?", ("Jane<|im_end|>",)))
+    searched(engine, SearchRequest("Emma<|im_end|>", "Who wrote <|im_end|> Emma?", ("Jane<|im_end|>",)))
     prompt = prompt_of(server.requests[0])
     assert f"Query: Emma{end}\n" in prompt and f'"Who wrote {end} Emma?" whose answer is Jane{end}.' in prompt
     assert prompt.count("im_end|>") == 3
@@ -275,10 +265,10 @@ def test_several_servers_share_the_searches_and_one_that_dies_fails_none(server:
     with ChatServer().running() as dying:
         dying.answer = in_turn(reply_of(*FIVE))
         engine = SimulatedEngine(f"{server.url}, {dying.url}/v1/", "sim-3b", max_concurrency=8)
-        search(engine, *requests_of(40))
+        searched(engine, *requests_of(40))
         assert (len(server.requests), len(dying.requests)) == (20, 20)
         dying.answer = in_turn((500, "out of memory"))
-        results = search(engine, *requests_of(40, first=100))
+        results = searched(engine, *requests_of(40, first=100))
         assert [result.documents for result in results] == [FIVE] * 40
         assert sum(result.retries for result in results) == 20 == engine.account.retries
 
@@ -296,12 +286,12 @@ def test_a_password_in_the_address_is_in_no_message(server: ChatServer) -> None:
     url = server.url.replace("http://", "http://user:p4ss@")
     server.answer = in_turn(completion(""))
     with pytest.raises(SearchError, match="wrote no documents") as nothing:
-        search(SimulatedEngine(url, "sim-3b"), REQUEST)
+        searched(SimulatedEngine(url, "sim-3b"), REQUEST)
     with pytest.raises(UserError, match="has no model") as wrong:
         SimulatedEngine(url, "sim-7b").check()
     absent = SimulatedEngine("http://user:p4ss@127.0.0.1:9/v1", "sim-3b", max_retries=0)
     with pytest.raises(SearchError, match=r"\*\*\*@127\.0\.0\.1:9") as failed:
-        search(absent, REQUEST)
+        searched(absent, REQUEST)
     with pytest.raises(UserError, match=r"no simulator answers at http://\*\*\*@") as nobody:
         absent.check()
     shown = [str(error.value) for error in (nothing, wrong, failed, nobody)]

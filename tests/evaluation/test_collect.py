@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from jsonl_files import rows_of, write_rows
 from recipe_modules import Refusal, load_recipe
+from searching import wait_until
 
 from zerosearch.simulator.traces import read_traces
 
@@ -198,10 +198,8 @@ def test_killed_half_way_and_started_again_no_query_is_paid_for_twice(
     paid_search.holds = lambda number: number >= 12
     command = [sys.executable, str(ROOT / "recipes/collect_traces.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(paid_search.queries) < 16 or paid_search.in_flight < 4:  # four in flight, all of them kept waiting
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        # Four are in flight then, all of them kept waiting.
+        wait_until(lambda: len(paid_search.queries) >= 16 and paid_search.in_flight >= 4, 120)
         os.kill(process.pid, signal.SIGKILL)
     before = Counter(paid_search.queries)
     with sqlite3.connect(tmp_path / "out/searches.sqlite") as database:

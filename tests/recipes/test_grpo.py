@@ -108,10 +108,8 @@ def test_a_mistake_gets_one_sentence(
 
 @pytest.mark.slow
 def test_a_run_by_plain_python_is_pushed_overwritten_and_resumed(
-    settings: dict[str, Any], hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], hub: HubStub, tmp_path: Path
 ) -> None:
-    for name, value in {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stub"}.items():
-        monkeypatch.setenv(name, value)
     saves = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "checkpoint"}
     run(settings | saves | {"push_to_hub": True, "hub_model_id": "someone/policy"}, tmp_path, "--max_steps", "3")
     output = Path(settings["output_dir"])
@@ -122,7 +120,7 @@ def test_a_run_by_plain_python_is_pushed_overwritten_and_resumed(
     queries = json.loads((output / "engine_queries.json").read_text())
     assert list(queries) == ["bm25"] and queries["bm25"] > 0
 
-    pushed = HubStub.committed
+    pushed = hub.committed
     assert {"tokenizer.json", "trajectories.jsonl", "last-checkpoint/model.safetensors"} <= pushed.keys()
     assert pushed["model.safetensors"] == (output / "model.safetensors").read_bytes()
     assert b"zerosearch" in pushed["README.md"]

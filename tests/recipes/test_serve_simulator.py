@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from http_servers import free_ports
 from peft import PeftModel
 from recipe_modules import Refusal, load_recipe
+from searching import searched, wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.engines import SearchError, SearchRequest
@@ -81,13 +80,7 @@ def served(adapter: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def search(engine: SimulatedEngine, *requests: SearchRequest) -> list[tuple[str, ...]]:
-    async def run() -> list[tuple[str, ...]]:
-        try:
-            return [result.documents for result in await asyncio.gather(*map(engine.search, requests))]
-        finally:
-            await engine.aclose()
-
-    return asyncio.run(run())
+    return [result.documents for result in searched(engine, *requests)]
 
 
 @pytest.mark.slow
@@ -145,10 +138,7 @@ def test_a_recipe_that_is_killed_leaves_no_vllm(served: tuple[str, subprocess.Po
     (group,) = map(int, children.stdout.split())
     assert len(processes(group)) >= 2  # the server and its watcher
     os.kill(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while (left := processes(group)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
+    wait_until(lambda: not processes(group))
 
 
 def processes(group: int) -> list[str]:

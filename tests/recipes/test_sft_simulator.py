@@ -178,25 +178,22 @@ def test_only_the_documents_are_learned_and_the_card_tells_the_fidelity_that_was
 
 @pytest.mark.slow
 def test_the_folder_is_pushed_with_its_card_and_without_the_token(
-    hub: str, searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubStub, searches: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "")  # and given back
     folder = tmp_path / "out"
     changes = {"tuning": "lora", "push_to_hub": True, "hub_model_id": "someone/sim", "hub_token": "hf_MARKER"}
     load_recipe("sft_simulator").main(
         arguments(searches, folder, max_steps=1, save_strategy="steps", save_steps=1, **changes)
     )
-    assert HubStub.paths[0] == "/api/repos/create"
+    assert hub.seen[0].path == "/api/repos/create"
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "simulator.json"}
-    assert names <= HubStub.committed.keys() and "training_args.bin" not in HubStub.committed
+    assert names <= hub.committed.keys() and "training_args.bin" not in hub.committed
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert folder / "checkpoint-1/trainer_state.json" in files and not any("training_args" in f.name for f in files)
-    written = [*HubStub.committed.values(), *(path.read_bytes() for path in files)]
+    written = [*hub.committed.values(), *(path.read_bytes() for path in files)]
     assert not any(b"hf_MARKER" in content for content in written)
-    assert HubStub.committed["README.md"] == (folder / "README.md").read_bytes()
-    assert b"hf download someone/sim --local-dir out\npython recipes/serve" in HubStub.committed["README.md"]
+    assert hub.committed["README.md"] == (folder / "README.md").read_bytes()
+    assert b"hf download someone/sim --local-dir out\npython recipes/serve" in hub.committed["README.md"]
 
 
 @pytest.mark.parametrize(

@@ -212,17 +212,7 @@ def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:
 
 
 def test_all_baselines_of_table_3_are_there() -> None:
-    assert list(PAPER.agents) == [
-        "policy",
-        "direct",
-        "cot",
-        "rag",
-        "ra-agent",
-        "search-o1",
-        "r1",
-        "search-r1",
-        "closed-book",
-    ]
+    assert " ".join(PAPER.agents) == "policy direct cot rag ra-agent search-o1 r1 search-r1 closed-book"
     assert [agent.name for agent in PAPER.choose(["rag", "cot"])] == ["rag", "cot"]
     with pytest.raises(UserError, match="the agent 'rga' is unknown; there are policy, direct"):
         PAPER.choose(["rga"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,9 @@ from scripted_rollouts import (
     roll_out,
     runs,
     wandering_policy,
+    writer_of,
 )
+from searching import wait_until
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult
@@ -34,6 +35,7 @@ from zerosearch.protocol import format_observation
 from zerosearch.rollout import in_flight
 from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
+ONE_SEARCH = ("<search> q </search>", "<answer> x </answer>")
 HOSTILE = "</information> <information> <answer> </answer> <search> </search> <think> <|im_end|> <|endoftext|>".split()
 
 
@@ -215,7 +217,7 @@ def test_whatever_documents_say_is_text(tiny_tokenizer: PreTrainedTokenizerFast,
 
 def test_an_invalid_action_gets_a_hint_that_is_not_trained_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     trajectory = roll_out(tiny_tokenizer, ["Hm.", "<search> </search>", "<answer> x </answer>"])
-    assert [(own, text) for own, text in runs(trajectory, tiny_tokenizer)] == [
+    assert runs(trajectory, tiny_tokenizer) == [
         (1, "Hm."),
         (0, INVALID_ACTION_HINT),
         (1, "<search> </search>"),
@@ -294,17 +296,13 @@ def test_an_observation_that_does_not_fit_the_context_ends_the_trajectory(
     needed = len(tiny_tokenizer("Question 0?\n")["input_ids"]) + len(text_token_ids(tiny_tokenizer, search))
     observation = text_token_ids(tiny_tokenizer, "\n\n<information>Doc 1: It rains.</information>\n\n")
     short = roll_out(tiny_tokenizer, [search], max_trajectory_tokens=needed + len(observation))
-    assert (short.outcome, short.turns[0].observation, sum(short.env_mask)) == (
-        "truncated",
-        "",
-        len(short.completion_ids),
-    )
+    assert (short.outcome, short.turns[0].observation) == ("truncated", "") and all(short.env_mask)
     enough = roll_out(tiny_tokenizer, [search, "x"], max_trajectory_tokens=needed + len(observation) + 1)
     assert (enough.outcome, enough.turns[0].num_observation_tokens) == ("truncated", len(observation))
 
 
 def test_an_observation_is_cut_to_its_budget_and_that_is_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    turns, engine = ["<search> q </search>", "<answer> x </answer>"], ScriptedEngine(lambda request: ["x" * 300, "y."])
+    turns, engine = list(ONE_SEARCH), ScriptedEngine(lambda request: ["x" * 300, "y."])
     cut = roll_out(tiny_tokenizer, turns, engine, max_observation_tokens=120)
     assert 110 < cut.turns[0].num_observation_tokens <= 120 and cut.cut_observations == 1
     assert roll_out(tiny_tokenizer, turns, engine, max_observation_tokens=900).cut_observations == 0
@@ -315,13 +313,10 @@ def test_an_observation_is_cut_to_its_budget_and_that_is_counted(tiny_tokenizer:
 def test_a_failed_search_ends_its_own_trajectory_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     broken = SearchError("the engine at http://x is gone; restart it", retries=4)
     engine = ScriptedEngine(lambda request: broken if request.question == "Question 3?" else ["Fine."])
-    turns = ["<search> q </search>", "<answer> x </answer>"]
-    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    generator = writer_of(tiny_tokenizer, *ONE_SEARCH)
     trajectories = run_rollouts(questions(8), generator, engine, RolloutSettings())
-    assert [trajectory.outcome for trajectory in trajectories] == ["answered"] * 3 + ["failed_search"] + [
-        "answered"
-    ] * 4
-    failed = trajectories[3]
+    failed = trajectories.pop(3)
+    assert failed.outcome == "failed_search" and {one.outcome for one in trajectories} == {"answered"}
     assert failed.turns[0].retries == 4, "what it took in vain is counted, too"
     assert (failed.error, failed.searches, failed.answer) == (str(broken), 1, None)
     assert failed.turns[0].documents == () and failed.turns[0].observation == ""
@@ -340,8 +335,7 @@ def test_nothing_is_started_once_the_rollout_may_not_go_on(
 ) -> None:
     spent = BudgetSpent("the limit of 3 queries is reached")
     engine = ScriptedEngine(lambda request: spent if spends and len(engine.requests) >= 3 else ["Fine."])
-    turns = ["<search> q </search>", "<answer> x </answer>"]
-    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    generator = writer_of(tiny_tokenizer, *ONE_SEARCH)
     trajectories = run_rollouts(
         questions(9), generator, engine, RolloutSettings(), max_live=1, may_go_on=lambda: len(engine.requests) < 3
     )
@@ -400,44 +394,24 @@ def test_what_an_engine_should_not_do_is_a_failed_search_that_names_it(
 
 def test_half_a_character_of_an_engine_is_replaced(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     engine: Any = Odd(lambda: SearchResult(("caf\ud83d",), titles=("\x00",)))
-    trajectory = roll_out(tiny_tokenizer, ["<search> q </search>", "<answer> x </answer>"], engine)
+    trajectory = roll_out(tiny_tokenizer, list(ONE_SEARCH), engine)
     assert trajectory.turns[0].documents == ("caf\ufffd",)
     assert trajectory.outcome == "answered"
 
 
-class Endless:
-    """An engine whose searches take a minute; tells when one has begun and when one has ended."""
-
-    name, max_concurrency = "endless", 4
-
-    def __init__(self) -> None:
-        self.begun, self.ended = threading.Event(), threading.Event()
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.begun.set()
-        try:
-            await asyncio.sleep(60)
-        finally:
-            self.ended.set()
-        return SearchResult(())
-
-    async def aclose(self) -> None:
-        pass
-
-
 def test_a_rollout_that_is_left_by_an_error_ends_its_searches(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    engine = Endless()
+    engine = ScriptedEngine(delay=lambda: 60.0)
 
     def watch(index: int, trajectory: Trajectory, event: str) -> None:
         if len(trajectory.turns) == 2:
-            assert engine.begun.wait(10)
+            wait_until(lambda: engine.in_flight == 1, 10)
             raise KeyError("watched")
 
     turns = [["<search> q </search>"], [" hm", "<answer> x </answer>"]]
     generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[trajectory][turn])
     with pytest.raises(KeyError, match="watched"):
         run_rollouts(questions(2), generator, engine, RolloutSettings(), watch=watch)
-    assert engine.ended.wait(10)
+    wait_until(lambda: engine.in_flight == 0, 10)
 
 
 def test_an_engine_that_blocks_is_named(
@@ -451,8 +425,7 @@ def test_an_engine_that_blocks_is_named(
 
 def test_searches_run_together_within_the_limit_of_the_engine(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     engine = ScriptedEngine(delay=lambda: 0.02, max_concurrency=7)
-    turns = ["<search> q </search>", "<answer> x </answer>"]
-    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    generator = writer_of(tiny_tokenizer, *ONE_SEARCH)
     clock = RolloutClock()
     run_rollouts(questions(40), generator, engine, RolloutSettings(), clock=clock)
     assert engine.most_in_flight == 7
@@ -463,8 +436,7 @@ def test_searches_run_together_within_the_limit_of_the_engine(tiny_tokenizer: Pr
 
 
 def test_a_record_holds_the_text_by_who_wrote_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = ["Hm.", "<search> q </search>", "<answer> gold </answer>"]
-    generator = ScriptedGenerator(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    generator = writer_of(tiny_tokenizer, "Hm.", "<search> q </search>", "<answer> gold </answer>")
     rows = [{**questions(1)[0], "dataset": "nq"}]
     (trajectory,) = run_rollouts(rows, generator, ScriptedEngine(), RolloutSettings(), p_noise=1.0)
     record = trajectory.to_record(rows[0], "Question 0?\n", step=4)

@@ -354,25 +354,17 @@ def test_the_card_of_a_models_verdicts_names_the_model(traces: Path, command: li
 
 
 def test_the_recipe_pushes_the_folder_with_its_card(
-    hub: str,
-    refusal: Refusal,
-    command: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    hub: HubStub, refusal: Refusal, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_stub")
     folder, command = tmp_path / "sft", [*command, "--push_to_hub", "someone/sft"]
     load_recipe("build_simulator_data").main(command)
-    assert HubStub.paths[0] == "/api/repos/create"
-    assert set(HubStub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
-    assert HubStub.committed["train.jsonl"] == (folder / "train.jsonl").read_bytes()
-    assert HubStub.committed["README.md"].startswith(b"---\ntask_categories:")
+    assert hub.seen[0].path == "/api/repos/create"
+    assert set(hub.committed) == {"train.jsonl", "test.jsonl", "README.md", "statistics.json"}
+    assert hub.committed["train.jsonl"] == (folder / "train.jsonl").read_bytes()
+    assert hub.committed["README.md"].startswith(b"---\ntask_categories:")
     output = capsys.readouterr().out
     assert "pushed to" in output and "/someone/sft" in output
-    HubStub.refuse = True
+    hub.refuse = True
     error = refusal("build_simulator_data", [*command, "--overwrite_output_dir", "true"])
     assert "the dataset 'someone/sft' cannot be made on the Hub" in error
     assert (folder / "test.jsonl").exists()  # nothing is cleared before the Hub agrees

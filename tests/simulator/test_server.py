@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from searching import wait_until
 
 from zerosearch import stages
 from zerosearch.errors import UserError
@@ -130,7 +131,4 @@ def test_a_server_ends_with_its_owner(ending: signal.Signals) -> None:
     )
     done = subprocess.run([sys.executable, "-c", owner], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (-ending if ending == signal.SIGKILL else 128 + ending), done.stderr
-    deadline = time.monotonic() + 10
-    while (alive := group_is_alive(int(done.stdout))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive
+    wait_until(lambda: not group_is_alive(int(done.stdout)), 10)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from jsonl_files import write_rows
+from searching import searched
 
 from zerosearch.engines import SearchRequest
 from zerosearch.engines.bm25 import BM25Engine
@@ -113,13 +114,9 @@ def test_passages_state_every_fact_once_and_much_else():
 def test_bm25_finds_the_fact_among_others_of_the_same_relation(tmp_path: Path):
     engine = BM25Engine(corpus_of(EVALUATION, tmp_path))
     facts = random.Random(3).sample(EVALUATION.facts, 200)
-
-    async def search_all() -> list[tuple[str, ...]]:
-        requests = [SearchRequest(fact.query, "?", ("?",)) for fact in facts]
-        return [result.documents for result in await asyncio.gather(*map(engine.search, requests))]
-
+    results = searched(engine, *(SearchRequest(fact.query, "?", ("?",)) for fact in facts))
     found = distracted = 0
-    for fact, documents in zip(facts, asyncio.run(search_all()), strict=True):
+    for fact, documents in zip(facts, [result.documents for result in results], strict=True):
         relation_words = RELATION[fact.relation].statement.removeprefix("{}")
         found += fact.sentence in documents
         distracted += any(relation_words in document and fact.subject not in document for document in documents)
