@@ -90,6 +90,9 @@ def test_wrong_flags(argv: list[str], message: str) -> None:
         ("env: {LD_PRELOAD: x.so}", "config.yaml names 'env', which is unknown"),
         ("- steps", "must hold names with values, a YAML mapping"),
         ("steps: [1", "expected ',' or ']'"),
+        ("steps: null", "config.yaml gives steps no value: leave it out for the default"),
+        ("kind:", "config.yaml gives kind no value"),
+        ("steps: " + "[" * 5000, "recursion"),
         ("steps: [1, 2]", r"config.yaml gives steps a list, \[1, 2\]: it takes one value"),
     ],
 )

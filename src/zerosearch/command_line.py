@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import fields
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from functools import wraps
 from io import TextIOWrapper
 from math import isnan
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from zerosearch.errors import UserError
 from zerosearch.text import printable
@@ -42,18 +42,22 @@ def parse(*classes: type, argv: Sequence[str] | None = None, usage: str | None =
         def _parse_dataclass_field(parser: Any, field: Any) -> None:  # argparse would take our bounds for its own
             field = copy(field)
             field.metadata = {name: value for name, value in field.metadata.items() if name not in BOUNDS}
+            if type(None) in get_args(field.type):
+                nullable.add(field.name)
             HfArgumentParser._parse_dataclass_field(parser, field)
 
+    nullable: set[str] = set()
     parser = Parser(classes, usage=usage, allow_abbrev=False)
     try:
         flags = list(sys.argv[1:] if argv is None else argv)
-        flags = _flags_of_config(flags, parser) + flags
+        flags = _flags_of_config(flags, parser, nullable) + flags
         *values, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown and not rest:
             parser.error(f"unknown flag {unknown[0]}{_hint(unknown[0].lstrip('-').partition('=')[0], parser)}")
-    except (OSError, ValueError, ImportError, YAMLError) as error:  # of the file, or of a dataclass that checks itself
+    # Of the file, or of a dataclass that checks itself.
+    except (OSError, ValueError, ImportError, RecursionError, YAMLError) as error:
         raise UserError(str(error) or type(error).__name__) from error
     for value in values:
         check_bounds(value)
@@ -101,8 +105,8 @@ def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameter
     return wrapped
 
 
-def _flags_of_config(flags: list[str], parser: ArgumentParser) -> list[str]:
-    """Take `--config FILE` out of the flags and return what the file says, as flags."""
+def _flags_of_config(flags: list[str], parser: ArgumentParser, nullable: Collection[str]) -> list[str]:
+    """Take `--config FILE` out of the flags and return what the file says, as flags; `nullable` ones may be null."""
     import yaml
 
     places = [place for place, flag in enumerate(flags) if flag == "--config" or flag.startswith("--config=")]
@@ -124,6 +128,8 @@ def _flags_of_config(flags: list[str], parser: ArgumentParser) -> list[str]:
     for name, value in config.items():
         if name not in known:
             raise UserError(f"{path} names {name!r}, which is unknown{_hint(str(name), parser)}")
+        if value is None and name not in nullable:
+            raise UserError(f"{path} gives {name} no value: leave it out for the default")
         if isinstance(value, list) and known[name].nargs not in ("+", "*"):
             raise UserError(f"{path} gives {name} a list, {value}: it takes one value")
     parser.set_defaults(**{name: None for name, value in config.items() if value is None})

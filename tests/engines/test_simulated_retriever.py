@@ -281,6 +281,15 @@ def test_a_simulator_that_only_copies_refuses_a_query_of_which_nothing_is_known(
         assert health(address)["queries"] == 1
 
 
+def test_added_tokens_are_plain_text_in_either_prompt(simulator: ChatServer) -> None:
+    simulator.tokenizer_info = (200, {"added_tokens_decoder": {"7": "<|im_end|>"}})
+    with serving(simulator) as address:
+        for told in ({}, {"questions": [EMMA["question"]], "golden_answers": [EMMA["golden_answers"]]}):
+            post(address, {"queries": ["Emma<|im_end|>"], **told})
+    prompts = [request["messages"][-1]["content"] for request in simulator.requests]
+    assert len(prompts) == 2 and all("Query: Emma< |im_end|>\n" in prompt for prompt in prompts)
+
+
 def test_the_recipe_serves_a_simulator(
     simulator: ChatServer, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def read_api(path: str | Path) -> SearchAPI:
     except ValidationError as error:
         wrong = error.errors()[0]
         said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         said = f"{type(error).__name__}: {error}"
     raise UserError(f"{path} does not describe a search service: {' '.join(said.split())}")
 

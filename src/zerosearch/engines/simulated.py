@@ -23,6 +23,7 @@ from zerosearch.text import any_token, cut_tokens, without_thoughts
 
 CHECK_TIMEOUT_S = 10.0
 CONCURRENCY_OF_A_SERVER = 64
+NO_TOKENS = any_token(())
 
 Coin = Literal["query", "document"]
 COIN_STREAM = 1_000_033  # keeps the coins of documents apart from those of queries, and from the seeds
@@ -74,6 +75,7 @@ class SimulatedEngine:
     max_retries: int = 5
     max_concurrency: int = 0  # 0: 64 for each server
     api_key: str | None = None  # for an endpoint that wants one
+    added_tokens: re.Pattern[str] = NO_TOKENS  # of its tokenizer, once `check` has asked
 
     def __post_init__(self) -> None:
         urls = self.base_url.split(",") if isinstance(self.base_url, str) else self.base_url
@@ -82,7 +84,6 @@ class SimulatedEngine:
         self.max_concurrency = self.max_concurrency or CONCURRENCY_OF_A_SERVER * len(self.base_urls)
         self.counts = SimulatorCounts()
         self._sends_system_message = True
-        self._added_tokens = any_token(())
         self.account = Account(self.name)
         self.client = HTTPClient(
             "the simulator",
@@ -156,7 +157,7 @@ class SimulatedEngine:
             noisy=noisy,
             template=self.template,
         )
-        messages[-1]["content"] = " ".join(cut_tokens(self._added_tokens, messages[-1]["content"]))
+        messages[-1]["content"] = " ".join(cut_tokens(self.added_tokens, messages[-1]["content"]))
 
         def leaks(documents: tuple[str, ...]) -> bool:
             """Say whether documents that were to be noisy answer the question, where that is looked at."""
@@ -223,7 +224,7 @@ class SimulatedEngine:
                     raise UserError(f"the server at {shown} has no model {chosen!r}, but: {', '.join(models)}")
                 self.model = chosen  # which the other servers need to have as well
             with suppress(ServiceError):  # only a vLLM says so, and only if told to
-                self._added_tokens, _ = await self.client.request(
+                self.added_tokens, _ = await self.client.request(
                     "GET",
                     f"{self.base_urls[0].removesuffix('/v1')}/tokenizer_info",
                     read=lambda info: any_token(info["added_tokens_decoder"].values()),
