@@ -137,8 +137,11 @@ def command(output: Path, policy: Path, data: Path, *flags: str) -> list[str]:
 
 
 def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the weights, and log and trajectories without their clock times."""
-    timed = ("time/", "search/latency", "step_time", "train_")
+    """Return the weights, and log and trajectories without what the clock decides.
+
+    That is times, and the last digits of the sampler's log-probabilities: they depend on what is decoded together.
+    """
+    timed = ("time/", "search/latency", "search/logprob", "step_time", "train_")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     log = [{name: value for name, value in entry.items() if not name.startswith(timed)} for entry in log]
     records = rows_of(output / "trajectories.jsonl")

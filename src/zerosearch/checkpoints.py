@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # What TRL's trainers write into their output folder.
 WRITTEN = (
-    *("checkpoint-*", "merged-*", "runs", "README.md", "trainer_state.json", "training_args.bin"),
+    *("checkpoint-*", "merged-*", "runs", "completions", "README.md", "trainer_state.json", "training_args.bin"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),

@@ -54,6 +54,8 @@ def log_rollout(
         if failure is not None and not isinstance(failure, GenerationError):
             raise failure
         raise GenerationError(f"step {step} could not be rolled out: {failures[0]}")
+    for column in ("answer", "outcome", "searches"):  # of TRL's table of completions, which trackers show
+        trainer._log_completion_extra(column, [getattr(trajectory, column) for trajectory in trajectories])
     facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
     metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
     metrics["search/p_noise"] = trajectories[0].p_noise

@@ -9,8 +9,9 @@ and tests hold the names:
 3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` skip work that changes no result: see `micro_batches`;
 4. `_compute_loss` is TRL's on the policy's tokens, without the KL for PPO, whose reward holds it;
 5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic, too;
-6. `_metrics` and `_logs` are what TRL logs, `_step` and `_buffered_inputs` the place within an optimizer step,
-   `_last_loaded_step` that of the weights in vLLM, `_current_train_step_time` what the step took so far.
+6. `_metrics`, `_logs` and `_log_completion_extra` are what TRL logs and shows, `_step` and `_buffered_inputs` the
+   place within an optimizer step, `_last_loaded_step` that of the weights in vLLM, `_current_train_step_time` what the
+   step took so far.
 """
 
 from __future__ import annotations
