@@ -25,7 +25,7 @@ from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation import GenerationError
-from zerosearch.generation.loading import load_tokenizer, model_options, start_weights
+from zerosearch.generation.loading import check_checkpoint, load_tokenizer, model_options, start_weights
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet, PromptSetName
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.advantages import AdvantageFunction
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("an evaluation in training needs both: --eval_dataset, and --eval_strategy steps or epoch")
     prompts = PROMPT_SETS[arguments.prompt]
     with training_run(config, arguments.overwrite_output_dir, WRITTEN) as checkpoint:
+        check_checkpoint(checkpoint, model.use_peft)
         tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, config.trust_remote_code)
         questions = load_questions(arguments.dataset, arguments.dataset_split, arguments.dataset_limit)
         engine = choose_engine(options, prompts)

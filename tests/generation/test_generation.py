@@ -26,6 +26,7 @@ from transformers import (
 from zerosearch.errors import UserError
 from zerosearch.generation import SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.loading import (
+    check_checkpoint,
     check_tokenizer,
     load_generator,
     load_model,
@@ -272,6 +273,24 @@ def test_a_tokenizer_without_an_end_and_a_configuration_of_another_form_are_refu
         (folder / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"the configuration of .*model cannot be read"):
             load_tokenizer(str(folder))
+
+
+def test_a_checkpoint_of_another_kind_or_cut_short_is_refused(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_policy_dir, tmp_path / "checkpoint-4")
+    torch.save({}, checkpoint / "optimizer.pt")
+    check_checkpoint(str(checkpoint), is_adapter=False)
+    check_checkpoint(None, is_adapter=True)
+    with pytest.raises(UserError, match="checkpoint-4 is of another tuning"):
+        check_checkpoint(str(checkpoint), is_adapter=True)
+    for name, message in (("optimizer.pt", r"optimizer\.pt is cut short"), ("model.safetensors", "cannot be read")):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(str(checkpoint), is_adapter=False)
+        (checkpoint / name).write_bytes(content)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="checkpoint-4 holds no weights"):
+        check_checkpoint(str(checkpoint), is_adapter=False)
 
 
 class SleepyEngine:

@@ -38,6 +38,8 @@ def test_what_takes_too_long_or_fails_arrives_as_what_it_raised() -> None:
     late, failed = arrived(in_flight, 2)
     assert isinstance(late.outcome, TimedOut) and late.seconds < 5
     assert isinstance(failed.outcome, KeyError), "what waits for its turn has its whole time limit then"
+    run_in_background(asyncio.sleep(0), 5.0)
+    assert not in_flight.tasks, "a run of days keeps no task that has ended"
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import is_zipfile
 
 from zerosearch.errors import UserError
 from zerosearch.generation import Generator, RemoteGenerator
@@ -84,6 +85,24 @@ def check_weights(model: str) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights {path} cannot be read: {error}") from error
+
+
+def check_checkpoint(checkpoint: str | None, is_adapter: bool) -> None:
+    """Raise `UserError` for a checkpoint that a training cannot go on from: of the other kind, or cut short.
+
+    Weights that DeepSpeed or FSDP keeps in a folder of its own are not looked into.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    if (folder / "adapter_config.json").is_file() != is_adapter:
+        raise UserError(f"{checkpoint} is of another tuning, full or LoRA: resume with that, or start anew")
+    if not any(any(folder.glob(kind)) for kind in ("*.safetensors", "global_step*", "pytorch_model*")):
+        raise UserError(f"the checkpoint {checkpoint} holds no weights")
+    check_weights(checkpoint)
+    for path in [*folder.glob("*.pt"), *folder.glob("*.pth")]:
+        if not is_zipfile(path):  # as PyTorch writes
+            raise UserError(f"the checkpoint's {path} is cut short")
 
 
 def longest_context(config: Any, limit: int) -> int:

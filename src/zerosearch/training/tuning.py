@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from zerosearch.checkpoints import FinishedRuns
 from zerosearch.errors import UserError, user_mistakes
-from zerosearch.generation.loading import fit_to_cpu, model_options, start_weights, unsharded_loading
+from zerosearch.generation.loading import check_checkpoint, fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
 from zerosearch.training.micro_batches import compact_lm_head
 
@@ -55,8 +55,7 @@ def tune(
     Raises `UserError` for settings that do not work together, and for examples longer than `max_length`.
     """
     check_settings(training)
-    if checkpoint and Path(checkpoint, "adapter_config.json").is_file() != model.use_peft:
-        raise UserError(f"{checkpoint} is of another tuning, full or LoRA: resume with that, or start anew")
+    check_checkpoint(checkpoint, model.use_peft)
     if "prompt" in examples.column_names:
         examples = examples.map(
             lambda row: {name: chat_messages(tokenizer, row[name]) for name in ("prompt", "completion")}
