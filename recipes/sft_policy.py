@@ -29,7 +29,7 @@ from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import FIELDS, read_trajectories
 from zerosearch.files import write_json
 from zerosearch.generation.loading import load_tokenizer
-from zerosearch.prompts import PROMPT_SETS, PromptSetName
+from zerosearch.prompts import PROMPT_SETS, Agent, PromptSetName
 from zerosearch.rollout.loop import Budgets, RolloutSettings
 from zerosearch.simulator.dataset import excerpt
 from zerosearch.simulator.traces import as_passage, read_traces
@@ -49,6 +49,10 @@ class RecipeArguments:
     num_documents: int = field(default=5, metadata={"min": 1, "help": "For traces: documents of a search."})
     num_words: int = field(default=30, metadata={"min": 1, "help": "For traces: words of a document, about."})
     prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
+    agent: str = field(default="policy", metadata={"help": "How the policy is asked and searches: policy, tools ..."})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run's output."})
 
     def __post_init__(self) -> None:
@@ -68,13 +72,14 @@ class PolicyConfig(TuningConfig):
     logging_steps: float = 1
 
 
-def demonstrations(recipe: RecipeArguments) -> list[Demonstration | None]:
+def demonstrations(recipe: RecipeArguments, agent: Agent) -> list[Demonstration | None]:
     """Return a demonstration of each question or trajectory, `None` where it gives none."""
     if recipe.trajectories is not None:
         records = read_trajectories(Path(recipe.trajectories), FIELDS)
         return [from_record(record) if record["f1"] >= recipe.min_f1 else None for record in records]
     traces = read_traces(str(recipe.traces))
-    return from_traces([{**trace, "documents": shortened(trace, recipe)} for trace in traces])
+    shown = [{**trace, "documents": shortened(trace, recipe)} for trace in traces]
+    return from_traces(shown, agent.grammar)
 
 
 def shortened(trace: dict[str, Any], recipe: RecipeArguments) -> list[str]:
@@ -88,10 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     """Write the demonstrations, tokenise them by the rollout, train, save."""
     recipe, budgets, training, model = parse(RecipeArguments, Budgets, PolicyConfig, ModelConfig, argv=argv)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
-    given = demonstrations(recipe)
-    trajectories = replay(
-        [one for one in given if one], tokenizer, RolloutSettings(**vars(budgets)), PROMPT_SETS[recipe.prompt].policy
-    )
+    (agent,) = PROMPT_SETS[recipe.prompt].choose([recipe.agent])
+    given = demonstrations(recipe, agent)
+    settings = RolloutSettings(**vars(budgets), chat_template_kwargs=recipe.chat_template_kwargs)
+    trajectories = replay([one for one in given if one], tokenizer, settings, agent)
     # Of a document that was cut a thought might quote what the policy cannot see.
     kept = [one for one in trajectories if one.outcome == "answered" and not one.cut_observations]
     source = recipe.traces or recipe.trajectories
@@ -101,7 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{source}: {counted}")
     examples = Dataset.from_list([example(trajectory) for trajectory in kept])
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
-        about = {"base_model": model.model_name_or_path, "source": source, "prompt": recipe.prompt}
+        about = {
+            "base_model": model.model_name_or_path,
+            "source": source,
+            "prompt": recipe.prompt,
+            "agent": recipe.agent,
+            "chat_template_kwargs": settings.chat_template_kwargs,
+        }
         about |= vars(budgets)
         made = about | tune(model, training, tokenizer, examples, checkpoint)
         if training.process_index == 0:

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerosearch.protocol import (
+    BARE_CALLS,
     STOP_STRINGS,
+    TAGS,
+    TOOL_CALLS,
     Action,
+    Grammar,
     format_documents,
     format_observation,
     is_well_formed,
@@ -79,8 +83,8 @@ def test_the_action_of_a_turn(turn: str, action: Action) -> None:
     assert parse_action(turn) == action
 
 
-TAGS = ("<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
-TAGGED = st.lists(st.sampled_from([*TAGS, " ", "and", "x", "<", ">", "/", "Emma", "\n"])).map("".join)
+ALL_TAGS = ("<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
+TAGGED = st.lists(st.sampled_from([*ALL_TAGS, " ", "and", "x", "<", ">", "/", "Emma", "\n"])).map("".join)
 
 
 @settings(max_examples=400)
@@ -287,3 +291,63 @@ def test_a_reply_of_256_kb_is_read_in_linear_time(unit: str) -> None:
     split_documents(text, 5)
     is_well_formed(text, 5)
     assert time.process_time() - start < 5.0  # some 1.5 s; by the square of the length it would be minutes
+
+
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "Emma author"}}\n</tool_call>'
+BARE = '{"name": "search", "parameters": {"query": "Emma author"}}'
+
+
+@pytest.mark.parametrize("grammar", [TAGS, TOOL_CALLS, BARE_CALLS])
+@pytest.mark.parametrize("query", ["Emma author", 'a "quoted" \\ é\n</think>', "{}"])
+def test_a_search_is_read_as_it_is_written(grammar: Grammar, query: str) -> None:
+    assert parse_action(f"<think> Hm. </think>\n{grammar.write_search(query)}", grammar) == Action("search", query)
+
+
+def test_calls_are_written_as_the_models_write_them() -> None:
+    assert (TOOL_CALLS.write_search("Emma author"), BARE_CALLS.write_search("Emma author")) == (CALL, BARE)
+    assert TOOL_CALLS.stop_strings == ("</tool_call>", "</answer>") and BARE_CALLS.stop_strings == ("</answer>",)
+    assert TAGS.tools is None and TOOL_CALLS.tools == BARE_CALLS.tools
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        (f"{CALL}<|im_end|>", Action("search", "Emma author")),
+        (f"I look it up. {CALL}{CALL.replace('Emma', 'Bath')}", Action("search", "Emma author")),
+        (CALL.replace("\n", ""), Action("search", "Emma author")),
+        ("<answer> X </answer>", Action("answer", "X")),
+        (f"<answer> X </answer>{CALL}", Action("answer", "X")),
+        (f"<think>{CALL}</think> <answer> X </answer>", Action("answer", "X")),
+        (CALL.replace('"search"', '"browse"'), INVALID),
+        (CALL.replace("query", "q"), INVALID),
+        (CALL.replace('"Emma author"', "[1]"), INVALID),
+        (CALL.replace('"Emma author"', '" "'), INVALID),
+        (CALL.replace("}}", "}"), INVALID),
+        (CALL.replace("{", "["), INVALID),
+        (CALL.replace("<tool_call>", ""), INVALID),
+        (CALL.replace("</tool_call>", ""), INVALID),
+        ("<tool_call></tool_call>", INVALID),
+        ("<tool_call>" + "{" * 100_000 + "</tool_call>", INVALID),
+        ("<search> Emma </search>", INVALID),
+        (BARE, INVALID),
+    ],
+)
+def test_calls_between_tags(turn: str, action: Action) -> None:
+    assert parse_action(turn, TOOL_CALLS) == action
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        (f"{BARE}<|eot_id|>", Action("search", "Emma author")),
+        (f"<|python_tag|>{BARE}<|eom_id|>", Action("search", "Emma author")),
+        (f"<think>{BARE.replace('Emma', 'Bath')}</think>{BARE}", Action("search", "Emma author")),
+        ("<answer> X </answer>", Action("answer", "X")),
+        (BARE.replace("parameters", "arguments"), INVALID),
+        (BARE.replace('"name"', '"tool"'), INVALID),
+        ("It is Jane Austen.<|eot_id|>", INVALID),
+        ("", INVALID),
+    ],
+)
+def test_a_call_that_is_the_whole_message(turn: str, action: Action) -> None:
+    assert parse_action(turn, BARE_CALLS) == action

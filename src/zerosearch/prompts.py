@@ -12,7 +12,15 @@ from string import Formatter
 from typing import Literal, NamedTuple
 
 from zerosearch.errors import UserError
-from zerosearch.protocol import format_observation, format_titled_observation, titled_documents
+from zerosearch.protocol import (
+    BARE_CALLS,
+    TAGS,
+    TOOL_CALLS,
+    Grammar,
+    format_observation,
+    format_titled_observation,
+    titled_documents,
+)
 
 # Table 1 of the paper, in the wording its code feeds to the model ("as your want" included).
 POLICY_PROMPT = (
@@ -208,6 +216,22 @@ R1_PROMPT = (
     "For example, <answer> Beijing </answer>. "
     "Question: {question}\n"
 )
+# For models that call tools as their chat template writes it; the answer stands in tags, as everywhere.
+TOOLS_PROMPT = (
+    "Answer the given question. "
+    "You must conduct reasoning inside <think> and </think> first every time you get new information. "
+    "After reasoning, if you find you lack some knowledge, you can call the search tool, "
+    "and it will return the top searched results. "
+    "You can search as many times as you want. "
+    "If you find no further external knowledge needed, you can directly provide the answer inside "
+    "<answer> and </answer>, without detailed illustrations. "
+    "For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+TOOLS_HINT = (
+    "That is no valid action. To search, call the search tool once. "
+    "To give the final answer, put it between <answer> and </answer>."
+)
 # Documents where the policy finds those of its first search.
 TINYWORLD_RAG_PROMPT = TINYWORLD_POLICY_PROMPT + "\n\n<information>{documents}</information>\n\n"
 
@@ -229,6 +253,8 @@ class Agent:
     `show_documents(documents, titles)` and `write_observation(documents)` make an observation of what a search found;
     `hint` is the observation after a turn without an action. An end of sequence that the model sampled before an
     observation is dropped from context and training, as in the released code, unless `keeps_end_of_sequence`.
+    `grammar` says how it writes a search. Where that is a call of a tool, `write_observation` is not used: documents
+    come as the chat template writes what a tool replies, and the hint as a message of the user.
     """
 
     name: str
@@ -241,6 +267,7 @@ class Agent:
     write_observation: Callable[[Sequence[str]], str] = format_observation
     hint: str = INVALID_ACTION_HINT
     keeps_end_of_sequence: bool = False
+    grammar: Grammar = TAGS
 
     @property
     def looks_up_question(self) -> bool:
@@ -301,8 +328,8 @@ def _by_name(*agents: Agent) -> dict[str, Agent]:
     return {agent.name: agent for agent in agents}
 
 
-# The agents of Table 3. They all speak the tags of `protocol.py`, so one loop, one parser and one set of metrics
-# serve them all.
+# The agents of Table 3, and two more. They all speak a grammar of `protocol.py`, so one loop, one parser and one set
+# of metrics serve them all.
 PAPER = PromptSet(
     agents=_by_name(
         Agent("policy", POLICY_PROMPT),  # asked as in training; untrained, it is the first row of Table 4
@@ -319,6 +346,9 @@ PAPER = PromptSet(
             write_observation=format_titled_observation,
         ),
         Agent("closed-book", POLICY_PROMPT, gets_documents=False),  # a control: what the policy still knows is memory
+        # The policy of a chat model that calls tools in its own way: Qwen's and Hermes', or Llama's.
+        Agent("tools", TOOLS_PROMPT, hint=TOOLS_HINT, keeps_end_of_sequence=True, grammar=TOOL_CALLS),
+        Agent("bare-tools", TOOLS_PROMPT, hint=TOOLS_HINT, keeps_end_of_sequence=True, grammar=BARE_CALLS),
     ),
     simulator=SIMULATOR_PROMPT,
 )

@@ -1,29 +1,29 @@
-"""The tags between policy and environment: read an action, write an observation, read a simulator's reply.
+"""The language between policy and environment: read an action, write an observation, read a simulator's reply.
 
 What counts as an action, in one place:
 1. Only what the policy wrote in this turn is read; never the prompt, the documents or an earlier turn.
 2. What stands between `<think>` and `</think>` is thought: tags in it are text.
-3. The first closing `</search>` or `</answer>` ends the turn. What follows it is ignored.
+3. The first closing tag, `</answer>` or that of a search, ends the turn. What follows it is ignored.
 4. The action's content runs from the last matching opening tag to that closing tag. Other tags inside it are text.
 5. No closing tag, a closing tag that nothing opened, or empty content make the turn invalid.
 6. A thought left open hides nothing: generation stops at the first closing tag, so the policy had no chance to close
    the thought, and policies trained with the paper's code act that way.
 7. "and" is no content: it is what the prompt's own "<search> and </search>" holds, quoted in an open thought.
+8. How a search is written is the `Grammar`'s. Where it is the call of a tool, one that is not JSON, names another tool
+   or has no query makes the turn invalid.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
-
-STOP_STRINGS = ("</search>", "</answer>")
+from typing import Any, Literal
 
 ActionKind = Literal["search", "answer", "invalid"]
 
-END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 QUOTED_INSTRUCTION = "and"
 LONGEST_TITLE_WORDS = 10
 TITLED = '(Title: "'
@@ -38,20 +38,92 @@ class Action:
 
 
 INVALID = Action("invalid", "")
+# The tool that a chat template is told of, in the form that transformers makes of a function.
+SEARCH_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Search for documents.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to search for."}},
+            "required": ["query"],
+        },
+    },
+}
 
 
-def parse_action(turn_text: str) -> Action:
+@dataclass(frozen=True)
+class Grammar:
+    """How a policy writes a search: between two tags, as text or as the JSON of a tool call.
+
+    Without tags the call is all that the message holds, and its end of sequence ends it. `arguments` names what holds
+    the query in a call; `None`: a search is text. The answer stands between `<answer>` and `</answer>` in any case.
+    """
+
+    opening: str
+    closing: str
+    arguments: str | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Return what ends a turn as soon as it is sampled."""
+        return (self.closing, "</answer>") if self.closing else ("</answer>",)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Return what a policy writes as a token of its own where the tokenizer has one."""
+        return tuple(filter(None, ("<think>", "</think>", "<answer>", "</answer>", self.opening, self.closing)))
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Return what the chat template is told of; `None` where the prompt says it all."""
+        return None if self.arguments is None else [SEARCH_TOOL]
+
+    def write_search(self, query: str) -> str:
+        """Return the text of a search."""
+        if self.arguments is None:
+            return f"{self.opening} {query} {self.closing}"
+        call = json.dumps({"name": "search", self.arguments: {"query": query}}, ensure_ascii=False)
+        return f"{self.opening}\n{call}\n{self.closing}" if self.closing else call
+
+    def read_query(self, text: str) -> str:
+        """Return the query of what stands between the tags, "" if it is none."""
+        if self.arguments is None:
+            return text.strip()
+        try:
+            call, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
+            query = call[self.arguments]["query"] if call["name"] == "search" else None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ""
+        return query.strip() if isinstance(query, str) else ""
+
+
+TAGS = Grammar("<search>", "</search>")
+# Qwen2.5, Qwen3, Hermes: <tool_call>\n{"name": "search", "arguments": {"query": ".."}}\n</tool_call>
+TOOL_CALLS = Grammar("<tool_call>", "</tool_call>", "arguments")
+# Llama 3.1 to 3.3: {"name": "search", "parameters": {"query": ".."}} and nothing else
+BARE_CALLS = Grammar("", "", "parameters")
+STOP_STRINGS = TAGS.stop_strings
+
+
+def parse_action(turn_text: str, grammar: Grammar = TAGS) -> Action:
     """Read the action in what the policy wrote in one turn, by the rules at the top of this file."""
     text = without_closed_thoughts(turn_text)
-    end = END_OF_TURN.search(text)
-    if end is None:
+    ends = [(place, stop) for stop in grammar.stop_strings if (place := text.find(stop)) >= 0]
+    if not ends and grammar.closing:
         return INVALID
-    kind: ActionKind = "search" if end.group() == "</search>" else "answer"
-    _, opening_tag, content = text[: end.start()].rpartition(f"<{kind}>")
-    content = content.strip()
-    if not opening_tag or not content or content == QUOTED_INSTRUCTION:
+    end, closing = min(ends, default=(len(text), grammar.closing))
+    is_answer = closing == "</answer>"
+    content = text[:end]
+    if opening := "<answer>" if is_answer else grammar.opening:
+        _, found, content = content.rpartition(opening)
+        if not found:
+            return INVALID
+    content = content.strip() if is_answer else grammar.read_query(content)
+    if not content or content == QUOTED_INSTRUCTION:
         return INVALID
-    return Action(kind, content)
+    return Action("answer" if is_answer else "search", content)
 
 
 def without_closed_thoughts(text: str) -> str:

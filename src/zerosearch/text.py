@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 UNENCODABLE = re.compile("[\x00\ud800-\udfff]")
@@ -38,12 +38,15 @@ def any_token(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, found)) or "(?!)")
 
 
-def cut_tokens(tokens: re.Pattern[str], text: str) -> Iterator[str]:
-    """Yield the pieces of a text that is cut behind the first character of each token it spells out."""
-    start = 0
-    while match := tokens.search(text, start):
+def cut_tokens(tokens: re.Pattern[str], text: str, kept: Collection[str] = ()) -> Iterator[str]:
+    """Yield the pieces of a text that is cut behind the first character of each token it spells out but for `kept`."""
+    start = place = 0
+    while match := tokens.search(text, place):
+        if match.group() in kept:
+            place = match.end()
+            continue
         yield text[start : match.start() + 1]
-        start = match.start() + 1
+        start = place = match.start() + 1
     yield text[start:]
 
 

@@ -36,6 +36,7 @@ from zerosearch.generation.loading import (
 )
 from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
 from zerosearch.generation.vllm_colocated import VLLMGenerator
+from zerosearch.protocol import STOP_STRINGS
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_a_turn_ends_when_a_stop_string_is_complete(pieces: list[str], ends: boo
         def decode(self, ids: list[int], **kwargs: bool) -> str:
             return "".join(pieces[place] for place in ids)
 
-    turn_end = TurnEnd(Pieces())  # type: ignore[arg-type]
+    turn_end = TurnEnd(Pieces(), STOP_STRINGS)  # type: ignore[arg-type]
     assert [turn_end.reached(range(place + 1)) for place in range(len(pieces))][-1] is ends
 
 

@@ -30,7 +30,7 @@ from zerosearch.generation.tokenization import (
 )
 from zerosearch.generation.transformers_engine import TurnEnd
 from zerosearch.prompts import PAPER
-from zerosearch.protocol import format_observation
+from zerosearch.protocol import STOP_STRINGS, format_observation
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.text import cut_tokens
 
@@ -89,7 +89,7 @@ class RandomCuts(ScriptedGenerator):
             piece = text[: rng.randint(1, 12)]
             ids += text_token_ids(self.tokenizer, piece)
             text = text[len(piece) :]
-        end = TurnEnd(self.tokenizer)
+        end = TurnEnd(self.tokenizer, STOP_STRINGS)
         length = next((n for n in range(1, len(ids) + 1) if end.reached(ids[:n])), len(ids))
         return SampledTurn(request.trajectory, ids[:length], [-0.5] * length, "stop")
 
@@ -128,7 +128,7 @@ def test_a_tag_whose_end_merges_with_the_line_break_ends_the_turn(tokenizer: Pre
         return
     ids = text_token_ids(tokenizer, "<search> Emma </search>\n\n")
     assert tokenizer.decode(ids[-1:]).rstrip("\n").endswith(">") and tokenizer.decode(ids[-1:]).endswith("\n")
-    end = TurnEnd(tokenizer)
+    end = TurnEnd(tokenizer, STOP_STRINGS)
     assert [end.reached(ids[: place + 1]) for place in range(len(ids))] == [False] * (len(ids) - 1) + [True]
 
 

@@ -212,7 +212,8 @@ def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:
 
 
 def test_all_baselines_of_table_3_are_there() -> None:
-    assert " ".join(PAPER.agents) == "policy direct cot rag ra-agent search-o1 r1 search-r1 closed-book"
+    names = "policy direct cot rag ra-agent search-o1 r1 search-r1 closed-book tools bare-tools"
+    assert " ".join(PAPER.agents) == names
     assert [agent.name for agent in PAPER.choose(["rag", "cot"])] == ["rag", "cot"]
     with pytest.raises(UserError, match="the agent 'rga' is unknown; there are policy, direct"):
         PAPER.choose(["rga"])
@@ -234,6 +235,9 @@ GOLDEN_PROMPTS = {
     "search-o1": "Answer the given question by reasoning step by step inside <think> and </think>. Whenever you are not sure of something, write a short query inside <search> and </search>, and stop: a reader goes through the documents found, and returns what matters for your reasoning between <information> and </information>. Go on from there, and search again whenever you need to. At the end give only the answer, as short as possible, inside <answer> and </answer>. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
     "r1": "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n",  # noqa: E501
 }
+GOLDEN_PROMPTS["tools"] = GOLDEN_PROMPTS["bare-tools"] = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new information. After reasoning, if you find you lack some knowledge, you can call the search tool, and it will return the top searched results. You can search as many times as you want. If you find no further external knowledge needed, you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: Who wrote Emma?\n"  # noqa: E501
+)
 GOLDEN_READING_PROMPT = 'Somebody works on the question below and has searched for something. Read the documents found and write down, in a few sentences, what they say that helps to take the next step; add nothing that they do not say, and do not answer the question itself. If nothing in them helps, write "Nothing helpful was found."\n\nQuestion: Who wrote Emma?\nReasoning so far: R.\nQuery: Emma\nDocuments:\nDoc 1: x\nWhat helps:\n'  # noqa: E501
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from families import family_tokenizer
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator, roll_out, runs
 from transformers import PreTrainedTokenizerFast
 
@@ -128,3 +129,17 @@ def test_an_observation_in_another_form_or_a_search_before_the_first_turn_is_not
     assert observed_documents('\n\n<information>Doc 1(Title: "Emma") A: b</information>\n\n') is None
     found = record(tiny_tokenizer, ["<answer> x </answer>"])
     assert from_record(found) is not None and from_record({**found, "searches": 1}) is None
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen3", "tools"), ("llama3.2", "bare-tools")])
+def test_a_demonstration_of_calls_is_written_as_its_policy_would_sample_it(family: str, name: str) -> None:
+    tokenizer, agent = family_tokenizer(family), PAPER.agents[name]
+    shown = from_searches(SHOWN.question, ["1775"], SEARCHES, agent.grammar)
+    assert shown is not None
+    (trajectory,) = replay([shown], tokenizer, SETTINGS, agent)
+    assert (trajectory.outcome, trajectory.answer, trajectory.searches) == ("answered", "1775", 2)
+    labels = [one for one in example(trajectory)["labels"] if one != -100]
+    written = [step.text for step in shown.steps]
+    if not agent.grammar.closing:  # its end of sequence ends a call, and is learned
+        written[:2] = [text + tokenizer.eos_token for text in written[:2]]
+    assert labels == [one for text in written for one in tokenizer(text, add_special_tokens=False)["input_ids"]]

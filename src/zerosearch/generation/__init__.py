@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from zerosearch.errors import UserError
+from zerosearch.protocol import STOP_STRINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,10 +31,15 @@ FinishReason = Literal["stop", "eos", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Both at 1.0, log-probabilities are those of the distribution sampled from; 0 is greedy."""
+    """How tokens are drawn, and at which strings a turn ends.
+
+    With temperature and top_p at 1.0, log-probabilities are those of the distribution sampled from; temperature 0 is
+    greedy.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    stop_strings: tuple[str, ...] = STOP_STRINGS
 
     def __post_init__(self) -> None:
         if self.temperature < 0.0:

@@ -22,10 +22,11 @@ from zerosearch.command_line import check_bounds
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.http import ChatReply, HTTPClient, ServiceError, checked_key, read_chat, read_models, redacted_url
-from zerosearch.protocol import END_OF_TURN, STOP_STRINGS, without_closed_thoughts
+from zerosearch.protocol import STOP_STRINGS, without_closed_thoughts
 
 PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
 TIMEOUT_S = 600.0  # of one call
+END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
 
 

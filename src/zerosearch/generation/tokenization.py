@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zerosearch.errors import UserError
 from zerosearch.protocol import format_observation
@@ -32,11 +32,28 @@ def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join(cut_tokens(added_tokens(tokenizer), text))
 
 
-def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise what the environment says: nothing put in front, and added tokens spelled out are plain text."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # no warning if it is long
-    pieces = cut_tokens(added_tokens(tokenizer), text)
-    return [token_id for piece in pieces for token_id in tokenizer(piece, **options)["input_ids"]]
+def text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, kept: Collection[str] = ()) -> list[int]:
+    """Tokenise what the environment says: nothing put in front, and added tokens spelled out are plain text.
+
+    Those of `kept` are tokens, as a policy would sample them.
+    """
+    # No warning if it is long.
+    options = {"add_special_tokens": False, "split_special_tokens": not kept, "verbose": False}
+    pieces = cut_tokens(added_tokens(tokenizer), text, kept)
+    if not (skipped := space_before(tokenizer)):
+        return [token_id for piece in pieces for token_id in tokenizer(piece, **options)["input_ids"]]
+    return [one for piece in pieces for one in tokenizer(f"\n{piece}", **options)["input_ids"][skipped:]]
+
+
+@lru_cache(maxsize=8)
+def space_before(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many ids a line break takes at the start of a text, for a tokenizer that puts a space in front.
+
+    So do SentencePiece's of Llama 2 and Mistral; behind a line break, which joins no other piece, a text comes out as
+    it would in the middle of another. 0 for any other tokenizer.
+    """
+    alone, line_break = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("x", "\n"))
+    return 0 if decoded_text(tokenizer, alone * 2) == "xx" else len(line_break)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -71,19 +88,25 @@ def chat_messages(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Mapping
 
 
 def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]], is_plain: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, str]],
+    is_plain: bool = False,
+    **template_options: Any,
 ) -> list[int]:
     """Tokenise a prompt: messages by the chat template where the tokenizer has one, else their plain text.
 
     All of a prompt counts as text from outside, unless it `is_plain`: written around parts that went through
     `plain_text`. Without a template the text gets what the tokenizer puts first (a BOS token for Llama's base models).
+    `template_options` are those of `apply_chat_template`.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not is_plain:
         messages = chat_messages(tokenizer, messages)
     if tokenizer.chat_template is None or isinstance(prompt, str):
         return tokenizer("".join(message["content"] for message in messages))["input_ids"]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
+    )
     return encoded["input_ids"]
 
 

@@ -18,7 +18,6 @@ import torch
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.tokenization import decoded_text
-from zerosearch.protocol import STOP_STRINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 class TurnEnd:
     """Tell when a turn's text holds a stop string, by decoding as little as possible."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.last_characters = {text[-1] for text in STOP_STRINGS}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.last_characters = {text[-1] for text in stop_strings}
         # A token holds at least one byte, so the stop string lies within this many tokens of the end.
-        self.tail_tokens = max(map(len, STOP_STRINGS))
+        self.tail_tokens = max(map(len, stop_strings))
         self.may_close: dict[int, bool] = {}
 
     def reached(self, token_ids: Sequence[int]) -> bool:
@@ -43,7 +42,7 @@ class TurnEnd:
         if not self.may_close[last]:
             return False
         tail = decoded_text(self.tokenizer, token_ids[-self.tail_tokens :])
-        return any(text in tail for text in STOP_STRINGS)
+        return any(text in tail for text in self.stop_strings)
 
 
 class SlotCache:
@@ -126,7 +125,6 @@ class TransformersGenerator:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_context_tokens = max_context_tokens
-        self.turn_end = TurnEnd(tokenizer)
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
@@ -136,6 +134,7 @@ class TransformersGenerator:
             was_training = model.training
             model.eval()
             self.model, self.sampling = model, sampling
+            self.turn_end = TurnEnd(self.tokenizer, sampling.stop_strings)
             self.cache = SlotCache()
             self.waiting: list[TurnRequest] = []  # for the next forward pass over new context
             self.active: list[ActiveTurn] = []

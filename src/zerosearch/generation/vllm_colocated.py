@@ -9,7 +9,6 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from zerosearch.generation import FinishReason, SampledTurn, Sampling, TurnRequest
-from zerosearch.protocol import STOP_STRINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 # Of every turn that vLLM samples, in this process or behind its server.
 TURN_OPTIONS = {
-    "stop": list(STOP_STRINGS),
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,  # or else a special token inside a tag would close it
     "spaces_between_special_tokens": False,
@@ -50,6 +48,7 @@ class VLLMGenerator:
             SamplingParams,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            stop=list(sampling.stop_strings),
             **TURN_OPTIONS,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -104,6 +104,7 @@ class VLLMServerGenerator:
             "max_tokens": request.max_new_tokens,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
+            "stop": list(self.sampling.stop_strings),
             "seed": request.seed,
             "return_token_ids": True,
             **TURN_OPTIONS,

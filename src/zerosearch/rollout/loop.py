@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from zerosearch.command_line import check_bounds
 from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest
+from zerosearch.files import json_object
 from zerosearch.generation import (
     CollectiveGenerator,
     GenerationError,
@@ -97,6 +98,15 @@ class RolloutSettings(Budgets):
         default=False,
         metadata={"help": "One coin a turn for all samples of a prompt, so that they differ by the policy only."},
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.chat_template_kwargs, str):
+            kwargs = json_object(self.chat_template_kwargs.encode(), "chat_template_kwargs")
+            object.__setattr__(self, "chat_template_kwargs", kwargs)
 
 
 def run_rollouts(
@@ -128,7 +138,8 @@ def run_rollouts(
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()
-    with clock.timing("rollout_s"), generator.session(Sampling(settings.temperature, settings.top_p)):
+    sampling = Sampling(settings.temperature, settings.top_p, agent.grammar.stop_strings)
+    with clock.timing("rollout_s"), generator.session(sampling):
         rollout = _Rollout(
             rows,
             keys,
@@ -170,7 +181,11 @@ class _Rollout:
         generator, settings = self.generator, self.settings
         self.tokenizer = generator.tokenizer
         self.special_ids = special_ids(generator.tokenizer)
-        self.writer = ObservationWriter(generator.tokenizer, self.agent, settings.max_observation_tokens)
+        template_kwargs = settings.chat_template_kwargs
+        assert not isinstance(template_kwargs, str), "read from JSON when the settings were made"
+        self.writer = ObservationWriter(
+            generator.tokenizer, self.agent, settings.max_observation_tokens, template_kwargs
+        )
         self.max_turns = settings.max_turns if self.agent.max_turns is None else self.agent.max_turns
         self.num_begun = self.num_ended = 0
         self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
@@ -313,7 +328,7 @@ class _Rollout:
         trajectory = self.trajectories[index]
         is_last = len(trajectory.turns) == self.max_turns
         used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
-        action = parse_action(self.agent.last_turn_opening + text if is_last else text)
+        action = parse_action(self.agent.last_turn_opening + text if is_last else text, self.agent.grammar)
         trajectory.append_sampled(sampled)
         is_cut = sampled.finish == "length"
         turn = Turn(text, action.kind, action.content, len(sampled.token_ids), is_cut, generation_s)
@@ -402,10 +417,12 @@ class _Rollout:
             self._end(index, "truncated")
             return
         turn = trajectory.turns[-1]
-        keeps_end = self.agent.keeps_end_of_sequence or not turn.num_tokens
-        if not keeps_end and trajectory.completion_ids[-1] in self.special_ids:
-            own_ids = trajectory.completion_ids[-turn.num_tokens : -1]
-            trajectory.drop_last_sampled(decoded_text(self.tokenizer, own_ids))
+        if turn.num_tokens and (last_id := trajectory.completion_ids[-1]) in self.special_ids:
+            if not self.agent.keeps_end_of_sequence:
+                own_ids = trajectory.completion_ids[-turn.num_tokens : -1]
+                trajectory.drop_last_sampled(decoded_text(self.tokenizer, own_ids))
+            elif token_ids[0] == last_id:  # the policy has closed its message itself
+                text, token_ids = text.removeprefix(decoded_text(self.tokenizer, [last_id])), token_ids[1:]
         turn.observation, turn.num_observation_tokens = text, len(token_ids)
         trajectory.append_environment(token_ids)
         self.watch(index, trajectory, "observation")

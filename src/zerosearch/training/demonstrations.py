@@ -20,12 +20,12 @@ from zerosearch.generation import SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.prompts import Agent
-from zerosearch.protocol import format_observation
+from zerosearch.protocol import TAGS, Grammar, format_observation, parse_action
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.rollout.trajectory import Trajectory
 
 # The paper has no cold start: thoughts and their wording are our choice.
-SEARCH_TURN = "<think> {thought}I need to search. </think>\n<search> {query} </search>"
+SEARCH_TURN = "<think> {thought}I need to search. </think>\n{search}"
 ANSWER_TURN = "<think> {thought}So the answer is {answer}. </think>\n<answer> {answer} </answer>"
 END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 YES_OR_NO = ("yes", "no")
@@ -48,19 +48,27 @@ class Demonstration:
     steps: tuple[Step, ...]
 
 
-def from_traces(traces: Sequence[Mapping[str, Any]]) -> list[Demonstration | None]:
+def from_traces(traces: Sequence[Mapping[str, Any]], grammar: Grammar = TAGS) -> list[Demonstration | None]:
     """Return one demonstration of each question, of the searches made for it; `None` where they give none."""
     by_question: dict[str, list[Mapping[str, Any]]] = {}
     for trace in traces:
         by_question.setdefault(trace["question"], []).append(trace)
     return [
-        from_searches(question, group[0]["golden_answers"], [(trace["query"], trace["documents"]) for trace in group])
+        from_searches(
+            question,
+            group[0]["golden_answers"],
+            [(trace["query"], trace["documents"]) for trace in group],
+            grammar,
+        )
         for question, group in by_question.items()
     ]
 
 
 def from_searches(
-    question: str, golden_answers: Sequence[str], searches: Sequence[tuple[str, Sequence[str]]]
+    question: str,
+    golden_answers: Sequence[str],
+    searches: Sequence[tuple[str, Sequence[str]]],
+    grammar: Grammar = TAGS,
 ) -> Demonstration | None:
     """Write turns around real searches, pairs of query and documents; `None` where no document holds the answer.
 
@@ -77,7 +85,7 @@ def from_searches(
     steps: list[Step] = []
     thought = ""
     for place, (query, documents) in enumerate(searches):
-        steps.append(Step(SEARCH_TURN.format(thought=thought, query=query), tuple(documents)))
+        steps.append(Step(SEARCH_TURN.format(thought=thought, search=grammar.write_search(query)), tuple(documents)))
         is_last = place + 1 == len(searches)
         wanted = question if is_last else searches[place + 1][0]
         thought = quote(documents, wanted, golden_answers if is_last and not is_told else ())
@@ -134,7 +142,7 @@ def replay(
     One that needs more turns or tokens than the settings allow ends in another outcome than "answered".
     """
     rows = [{"question": one.question, "golden_answers": list(one.golden_answers)} for one in demonstrations]
-    script = _Script(demonstrations, tokenizer)
+    script = _Script(demonstrations, tokenizer, agent.grammar)
     return run_rollouts(rows, script, _Recorded(demonstrations), settings, agent=agent)
 
 
@@ -152,8 +160,10 @@ class _Script:
 
     max_context_tokens = 1 << 30  # the settings alone limit a trajectory
 
-    def __init__(self, demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, grammar: Grammar
+    ) -> None:
+        self.tokenizer, self.grammar = tokenizer, grammar
         self.turns = [iter(one.steps) for one in demonstrations]
         self.ended: list[SampledTurn] = []
 
@@ -162,7 +172,10 @@ class _Script:
         yield
 
     def submit(self, request: TurnRequest) -> None:
-        token_ids = text_token_ids(self.tokenizer, next(self.turns[request.trajectory], Step("")).text)
+        text = next(self.turns[request.trajectory], Step("")).text
+        token_ids = text_token_ids(self.tokenizer, text, kept=self.grammar.tags)
+        if not self.grammar.closing and parse_action(text, self.grammar).kind == "search":
+            token_ids.append(self.tokenizer.eos_token_id)  # which ends a call there
         is_cut = len(token_ids) > request.max_new_tokens
         token_ids = token_ids[: request.max_new_tokens]
         logprobs = [0.0] * len(token_ids)

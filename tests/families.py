@@ -1,0 +1,120 @@
+"""Small tokenizers in the manner of today's families, with the chat templates of the real ones, which TRL carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import trl
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+SAMPLE = [
+    "<think>\nWho wrote Emma?\n</think>\n<search> Emma author </search>\n\n<information>Doc 1: Emma is a novel by "
+    "Jane Austen.\nDoc 2: It rains.</information>\n\n<think> It is she.</think>\n<answer> Jane Austen </answer>\n"
+] * 3 + ['<tool_call>\n{"name": "search", "arguments": {"query": "Emma"}}\n</tool_call>'] * 3
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"  # as GPT-4, Llama 3 and Qwen cut a text
+GPT4 = WORDS + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA3 = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<|eom_id|>", "<|python_tag|>"),
+)
+# The instruct models of Mistral, to version 0.2; TRL has no template of theirs.
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the tokenizer of a family from others."""
+
+    template: str
+    special: tuple[str, ...]
+    eos: str
+    bos: str | None = None
+    added: tuple[str, ...] = ()  # added tokens that are not special
+    has_pieces: bool = False  # of SentencePiece, with a space put in front, and bytes for what it lacks
+
+
+QWEN3_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+FAMILIES = {
+    "qwen2.5": Family("qwen2_5.jinja", CHATML, "<|im_end|>", added=QWEN3_TAGS[:2]),
+    "qwen3": Family("qwen3.jinja", CHATML, "<|im_end|>", added=QWEN3_TAGS),
+    "llama3.1": Family("llama3_1.jinja", LLAMA3, "<|eot_id|>", "<|begin_of_text|>"),
+    "llama3.2": Family("llama3_2.jinja", LLAMA3, "<|eot_id|>", "<|begin_of_text|>"),
+    "gemma": Family("gemma.jinja", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<bos>"),
+    "gemma3": Family("gemma3.jinja", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<bos>"),
+    "phi3": Family(
+        "phi3.jinja", ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), "<|end|>", "<s>"
+    ),
+    "mistral": Family("", ("<s>", "</s>"), "</s>", "<s>", has_pieces=True),
+}
+
+
+@cache
+def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Return a small tokenizer of a family."""
+    family = FAMILIES[name]
+    core = _pieces(family) if family.has_pieces else _bytes(family)
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        pad_token=family.eos,
+        additional_special_tokens=[token for token in family.special if token not in (family.bos, family.eos)],
+        chat_template=(TEMPLATES / family.template).read_text() if family.template else MISTRAL_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        name_or_path=name,
+    )
+
+
+def _bytes(family: Family) -> Tokenizer:
+    """Return a byte-level BPE that cuts a text as Llama 3 and Qwen do."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GPT4), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(SAMPLE, _trainer(family, initial_alphabet=alphabet))
+    return core
+
+
+def _pieces(family: Family) -> Tokenizer:
+    """Return a BPE of SentencePiece's kind as Llama 2 and Mistral have it: it puts a space in front of any text."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
+    core.train_from_iterator(SAMPLE, _trainer(family, first=["<unk>"]))
+    model = json.loads(core.to_str())["model"]
+    vocabulary = {token: number for token, number in model["vocab"].items() if token != "\n"}
+    for token in (f"<0x{byte:02X}>" for byte in range(256)):
+        vocabulary[token] = max(vocabulary.values()) + 1
+    merges = [tuple(merge) for merge in model["merges"]]
+    core.model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    core.pre_tokenizer = None
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(parts)
+    return core
+
+
+def _trainer(family: Family, first: Sequence[str] = (), **options: Any) -> trainers.BpeTrainer:
+    special = [*first, *family.special]
+    return trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, max_token_length=8, show_progress=False, **options
+    )
