@@ -73,8 +73,8 @@ def test_the_edit_reaches_what_a_simulator_is_asked_in_training(
     class Trainer:
         """Searches twice with the engine that it is given, and trains nothing."""
 
-        def __init__(self, engine: Any, **others: Any) -> None:
-            self.engine = engine
+        def __init__(self, engine: Any, args: Any, **others: Any) -> None:
+            self.engine, self.args = engine, args
 
         def train(self, **others: Any) -> None:
             for p_noise in (0.0, 1.0):

@@ -13,15 +13,8 @@ from recipe_modules import Refusal, load_recipe
 
 def evaluation(folder: Path, answers: list[str], first: int = 0) -> str:
     folder.mkdir()
-    alike: dict[str, Any] = {
-        "dataset": "nq",
-        "golden_answers": ["x"],
-        "sample": 0,
-        "outcome": "answered",
-        "searches": 1,
-        "turns": 2,
-    }
-    alike |= {"em": 0.0, "f1": 0.0, "segments": []}
+    alike: dict[str, Any] = {"dataset": "nq", "golden_answers": ["x"], "sample": 0, "step": None}
+    alike |= {"outcome": "answered", "searches": 1, "turns": 2, "em": 0.0, "f1": 0.0, "segments": []}
     rows = [
         {**alike, "id": str(n), "row": n, "question": f"{n}?", "answer": answer}
         for n, answer in enumerate(answers, start=first)

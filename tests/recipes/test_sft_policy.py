@@ -24,7 +24,7 @@ TRACES = [
 ]
 RECORD = {
     **{"id": "1", "dataset": None, "question": "Who?", "golden_answers": ["Jane"], "answer": "Jane", "em": 1.0},
-    **{"outcome": "answered", "searches": 1, "turns": 2},
+    **{"step": 1, "outcome": "answered", "searches": 1, "turns": 2},
     "segments": [
         {"source": "prompt", "text": "..."},
         {"source": "policy", "text": "<search> who </search>"},

@@ -115,7 +115,7 @@ def test_a_server_that_ignores_sigterm_is_killed_with_its_children(monkeypatch: 
         time.sleep(0.5)
         assert group_is_alive(server.process.pid)
     assert server.process.returncode == -signal.SIGKILL
-    assert not group_is_alive(server.process.pid)
+    wait_until(lambda: not group_is_alive(server.process.pid), 10)  # on a busy machine a kill takes a moment
     assert not server.log_path.exists()
 
 
