@@ -13,7 +13,7 @@ from __future__ import annotations
 import zerosearch  # noqa: F401 (first: it sets what the libraries below read)
 
 # isort: split
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -22,14 +22,14 @@ from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
+from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import check_checkpoint, load_tokenizer, model_options, start_weights
-from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet, PromptSetName
+from zerosearch.prompts import PROMPT_SETS, Agent, PromptSet
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.training.advantages import AdvantageFunction
-from zerosearch.training.config import SearchConfig
+from zerosearch.training.config import RunOptions, SearchConfig
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.runs import WRITTEN, costs
 from zerosearch.training.sentinel import Collapse, train_watched
@@ -59,35 +59,12 @@ def choose_engine(options: EngineOptions, prompts: PromptSet) -> SearchEngine:
     return make_engine(options, prompts.simulator)
 
 
-@dataclass
-class RecipeArguments:
-    """What to train on, and with which prompts."""
-
-    dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out questions, scored every --eval_steps with --eval_strategy steps."}
-    )
-    eval_dataset_split: str = field(default="test", metadata={"help": "Its split, of a dataset on the Hub."})
-    eval_dataset_limit: int | None = field(default=None, metadata={"help": "Use its first rows only."})
-    eval_engine: EngineKind | None = field(
-        default=None, metadata={"help": "The engine of these evaluations. Default: the one trained on."}
-    )
-    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
-
-    def __post_init__(self) -> None:
-        if self.eval_engine and not self.eval_dataset:
-            raise UserError("--eval_engine answers the searches of evaluations, which need --eval_dataset")
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then train, save and push."""
     usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
     arguments, options, config, model = parse(
-        RecipeArguments, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
+        RunOptions, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
     )
     if (arguments.eval_dataset is None) != (config.eval_strategy == "no"):
         raise UserError("an evaluation in training needs both: --eval_dataset, and --eval_strategy steps or epoch")

@@ -43,7 +43,7 @@ def test_a_run_of_the_paper(
 ) -> None:
     recipe = load_recipe("grpo")
     arguments, options, config, model = parse(
-        recipe.RecipeArguments,
+        recipe.RunOptions,
         EngineOptions,
         SearchConfig,
         ModelConfig,

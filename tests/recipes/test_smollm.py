@@ -83,7 +83,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
             *(evaluation.EvaluationArguments, evaluation.EvaluationEngines),
             *(evaluation.GreedySettings, EndpointOptions),
         ),
-        "recipes/grpo.py": (rl.RecipeArguments, EngineOptions, SearchConfig, ModelConfig),
+        "recipes/grpo.py": (rl.RunOptions, EngineOptions, SearchConfig, ModelConfig),
     }
     parsed = {title: parse(*classes[script], argv=flags) for title, (script, *flags) in commands.items()}
     run = Path(given[3])

@@ -1,4 +1,4 @@
-"""`SearchConfig`: GRPOConfig with the paper's values as defaults, and what search adds to it."""
+"""`SearchConfig`: GRPOConfig with the paper's values as defaults, and what search adds to it; `RunOptions`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from trl import GRPOConfig
 
 from zerosearch.command_line import check_bounds
+from zerosearch.engines.options import EngineKind
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import fit_to_cpu
 from zerosearch.noise import NoiseSchedule
+from zerosearch.prompts import PromptSetName
 from zerosearch.rollout.loop import RolloutSettings
 from zerosearch.training.advantages import Baseline
 from zerosearch.training.sentinel import OnCollapse
@@ -216,6 +218,29 @@ class SearchConfig(RolloutSettings, GRPOConfig):
     def noise_schedule(self) -> NoiseSchedule:
         """Return the curriculum of Eq. 1."""
         return NoiseSchedule(self.noise_start, self.noise_end, self.noise_base)
+
+
+@dataclass
+class RunOptions:
+    """What to train on and to evaluate with, and with which prompts."""
+
+    dataset: str = field(metadata={"help": "A .jsonl or .parquet file, or a dataset on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out questions, scored every --eval_steps with --eval_strategy steps."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Its split, of a dataset on the Hub."})
+    eval_dataset_limit: int | None = field(default=None, metadata={"help": "Use its first rows only."})
+    eval_engine: EngineKind | None = field(
+        default=None, metadata={"help": "The engine of these evaluations. Default: the one trained on."}
+    )
+    prompt: PromptSetName = field(default="paper", metadata={"help": "The prompt set: see zerosearch.prompts."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+
+    def __post_init__(self) -> None:
+        if self.eval_engine and not self.eval_dataset:
+            raise UserError("--eval_engine answers the searches of evaluations, which need --eval_dataset")
 
 
 def is_fsdp(args: SearchConfig) -> bool:

@@ -1,0 +1,151 @@
+"""The doctor of a run: what fits and what does not, one suggestion each, and memory as it is then measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonl_files import write_rows
+from recipe_modules import Refusal, as_flags, load_recipe
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+QUESTIONS = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}"]} for n in range(12)]
+WIDE = {"per_device_train_batch_size": 48, "gradient_accumulation_steps": 1}
+LAUNCHES = Path(__file__).parents[2] / "recipes/accelerate"
+
+
+@pytest.fixture
+def settings(tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": tiny_policy_dir,
+        "dataset": write_rows(tmp_path / "qa.jsonl", QUESTIONS),
+        "engine": "bm25",
+        "output_dir": tmp_path / "policy",
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 10,
+        "max_turn_tokens": 24,
+        "max_observation_tokens": 64,
+        "max_trajectory_tokens": 1536,
+    }
+
+
+def examined(settings: dict[str, Any], capsys: pytest.CaptureFixture[str], *, fits: bool = True) -> str:
+    """Return what the doctor prints."""
+    if fits:
+        load_recipe("doctor").main(as_flags(settings))
+    else:
+        with pytest.raises(SystemExit) as caught:
+            load_recipe("doctor").main(as_flags(settings))
+        assert caught.value.code == 1
+    return capsys.readouterr().out
+
+
+def test_a_run_that_fits(settings: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed = examined(settings, capsys)
+    rows = {row[0]: row[1] for line in printed.splitlines() if len(row := re.split(r" {2,}", line, maxsplit=1)) == 2}
+    assert rows["trajectories a step"] == "8 x 2 x 1 = 16"
+    assert rows["questions a step, steps, epochs"] == "4, 10, 3.33"
+    assert rows["searches, at most"] == "320 by bm25"
+    assert rows["the same at Google"] == "2.93 USD"
+    assert rows["questions cut before an answer"] == "0 of 12, with full turns"
+    assert rows["end of a sequence"] == "<|endoftext|>"
+    assert printed.endswith("verdict: fits\n")
+    assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "suggestion"),
+    [
+        ({"max_trajectory_tokens": 500}, "12 questions leave no room for a search and an answer", "max_trajectory_"),
+        ({"gradient_accumulation_steps": 8}, "a step takes 16 questions, and there are 12", "accumulation_steps 6"),
+        (
+            {"gpu_memory_gb": 1.62, "gradient_checkpointing": False, **WIDE},
+            "memory: ",
+            "--gradient_checkpointing true",
+        ),
+        ({"gpu_memory_gb": 1}, "memory: ", "more devices"),
+        (
+            {"gpu_memory_gb": 40, "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05},
+            "vLLM's share of the device has no room",
+            "--vllm_gpu_memory_utilization 0.10",
+        ),
+    ],
+)
+def test_what_does_not_fit_comes_with_a_suggestion(
+    changes: dict[str, Any],
+    problem: str,
+    suggestion: str,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = examined(settings | changes, capsys, fits=False)
+    (found,) = [line for line in printed.splitlines() if line.startswith(f"- {problem}")]
+    assert suggestion in found.partition("Suggestion: ")[2]
+
+
+def test_devices_come_from_the_launch_configuration(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"launch": LAUNCHES / "zero3.yaml", "gpu_memory_gb": 80, "gradient_accumulation_steps": 1}
+    printed = examined(settings, capsys)
+    assert "8 x 1 x 4 = 32" in printed and "memory on each of 4 device(s)" in printed
+
+
+def test_a_template_that_ends_turns_with_a_token_that_ends_nothing_is_told(
+    settings: dict[str, Any], tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "ends a turn with <|im_end|>, which ends no sequence" in examined(settings, capsys)
+    LlamaForCausalLM.from_pretrained(tiny_policy_dir).save_pretrained(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    printed = examined(settings | {"model_name_or_path": tmp_path / "chat"}, capsys)
+    assert "ends a turn with <|im_end|>\n" in printed and "end of a sequence" in printed
+
+
+def test_flags_are_those_of_the_recipe_and_a_mistake_gets_one_sentence(refusal: Refusal) -> None:
+    assert "unknown flag --max_turn" in refusal("doctor", ["--dataset", "x", "--max_turn", "3"])
+    assert "is no launch configuration" in refusal("doctor", ["--dataset", "x", "--launch", "nowhere.yaml"])
+
+
+def test_the_probe_gets_the_flags_of_the_recipe_alone() -> None:
+    flags = ["--gpu_memory_gb", "80", "--config", "x.yaml", "--probe=true", "--max_turns", "3"]
+    assert load_recipe("doctor").without_own(flags) == ["--config", "x.yaml", "--max_turns", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "tolerance"), [({}, 0.15), ({"use_peft": True, "lora_target_modules": "all-linear"}, 0.2)]
+)
+def test_predicted_memory_is_near_what_a_run_takes(
+    adapter: dict[str, Any],
+    tolerance: float,
+    settings: dict[str, Any],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without an accelerator it is the memory of the process: a third to two thirds of it are libraries."""
+    config = LlamaConfig(
+        vocab_size=16_384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "random")
+    tiny_tokenizer.save_pretrained(tmp_path / "random")
+    settings |= {"model_name_or_path": tmp_path / "random", "dtype": "float32", "corpus": corpus, **adapter}
+    settings |= {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_checkpointing": False}
+    load_recipe("doctor").main(as_flags(settings | {"max_turns": 1, "probe": True}))
+    printed = capsys.readouterr().out
+    (sums,) = re.findall(r"sum, and what there is +([\d.]+) +([\d.]+) of", printed)
+    (used,) = re.findall(r"largest process, GiB +([\d.]+)", printed)
+    assert max(map(float, sums)) == pytest.approx(float(used), rel=tolerance)
