@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from jsonl_files import write_rows
@@ -14,6 +15,17 @@ from jsonl_files import write_rows
 RECIPES = Path(__file__).parent.parent / "recipes"
 Refusal = Callable[[str, list[str]], str]
 
+ROOT = RECIPES.parent
+SMALL_RUN = {  # of recipes/grpo.py
+    **{"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2},
+    **{"gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "report_to": "none"},
+}
+TINYWORLD_RUN = SMALL_RUN | {
+    **{"model_name_or_path": ROOT / "data/tinyworld/policy", "prompt": "tinyworld", "use_vllm": False},
+    **{"max_turns": 4, "max_turn_tokens": 40, "max_observation_tokens": 120, "max_trajectory_tokens": 640},
+    "disable_tqdm": True,
+}
+WORDS = "Emma Jane Austen rain novel born who where".split()  # all that the tiny policy can say
 PASSAGES = [
     ("Emma", "Emma is a novel by Jane Austen, published in 1815."),
     ("Jane Austen", "Jane Austen was born in Steventon, a village in Hampshire."),
@@ -67,6 +79,36 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("questions") / "qa.jsonl", QUESTIONS)
+
+
+@pytest.fixture
+def settings(tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of recipes/grpo.py that works: the tiny policy on twelve questions, with BM25."""
+    asked = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}", *WORDS]} for n in range(12)]
+    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
+    return SMALL_RUN | {
+        "model_name_or_path": str(tiny_policy_dir),
+        "engine": "bm25",
+        "dataset": str(write_rows(tmp_path / "qa.jsonl", asked)),
+        "corpus": str(write_rows(tmp_path / "corpus.jsonl", passages)),
+        "output_dir": str(tmp_path / "policy"),
+        "learning_rate": 1e-2,
+        "max_turns": 2,
+        "max_turn_tokens": 24,
+        "max_observation_tokens": 128,
+        "max_trajectory_tokens": 1536,  # the paper's prompt is 900 characters, most of them tokens of the tiny policy
+    }
+
+
+@pytest.fixture(scope="session")
+def tinyworld_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small world's passages, corpus.jsonl, and questions, train.jsonl."""
+    from zerosearch.tinyworld.world import World, question_rows
+
+    folder, world = tmp_path_factory.mktemp("world"), World.draw(1, n_people=60)
+    write_rows(folder / "corpus.jsonl", world.passages())
+    write_rows(folder / "train.jsonl", question_rows(world, 40, 0))
+    return folder
 
 
 @pytest.fixture(scope="session")

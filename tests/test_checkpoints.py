@@ -15,16 +15,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import get_token
-from jsonl_files import rows_of, write_rows
-from recipe_modules import as_flags
+from jsonl_files import rows_of
+from recipe_modules import ROOT, as_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from zerosearch.checkpoints import checkpoint_to_resume, training_run
 from zerosearch.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-WORDS = "Emma Jane Austen rain novel born who where".split()
 
 
 def write_checkpoint(folder: Path, state: str | None) -> None:
@@ -49,7 +46,7 @@ def test_no_checkpoint_is_a_mistake(asked: str, tmp_path: Path) -> None:
         checkpoint_to_resume(asked, str(tmp_path))
 
 
-def settings(folder: Path, **changes: Any) -> TrainingArguments:
+def training_arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **changes)
 
 
@@ -63,9 +60,9 @@ def test_a_fresh_start_clears_what_runs_write_and_nothing_else(tmp_path: Path) -
     names = ["model.safetensors", "adapter_config.json", "card.json", "model.safetensors.bak", "checkpoint-notes"]
     for name in names:
         (out / name).touch()
-    with pytest.raises(UserError, match="is not empty"), training_run(settings(out), overwrite=False):
+    with pytest.raises(UserError, match="is not empty"), training_run(training_arguments(out), overwrite=False):
         pass
-    with training_run(settings(out), overwrite=True, written=["card.json"]) as checkpoint:
+    with training_run(training_arguments(out), overwrite=True, written=["card.json"]) as checkpoint:
         assert checkpoint is None
         assert {path.name for path in out.iterdir()} == {".lock", "model.safetensors.bak", "checkpoint-notes"}
     assert (mine / "notes").exists()
@@ -80,14 +77,14 @@ def test_nothing_is_removed_where_the_user_stands(
     readme = Path(output_dir, "README.md")
     readme.touch()
     refused = pytest.raises(UserError, match="holds the current folder; nothing is overwritten there")
-    with refused, training_run(settings(Path(output_dir)), overwrite=True):
+    with refused, training_run(training_arguments(Path(output_dir)), overwrite=True):
         pass
     assert readme.exists()
 
 
 def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint-2", "{}")
-    resuming = settings(tmp_path, resume_from_checkpoint="true")
+    resuming = training_arguments(tmp_path, resume_from_checkpoint="true")
     with training_run(resuming, overwrite=False) as checkpoint:
         assert checkpoint == str(tmp_path / "checkpoint-2")
         with pytest.raises(UserError, match="another run is writing to"), training_run(resuming, overwrite=False):
@@ -102,38 +99,11 @@ def test_no_argument_is_saved_and_the_hubs_token_is_where_its_client_looks(
     tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
-    config = settings(tmp_path, hub_token="hf_MARKER")
+    config = training_arguments(tmp_path, hub_token="hf_MARKER")
     with training_run(config, overwrite=False):
         Trainer(AutoModelForCausalLM.from_pretrained(tiny_policy_dir), config).save_model()
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "training_args.bin").exists()
     assert config.hub_token is None and get_token() == "hf_MARKER"
-
-
-def command(output: Path, policy: Path, data: Path, *flags: str) -> list[str]:
-    settings: dict[str, Any] = {
-        "model_name_or_path": policy,
-        "dataset": data / "qa.jsonl",
-        "engine": "bm25",
-        "corpus": data / "corpus.jsonl",
-        "output_dir": output,
-        "algorithm": "ppo",  # its checkpoint holds what every other does, and the critic
-        "critic_learning_rate": 1e-3,
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 5,
-        "save_steps": 1,
-        "save_total_limit": 2,
-        "max_turns": 2,
-        "max_turn_tokens": 24,
-        "max_observation_tokens": 128,
-        "max_trajectory_tokens": 1536,
-        "learning_rate": 1e-3,
-        "gradient_checkpointing": "false",
-        "logging_steps": 1,
-        "report_to": "none",
-    }
-    return [sys.executable, str(ROOT / "recipes/grpo.py"), *as_flags(settings), *flags]
 
 
 def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -150,20 +120,19 @@ def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_left_alone(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    questions = [
-        {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": WORDS} for n in range(12)
-    ]  # three steps an epoch
-    write_rows(tmp_path / "qa.jsonl", questions)
-    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
-    write_rows(tmp_path / "corpus.jsonl", passages)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_a_killed_run_ends_as_one_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    # An epoch makes three steps. A checkpoint of PPO holds what every other does, and the critic.
+    changes = {"algorithm": "ppo", "critic_learning_rate": 1e-3, "learning_rate": 1e-3, "max_steps": 5}
+    changes |= {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    straight = command(alone, tiny_policy_dir, tmp_path)
+    straight, interrupted = (
+        [sys.executable, str(ROOT / "recipes/grpo.py"), *as_flags(settings | changes | {"output_dir": folder})]
+        for folder in (alone, killed)
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(straight, check=True, capture_output=True, env=environment, timeout=300)
 
     rng = random.Random(0)
-    interrupted = command(killed, tiny_policy_dir, tmp_path)
     for flags in ((), ("--resume_from_checkpoint", "true")):  # killed twice, the second time as it had resumed
         before = {folder.name for folder in killed.glob("checkpoint-*")}
         with subprocess.Popen([*interrupted, *flags], stderr=subprocess.DEVNULL, env=environment) as process:

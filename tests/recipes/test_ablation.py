@@ -8,18 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from jsonl_files import write_rows
-from recipe_modules import Refusal, load_recipe
-
-from zerosearch.tinyworld.world import World, question_rows
-
-ROOT = Path(__file__).parents[2]
-FLAGS = (
-    f"--model_name_or_path {ROOT / 'data/tinyworld/policy'} --prompt tinyworld --engine bm25 --use_vllm false "
-    "--num_generations 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_steps 2 --max_turns 4 "
-    "--max_turn_tokens 40 --max_observation_tokens 120 --max_trajectory_tokens 640 --gradient_checkpointing false "
-    "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
-).split()
+from recipe_modules import ROOT, TINYWORLD_RUN, Refusal, as_flags, load_recipe
 
 
 def edited_recipe(folder: Path) -> ModuleType:
@@ -34,14 +23,12 @@ def edited_recipe(folder: Path) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(tmp_path: Path) -> None:
-    world = World.draw(1, n_people=60)
-    for name, rows in {"corpus": world.passages(), "train": question_rows(world, 40, 0)}.items():
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    data = ["--dataset", str(tmp_path / "train.jsonl"), "--corpus", str(tmp_path / "corpus.jsonl")]
+def test_the_page_s_ablation_runs_and_is_drawn_beside_the_recipe(tinyworld_data: Path, tmp_path: Path) -> None:
+    data = {"engine": "bm25", "dataset": tinyworld_data / "train.jsonl", "corpus": tinyworld_data / "corpus.jsonl"}
+    flags = as_flags(TINYWORLD_RUN | data)
     f1, price = tmp_path / "f1", tmp_path / "price"
-    load_recipe("grpo").main([*FLAGS, *data, "--output_dir", str(f1)])
-    edited_recipe(tmp_path).main([*FLAGS, *data, "--output_dir", str(price)])
+    load_recipe("grpo").main([*flags, "--output_dir", str(f1)])
+    edited_recipe(tmp_path).main([*flags, "--output_dir", str(price)])
     logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (f1, price)]
     first, priced = (log[0] for log in logs)
     assert first["search/searches"] == priced["search/searches"] > 0, "the first rollout is the same"

@@ -15,46 +15,12 @@ import pytest
 import yaml
 from chat_server import ChatServer
 from hub_stub import HubStub
-from jsonl_files import write_rows
 from recipe_modules import Refusal, as_flags, load_recipe
 
 from zerosearch.prompts import POLICY_PROMPT
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/grpo.py"
-WORDS = "Emma Jane Austen rain novel born who where".split()
-
-SETTINGS = {
-    "engine": "bm25",
-    "num_generations": 4,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "max_steps": 2,
-    "max_turns": 2,
-    "max_turn_tokens": 24,
-    "max_observation_tokens": 128,
-    "max_trajectory_tokens": 1536,  # the paper's prompt is 900 characters, most of them tokens of the tiny policy
-    "learning_rate": 1e-2,
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-}
-
-
-@pytest.fixture
-def settings(tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run that works."""
-    questions = [
-        {"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}", *WORDS]} for n in range(12)
-    ]
-    passages = [{"id": str(n), "contents": f'"{word}"\n{word} is in the rain.'} for n, word in enumerate(WORDS)]
-    return SETTINGS | {
-        "model_name_or_path": str(tiny_policy_dir),
-        "dataset": str(write_rows(tmp_path / "qa.jsonl", questions)),
-        "corpus": str(write_rows(tmp_path / "corpus.jsonl", passages)),
-        "output_dir": str(tmp_path / "policy"),
-    }
 
 
 def run(settings: dict[str, Any], tmp_path: Path, *flags: str, launcher: tuple[str, ...] = ()) -> None:

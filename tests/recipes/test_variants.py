@@ -15,22 +15,14 @@ from typing import Any
 import pytest
 import torch
 from chat_server import ChatServer
-from jsonl_files import write_rows
-from recipe_modules import Refusal, load_recipe
+from recipe_modules import RECIPES, TINYWORLD_RUN, Refusal, as_flags, load_recipe
 
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.rollout.trajectory import Trajectory, Turn
-from zerosearch.tinyworld.world import World, question_rows
 
-ROOT = Path(__file__).parents[2]
-VARIANTS = ROOT / "recipes/variants"
-FLAGS = (
-    f"--model_name_or_path {ROOT / 'data/tinyworld/policy'} --prompt tinyworld --use_vllm false --num_generations 4 "
-    "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_steps 1 --max_turns 4 --max_turn_tokens 40 "
-    "--max_observation_tokens 120 --max_trajectory_tokens 640 --gradient_checkpointing false --logging_steps 1 "
-    "--save_strategy no --report_to none --disable_tqdm true"
-).split()
+VARIANTS = RECIPES / "variants"
+FLAGS = as_flags(TINYWORLD_RUN | {"max_steps": 1})
 
 Load = Callable[[str], ModuleType]
 
@@ -42,15 +34,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.delitem(sys.modules, "grpo", raising=False)
 
     return lambda name: load_recipe(f"variants/{name}")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    world = World.draw(1, n_people=60)
-    write_rows(folder / "corpus.jsonl", world.passages())
-    write_rows(folder / "train.jsonl", question_rows(world, 40, 0))
-    return folder
 
 
 RUNS: dict[str, list[str]] = {
@@ -70,11 +53,13 @@ RUNS: dict[str, list[str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-def test_a_variant_runs_for_a_step(run: str, load: Load, data: Path, chat_server: ChatServer, tmp_path: Path) -> None:
+def test_a_variant_runs_for_a_step(
+    run: str, load: Load, tinyworld_data: Path, chat_server: ChatServer, tmp_path: Path
+) -> None:
     documents = "\n".join(f"Doc {n}: Nina lives for the day." for n in range(1, 6))
     chat_server.write = lambda messages: documents
     engine = ["--engine", "bm25"] if run != "sim_to_real" else ["--simulator_url", chat_server.url]
-    where = ["--dataset", str(data / "train.jsonl"), "--corpus", str(data / "corpus.jsonl")]
+    where = ["--dataset", str(tinyworld_data / "train.jsonl"), "--corpus", str(tinyworld_data / "corpus.jsonl")]
     variant = load(run.split()[0])
     main = variant.main if RUNS[run] else variant.grpo.main
     main([*RUNS[run], *FLAGS, *engine, *where, "--output_dir", str(tmp_path / "policy")])
