@@ -59,7 +59,8 @@ def test_a_run_of_the_paper(
 
 def test_every_training_config_is_a_run_of_the_paper_or_small() -> None:
     training = {path.stem for path in RECIPES.glob("configs/*.yaml") if "num_generations:" in path.read_text()}
-    assert training == {*PAPER_RUNS, "tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
+    small = {"tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
+    assert training == {*PAPER_RUNS, "qwen2.5-3b-one-gpu", *small}
 
 
 def test_the_stages_of_smollm2_share_their_budgets_and_its_adapter_is_the_same_run() -> None:
@@ -70,6 +71,15 @@ def test_the_stages_of_smollm2_share_their_budgets_and_its_adapter_is_the_same_r
     assert changed == own and full.keys() <= adapter.keys()
     budgets = [name for name in full if name.startswith("max_t")] + ["num_documents"]
     assert len(budgets) == 4 and all(other[name] == full[name] for name in budgets for other in others)
+
+
+def test_the_run_on_one_gpu_is_the_papers_without_a_reference_model() -> None:
+    names = ("qwen2.5-3b", "qwen2.5-3b-one-gpu")
+    four, one = (yaml.safe_load((RECIPES / f"configs/{name}.yaml").read_text()) for name in names)
+    changed = {name for name in one if one[name] != four.get(name)}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert changed == {"beta", "output_dir", "vllm_gpu_memory_utilization", *batch} and four.keys() <= one.keys()
+    assert one["per_device_train_batch_size"] * one["gradient_accumulation_steps"] == 64 * 5
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonl_files import write_rows
 from recipe_modules import Refusal, as_flags, load_recipe
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 QUESTIONS = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}"]} for n in range(12)]
 WIDE = {"per_device_train_batch_size": 48, "gradient_accumulation_steps": 1}
@@ -93,6 +93,21 @@ def test_devices_come_from_the_launch_configuration(
     settings |= {"launch": LAUNCHES / "zero3.yaml", "gpu_memory_gb": 80, "gradient_accumulation_steps": 1}
     printed = examined(settings, capsys)
     assert "8 x 1 x 4 = 32" in printed and "memory on each of 4 device(s)" in printed
+
+
+def test_qwen_3b_trains_on_one_gpu_of_80_gb_beside_a_simulator_but_not_with_a_reference_model(
+    settings: dict[str, Any], tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "vocab_size": 151_936}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    Qwen2Config(**shape, **heads, max_position_embeddings=32_768, dtype="bfloat16").save_pretrained(tmp_path / "qwen")
+    AutoTokenizer.from_pretrained(tiny_policy_dir).save_pretrained(tmp_path / "qwen")  # its prompts are longer
+    config = Path(__file__).parents[2] / "recipes/configs/qwen2.5-3b-one-gpu.yaml"
+    one_gpu = {"config": config, "model_name_or_path": tmp_path / "qwen", "dataset": settings["dataset"]}
+    one_gpu |= {"dataset_limit": 12, "gradient_accumulation_steps": 30, "gpu_memory_gb": 80, "others_gb": 10}
+    assert examined(one_gpu, capsys).endswith("verdict: fits\n")
+    assert "verdict: fits closely" in examined(one_gpu | {"beta": 0.001}, capsys)
+    assert "memory: " in examined(one_gpu | {"gpu_memory_gb": 24}, capsys, fits=False)
 
 
 def test_a_template_that_ends_turns_with_a_token_that_ends_nothing_is_told(
