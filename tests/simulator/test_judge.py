@@ -150,6 +150,7 @@ def test_the_judge_is_asked_about_each_document_alone(
         **{"judged": 3, "from_cache": 0, "asked_again": 0, "without_verdict": 0},
         **{"prompt_tokens": 300, "completion_tokens": 12},
     }
+    assert judge.client._session is None, "its connections are closed"
 
 
 def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(server: ChatServer, cache: Cache) -> None:
@@ -164,10 +165,12 @@ def test_what_is_cached_is_not_asked_again_but_for_another_model_or_prompt(serve
 
 
 def test_a_reply_without_a_verdict_is_asked_for_once_more(server: ChatServer, cache: Cache) -> None:
-    server.answer = judging(server, reply_of("It depends."))
+    status, silent = reply_of("It depends.")
+    server.answer = judging(server, (status, silent | {"usage": None}))
     judge = make_judge(server)
     assert judge_traces(SEARCHES[1:], judge, cache) == [[True]]
     assert (judge.counts["asked_again"], judge.counts["without_verdict"]) == (1, 0)
+    assert (judge.counts["prompt_tokens"], judge.counts["completion_tokens"]) == (100, 4), "of the reply that says"
     first, second = (request["messages"] for request in server.requests)
     assert second[:1] == first and second[1]["content"] == "It depends." and "no verdict" in second[2]["content"]
 
