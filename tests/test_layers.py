@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "text", "metrics", "intervals", "noise", "protocol", "files", "prompts", "data", "checkpoints"},
     {"command_line", "http", "stages"},
     {"engines", "generation"},
-    {"rollout", "tinyworld"},
+    {"rollout", "tinyworld", "environment"},
     {"training", "simulator", "evaluation"},
     {"report"},
 ]

@@ -59,7 +59,7 @@ def test_a_run_of_the_paper(
 
 def test_every_training_config_is_a_run_of_the_paper_or_small() -> None:
     training = {path.stem for path in RECIPES.glob("configs/*.yaml") if "num_generations:" in path.read_text()}
-    small = {"tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
+    small = {"tinyworld", "trl-tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
     assert training == {*PAPER_RUNS, "qwen2.5-3b-one-gpu", *small}
 
 
