@@ -66,12 +66,12 @@ def test_a_verdict_is_read_strictly(reply: str, verdict: Verdict) -> None:
 
 
 def test_agreement_of_two_judges() -> None:
-    # Cohen (1960): 20 + 15 of 50 alike, chance (25/50)(30/50) + (25/50)(20/50) = 0.5, kappa (0.7 - 0.5) / 0.5.
-    first: list[Verdict] = [True] * 25 + [False] * 25 + [None, True]
-    second: list[Verdict] = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True, None]
+    # Cohen (1960): 30 + 5 of 50 alike, chance (35/50)(40/50) + (15/50)(10/50) = 0.62, kappa (0.7 - 0.62) / 0.38.
+    first: list[Verdict] = [True] * 35 + [False] * 15 + [None, True]
+    second: list[Verdict] = [True] * 30 + [False] * 5 + [True] * 10 + [False] * 5 + [True, None]
     assert compare(first, second) == {
-        **{"num_documents": 50, "both_useful": 20, "both_noisy": 15, "only_first_useful": 5, "only_second_useful": 10},
-        **{"share": 0.7, "kappa": pytest.approx(0.4)},
+        **{"num_documents": 50, "both_useful": 30, "both_noisy": 5, "only_first_useful": 5, "only_second_useful": 10},
+        **{"share": 0.7, "kappa": pytest.approx(0.08 / 0.38)},
     }
     for one, other, share in (([True, True], [True, True], 1.0), ([None], [True], None)):  # judges cannot differ
         found = compare(one, other)

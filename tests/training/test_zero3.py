@@ -159,7 +159,7 @@ def test_a_sharded_run_resumes_as_if_it_had_gone_on(one_and_two: tuple[Path, Pat
     for path in paths:
         straight, resumed = load_file(path.with_name(path.name.replace("resumed", "second"))), load_file(path)
         for name, weight in straight.items():  # vLLM's log-probabilities vary with its batches in their last bits
-            torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7)
+            torch.testing.assert_close(resumed[name], weight, rtol=2e-7, atol=1e-7)
 
 
 def test_each_rank_saves_its_half_of_the_critic(one_and_two: tuple[Path, Path]) -> None:
