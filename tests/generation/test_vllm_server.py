@@ -281,3 +281,10 @@ def test_training_in_server_mode_pushes_the_weights_and_stops_with_a_checkpoint_
     # Each step sampled with its own weights: those of the step before are further away at this learning rate.
     assert max(entry["sampling/sampling_logp_difference/max"] for entry in logs[:3]) < 1e-3
     assert logs[2]["kl"] > 1e-5, "the weights did move"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_command_for_a_server_binds_loopback_alone(gpu: bool) -> None:
+    """Whoever reaches a server in vLLM's development mode can call its workers without a password."""
+    command = serve_command("http://policy.example:8000", gpu=gpu)
+    assert "VLLM_SERVER_DEV_MODE=1" in command and " --host 127.0.0.1 --port 8000 " in command
