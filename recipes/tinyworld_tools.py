@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.environment import TAGS_AS_CALLS
 from zerosearch.files import claim_output_dir
 from zerosearch.generation.loading import load_tokenizer
 
@@ -28,18 +29,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{% endfor %}"
 )
 RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
+    **TAGS_AS_CALLS,
     "start_anchor_pattern": r"Question: [^\n]*\n|</information>\n\n",
-    "fields": {
-        "tool_calls": {
-            "open": "<search>",
-            "close": "</search>",
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "search", "arguments": {"query": "{content}"}}},
-        },
-        "content": {"content": "text"},
-    },
 }
 
 

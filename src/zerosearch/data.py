@@ -160,8 +160,12 @@ def data_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def row_number(row: Mapping[str, Any]) -> int:
     """Return a number for a question's row that its names alone decide, wherever it stands in the dataset."""
-    name = f"{row.get('dataset')}/{row['id']}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
+    return text_number(f"{row.get('dataset')}/{row['id']}")
+
+
+def text_number(text: str) -> int:
+    """Return a number below 2**48 that a text alone decides, for keys."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
 
 
 def read_passages(corpus: str | Path) -> list[Passage]:

@@ -24,6 +24,22 @@ from zerosearch.metrics import f1
 from zerosearch.noise import NoiseSchedule
 from zerosearch.protocol import INVALID, format_documents, parse_action
 
+# For `tokenizer.response_template`: TRL takes a search in the paper's tags for a call of the tool `search`. Where a
+# turn starts, `start_anchor_pattern`, is the prompt's affair.
+TAGS_AS_CALLS = {
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "tool_calls": {
+            "open": "<search>",
+            "close": "</search>",
+            "repeats": True,
+            "content": "text",
+            "transform": {"type": "function", "function": {"name": "search", "arguments": {"query": "{content}"}}},
+        },
+        "content": {"content": "text"},
+    },
+}
+
 
 @dataclass(eq=False)
 class Curriculum(TrainerCallback):

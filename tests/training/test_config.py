@@ -22,6 +22,7 @@ from zerosearch.training.config import SearchConfig
         ({"baseline": "group", "algorithm": "grpo"}, "grpo has its own: baseline none, or reinforce, works"),
         ({"scale_rewards": "none"}, "reinforce scales no rewards by their group; scale_rewards group"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "rewards are added up first"),
+        ({"chat_template_kwargs": '{"enable'}, "chat_template_kwargs"),
         ({"beta": -0.1}, "beta is -0.1: it must be at least 0"),
         ({"epsilon": -0.1}, "epsilon is -0.1: it must be at least 0"),
         ({"temperature": 0.0}, "temperature is 0.0: greedy turns are all alike.*temperature 1.0 works"),

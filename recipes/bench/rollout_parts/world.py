@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import Any
 
 from zerosearch.engines import SearchRequest, SearchResult
+from zerosearch.environment import TAGS_AS_CALLS
 from zerosearch.generation import tokenization
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import PAPER, POLICY_PROMPT
@@ -116,18 +117,8 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
+    **TAGS_AS_CALLS,
     "start_anchor_pattern": r" t\d+(?:</information>\n\n)?",
-    "fields": {
-        "tool_calls": {
-            "open": "<search>",
-            "close": "</search>",
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "search", "arguments": {"query": "{content}"}}},
-        },
-        "content": {"content": "text"},
-    },
 }
 
 

@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zerosearch.data import text_number
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Index
 from zerosearch.engines.corpus import Found
@@ -257,7 +258,7 @@ class SimulatedRetriever:
             if source == "query" and self.engine_from_query is None:
                 message = f"nothing tells the question and the golden answers of the query {query[:200]!r}"
                 raise HTTPException(422, f"{message}; send questions and golden_answers, or register questions")
-            key = key or (self.seed, _number(question or "", query))
+            key = key or (self.seed, text_number(f"{question or ''}\n{query}"))
             requests.append(SearchRequest(query, question or "", golden_answers, p_noise, tuple(key)))
             sources[source] += 1
         self.sources += sources
@@ -279,10 +280,6 @@ class SimulatedRetriever:
         holds = any(holds_answer(document, request.golden_answers) for document in result.documents)
         self.outcomes[bool(result.noisy), holds if request.golden_answers else None] += 1
         return result
-
-
-def _number(question: str, query: str) -> int:
-    return int.from_bytes(blake2b(f"{question}\n{query}".encode(), digest_size=6).digest(), "big")
 
 
 def _row(document: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 from trl import GRPOConfig
 
-from zerosearch.command_line import check_bounds
 from zerosearch.engines.options import EngineKind
 from zerosearch.errors import UserError
 from zerosearch.generation.loading import fit_to_cpu
@@ -120,6 +119,7 @@ class SearchConfig(RolloutSettings, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        RolloutSettings.__post_init__(self)
         fit_to_cpu(self)
         if not torch.accelerator.is_available():
             self.vllm_enable_sleep_mode = False  # there is no device memory to hand back
@@ -132,7 +132,6 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         except ValueError as error:
             step = "A step has per_device_train_batch_size x gradient_accumulation_steps x devices trajectories."
             raise UserError(f"{error} ({step})" if "batch" in str(error) else str(error)) from error
-        check_bounds(self)
         if self.use_vllm:
             self._check_vllm()
         elif not self.ds3_gather_for_generation:
