@@ -12,12 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.environment import TAGS_AS_CALLS
 from zerosearch.files import claim_output_dir
-from zerosearch.generation.loading import load_tokenizer
+from zerosearch.generation.loading import load_model, load_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,8 +44,8 @@ class ToolsArguments:
 def main(argv: list[str] | None = None) -> None:
     """Write the policy with its templates and ends of sequence."""
     (arguments,) = parse(ToolsArguments, argv=argv)
+    tokenizer, model = load_tokenizer(arguments.model), load_model(arguments.model)
     output_dir = claim_output_dir(Path(arguments.output_dir))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(arguments.model), load_tokenizer(arguments.model)
     tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
     closing = [tokenizer(f" </{tag}>")["input_ids"][0] for tag in ("search", "answer")]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *closing]
