@@ -18,6 +18,7 @@ from http_servers import free_ports
 from recipe_modules import Refusal, load_recipe
 from retriever_parts import ask_and_end, health, post, serving_application
 
+from zerosearch.engines.retriever import RetrieverEngine
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.engines.simulated_retriever import QueryNoise, SimulatedRetriever
 from zerosearch.noise import NoiseSchedule
@@ -273,12 +274,18 @@ def test_bad_input_is_told_what_is_wrong(simulator: ChatServer, case: str) -> No
     assert simulator.requests == []
 
 
-def test_a_simulator_that_only_copies_refuses_a_query_of_which_nothing_is_known(simulator: ChatServer) -> None:
+def test_for_a_simulator_that_only_copies_an_unknown_query_finds_nothing_among_registered_questions(
+    simulator: ChatServer,
+) -> None:
     with serving(simulator, prompts=TINYWORLD, questions=[EMMA]) as address:
-        assert post(address, {"queries": ["Emma"]})[0] == 200
+        RetrieverEngine(address).check()  # of a client that asks "test" first
         status, reply = post(address, {"queries": ["Emma", "zebra"]})
+        assert (status, [len(found) for found in reply["result"]]) == (200, [3, 0])
+        told = health(address)
+    assert (told["without_documents"], told["questions_from"]) == (2, {"lookup": 1, "query": 2})
+    with serving(simulator, prompts=TINYWORLD) as address:
+        status, reply = post(address, {"queries": ["zebra"]})
         assert status == 422 and "golden answers of the query 'zebra'; send questions" in reply["detail"]
-        assert health(address)["queries"] == 1
 
 
 def test_added_tokens_are_plain_text_in_either_prompt(simulator: ChatServer) -> None:

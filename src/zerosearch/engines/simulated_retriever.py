@@ -148,7 +148,9 @@ class QuestionLookup:
 class SimulatedRetriever:
     """The web application of a simulator.
 
-    `from_query` is the prompt for a query of which nothing else is known; without one such a query is refused.
+    `from_query` is the prompt for a query of which nothing else is known. Without one such a query finds nothing among
+    registered questions, as an index finds nothing for words that it does not hold; where none are registered it is
+    refused.
     `default_count` documents at most answer a request that does not say how many: a simulator writes no more than
     `engine.num_documents`.
     """
@@ -255,7 +257,7 @@ class SimulatedRetriever:
             source: Source = "request" if golden_answers else "lookup" if row else "query"
             if source == "lookup" and row:
                 question, golden_answers = row["question"], tuple(row["golden_answers"])
-            if source == "query" and self.engine_from_query is None:
+            if source == "query" and self.engine_from_query is None and self.lookup is None:
                 message = f"nothing tells the question and the golden answers of the query {query[:200]!r}"
                 raise HTTPException(422, f"{message}; send questions and golden_answers, or register questions")
             key = key or (self.seed, text_number(f"{question or ''}\n{query}"))
@@ -267,7 +269,9 @@ class SimulatedRetriever:
 
     async def _search(self, request: SearchRequest) -> SearchResult:
         engine = self.engine if request.golden_answers else self.engine_from_query
-        assert engine is not None
+        if engine is None:
+            self.num_without_documents += 1
+            return SearchResult(())
         try:
             result = await engine.search(request)
         except SearchError as error:
