@@ -43,6 +43,7 @@ RUNS: dict[str, list[str]] = {
     "self_search": [],
     "sim_to_real": [],
     "search_price": [],
+    "llds": ["--num_iterations", "2"],
     **{f"noise {name}": [name] for name in ("constant", "random", "reversed", "closed-loop")},
     **{
         f"defects {name}": [name]
@@ -61,7 +62,7 @@ def test_a_variant_runs_for_a_step(
     engine = ["--engine", "bm25"] if run != "sim_to_real" else ["--simulator_url", chat_server.url]
     where = ["--dataset", str(tinyworld_data / "train.jsonl"), "--corpus", str(tinyworld_data / "corpus.jsonl")]
     variant = load(run.split()[0])
-    main = variant.main if RUNS[run] else variant.grpo.main
+    main = getattr(variant, "main", variant.grpo.main)
     main([*RUNS[run], *FLAGS, *engine, *where, "--output_dir", str(tmp_path / "policy")])
     (entry, _) = json.loads((tmp_path / "policy/trainer_state.json").read_text())["log_history"]
     assert entry["search/searches"] > 0 and math.isfinite(entry["loss"])
@@ -149,6 +150,24 @@ def test_stepsearch_pays_for_what_is_new_and_fines_what_is_not(load: Load) -> No
     for missing in (None, [golden, None]):
         with pytest.raises(UserError, match="StepSearch needs golden_documents in every row"):
             stepsearch.advantages(torch.zeros(2), [first, second], 1, golden_documents=missing)
+
+
+def test_llds_counts_what_good_actions_have_lost(load: Load) -> None:
+    llds = load("llds")
+    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]])
+    old = torch.tensor([[-1.0, -2.0, -9.0, -1.0, -1.0], [0.0, -1.0, -1.0, -1.0, 0.0]])
+    new = torch.tensor([[-1.5, -1.8, 0.0, -1.5, -0.4], [0.0, -3.0, -1.0, -1.0, 0.0]], requires_grad=True)
+    lost = llds.lost_likelihood(old, new, torch.tensor([[0.0], [-0.1]]), mask)
+    # The first action lost 0.5 - 0.2, the second 0.5 - 0.6: nothing; the action of the second row is no good one.
+    assert lost.tolist() == [[0.5, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]
+    lost.sum().backward()
+    assert new.grad is not None and new.grad.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]
+
+
+def test_llds_needs_a_second_update(load: Load) -> None:
+    llds = load("llds")
+    with pytest.raises(UserError, match="needs --num_iterations 2 or more"):
+        llds.grpo.SearchTrainer(args=llds.grpo.SearchConfig(num_iterations=1, output_dir="unused", report_to="none"))
 
 
 def test_the_schedules_have_the_mean_of_the_curriculum(load: Load) -> None:
