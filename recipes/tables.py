@@ -7,7 +7,8 @@ Each run trains a policy by recipes/grpo.py or a variant of it, at equal budget,
 with BM25. Runs of one simulator share its server, `--jobs` at a time. A run that is done is passed over, here and
 where it stands in recipes/results/tables.json, so commands add up: one after another, or, once the data are there,
 side by side with other `--runs` and the same folder. Differences are from the recipe's own run ("curriculum"), paired
-by seed and question. Writes tables.json, tables.md and tables.svg. Flags that are not its own go to every training.
+by seed and question. Writes tables.json, tables.md, tables.svg, and fidelity.svg: exact match against the fidelity of
+the simulator trained on. Flags that are not its own go to every training.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from zerosearch.evaluation.tables import measured_table
 from zerosearch.files import claim_output_dir, read_json, read_jsonl, write_json, write_jsonl, write_text
 from zerosearch.intervals import over_seeds
 from zerosearch.report.page import duration
-from zerosearch.report.plots import rows_plot
+from zerosearch.report.plots import FIDELITY, outcome_plot, rows_plot
 from zerosearch.report.run import read_log
 from zerosearch.simulator.server import exit_on_signals, simulator_server
 from zerosearch.stages import Stages
@@ -44,101 +45,79 @@ RECIPES = Path(__file__).resolve().parent
 ROOT, CONFIGS = RECIPES.parent, RECIPES / "configs"
 BASE = ROOT / "data/tinyworld"
 PUBLISHED = RECIPES / "results/tables.json"
-REFERENCE = "curriculum"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A policy that is trained, or the base policy where `script` is empty, and how it is scored."""
+    """A row of a table: a policy that is trained, or the base policy where `script` is empty, and how it is scored."""
 
+    table: str
+    title: str
     flags: str = ""  # what differs from recipes/configs/tinyworld.yaml; {data} is the folder of the seed's data
     script: str = "recipes/grpo.py"
     simulator: str | None = "demo"
     evaluation: str = ""  # what differs from recipes/configs/evaluate-tinyworld.yaml
 
 
+# The recipe's own run is the first row of most tables, under another name in each.
+REFERENCE = "curriculum"
+TABLES = {
+    "3": "trained on the simulator",
+    "4": "simulator: the demo's",
+    "5": "REINFORCE",
+    "6": "curriculum, 0 to 0.5",
+    "7": "observations masked",
+    "defects": "none",
+    "successors": "the recipe",
+}
 REAL = "--engine bm25 --corpus {data}/train_corpus.jsonl"
 VARIANTS = "recipes/variants"
+TWO_UPDATES = "--algorithm grpo --num_iterations 2 --max_steps 60"  # as many rollouts as the others
 RUNS = {
-    REFERENCE: Run(),
-    "untrained": Run(script="", simulator=None),
-    "direct": Run(script="", simulator=None, evaluation="--agent direct"),
-    "cot": Run(script="", simulator=None, evaluation="--agent cot"),
-    "rag": Run(script="", simulator=None, evaluation="--agent rag"),
-    "no-search": Run(f"{REAL} --max_turns 0", simulator=None, evaluation="--max_turns 0"),
-    "real-engine": Run(REAL, simulator=None),
-    "untuned-simulator": Run(simulator="untuned"),
-    "half-noise-simulator": Run(simulator="half-noise"),
-    "faithful-simulator": Run(simulator="faithful"),
-    "rloo": Run("--algorithm rloo"),
-    "grpo": Run("--algorithm grpo"),
-    "ppo": Run("--algorithm ppo --critic_learning_rate 1e-3"),  # of a critic as small as the policy
-    "constant-half": Run("--noise_start 0.5 --noise_end 0.5"),
-    "no-noise": Run("--noise_end 0"),
-    "constant-noise": Run(script=f"{VARIANTS}/noise.py constant"),
-    "random-noise": Run(script=f"{VARIANTS}/noise.py random"),
-    "reversed-noise": Run(script=f"{VARIANTS}/noise.py reversed"),
-    "closed-loop-noise": Run(script=f"{VARIANTS}/noise.py closed-loop"),
-    "no-mask": Run("--mask_observations false"),
-    "swapped-rows": Run(script=f"{VARIANTS}/defects.py swapped-rows"),
-    "wrong-kl-sign": Run(script=f"{VARIANTS}/defects.py wrong-kl-sign"),
-    "containment": Run(script=f"{VARIANTS}/defects.py containment"),
-    "example-for-no-answer": Run(script=f"{VARIANTS}/defects.py example-for-no-answer"),
-    "retokenised": Run(script=f"{VARIANTS}/defects.py retokenised"),
-    "top-p": Run("--top_p 0.95"),
-    "long-warm-up": Run("--warmup_steps 0.95"),
-    "gigpo": Run(script=f"{VARIANTS}/gigpo.py"),
-    "igpo": Run(script=f"{VARIANTS}/igpo.py"),
-    "stepsearch": Run(script=f"{VARIANTS}/stepsearch.py"),
-    "search-price": Run(script=f"{VARIANTS}/search_price.py"),
-    "self-search": Run(script=f"{VARIANTS}/self_search.py", simulator=None),
-    "sim-to-real": Run("--corpus {data}/train_corpus.jsonl", f"{VARIANTS}/sim_to_real.py"),
+    REFERENCE: Run("", ""),
+    "untrained": Run("3", "untrained", script="", simulator=None),
+    "direct": Run("3", "Direct", script="", simulator=None, evaluation="--agent direct"),
+    "cot": Run("3", "CoT", script="", simulator=None, evaluation="--agent cot"),
+    "rag": Run("3", "RAG", script="", simulator=None, evaluation="--agent rag"),
+    "no-search": Run(
+        "3", "R1: trained without search", f"{REAL} --max_turns 0", simulator=None, evaluation="--max_turns 0"
+    ),
+    "real-engine": Run("3", "trained on BM25", REAL, simulator=None),
+    "untuned-simulator": Run("4", "simulator: untuned base", simulator="untuned"),
+    "half-noise-simulator": Run("4", "simulator: useful or noisy by chance", simulator="half-noise"),
+    "faithful-simulator": Run("4", "simulator: the faithful one", simulator="faithful"),
+    "rloo": Run("5", "RLOO", "--algorithm rloo"),
+    "grpo": Run("5", "GRPO", "--algorithm grpo"),
+    "ppo": Run("5", "PPO", "--algorithm ppo --critic_learning_rate 1e-3"),  # of a critic as small as the policy
+    "constant-half": Run("6", "constant 0.5 (the paper's random)", "--noise_start 0.5 --noise_end 0.5"),
+    "constant-noise": Run("6", "constant, of the curriculum's mean", script=f"{VARIANTS}/noise.py constant"),
+    "random-noise": Run("6", "random, of its mean", script=f"{VARIANTS}/noise.py random"),
+    "reversed-noise": Run("6", "reversed", script=f"{VARIANTS}/noise.py reversed"),
+    "closed-loop-noise": Run("6", "closed loop", script=f"{VARIANTS}/noise.py closed-loop"),
+    "no-noise": Run("6", "none", "--noise_end 0"),
+    "no-mask": Run("7", "not masked", "--mask_observations false"),
+    "swapped-rows": Run("defects", "another row's question and answers", script=f"{VARIANTS}/defects.py swapped-rows"),
+    "wrong-kl-sign": Run("defects", "KL with the wrong sign", script=f"{VARIANTS}/defects.py wrong-kl-sign"),
+    "containment": Run("defects", "containment as the reward", script=f"{VARIANTS}/defects.py containment"),
+    "example-for-no-answer": Run(
+        "defects", "the example for no answer", script=f"{VARIANTS}/defects.py example-for-no-answer"
+    ),
+    "top-p": Run("defects", "top-p 0.95 in sampling", "--top_p 0.95"),
+    "retokenised": Run("defects", "text decoded and encoded again", script=f"{VARIANTS}/defects.py retokenised"),
+    "long-warm-up": Run("defects", "warm-up over 95 % of the steps", "--warmup_steps 0.95"),
+    "gigpo": Run("successors", "GiGPO", script=f"{VARIANTS}/gigpo.py"),
+    "igpo": Run("successors", "IGPO", script=f"{VARIANTS}/igpo.py"),
+    "stepsearch": Run("successors", "StepSearch", script=f"{VARIANTS}/stepsearch.py"),
+    "two-updates": Run("successors", "GRPO, two updates a rollout", TWO_UPDATES),
+    "llds": Run("successors", "the same with LLDS", TWO_UPDATES, f"{VARIANTS}/llds.py"),
+    "self-search": Run("successors", "self-search", script=f"{VARIANTS}/self_search.py", simulator=None),
+    "sim-to-real": Run(
+        "successors", "sim-to-real", "--corpus {data}/train_corpus.jsonl", f"{VARIANTS}/sim_to_real.py"
+    ),
+    "search-price": Run("successors", "F1 less 0.1 a search", script=f"{VARIANTS}/search_price.py"),
 }
 # As in recipes/configs/sft-tinyworld-faithful.yaml.
 MANY_SEARCHES = ("--n_searches", 40_000, "--n_searched_worlds", 400, "--asked_relation_in_noise", False)
-
-# Table, row, run.
-ROWS = (
-    ("3", "untrained", "untrained"),
-    ("3", "Direct", "direct"),
-    ("3", "CoT", "cot"),
-    ("3", "RAG", "rag"),
-    ("3", "R1: trained without search", "no-search"),
-    ("3", "trained on BM25", "real-engine"),
-    ("3", "trained on the simulator", REFERENCE),
-    ("4", "simulator: untuned base", "untuned-simulator"),
-    ("4", "simulator: useful or noisy by chance", "half-noise-simulator"),
-    ("4", "simulator: the demo's", REFERENCE),
-    ("4", "simulator: the faithful one", "faithful-simulator"),
-    ("5", "REINFORCE", REFERENCE),
-    ("5", "RLOO", "rloo"),
-    ("5", "GRPO", "grpo"),
-    ("5", "PPO", "ppo"),
-    ("6", "curriculum, 0 to 0.5", REFERENCE),
-    ("6", "constant 0.5 (the paper's random)", "constant-half"),
-    ("6", "constant, of the curriculum's mean", "constant-noise"),
-    ("6", "random, of its mean", "random-noise"),
-    ("6", "reversed", "reversed-noise"),
-    ("6", "closed loop", "closed-loop-noise"),
-    ("6", "none", "no-noise"),
-    ("7", "observations masked", REFERENCE),
-    ("7", "not masked", "no-mask"),
-    ("defects", "none", REFERENCE),
-    ("defects", "another row's question and answers", "swapped-rows"),
-    ("defects", "KL with the wrong sign", "wrong-kl-sign"),
-    ("defects", "containment as the reward", "containment"),
-    ("defects", "the example for no answer", "example-for-no-answer"),
-    ("defects", "top-p 0.95 in sampling", "top-p"),
-    ("defects", "text decoded and encoded again", "retokenised"),
-    ("defects", "warm-up over 95 % of the steps", "long-warm-up"),
-    ("successors", "the recipe", REFERENCE),
-    ("successors", "GiGPO", "gigpo"),
-    ("successors", "IGPO", "igpo"),
-    ("successors", "StepSearch", "stepsearch"),
-    ("successors", "self-search", "self-search"),
-    ("successors", "sim-to-real", "sim-to-real"),
-    ("successors", "F1 less 0.1 a search", "search-price"),
-)
 COLUMNS = [
     {"title": "table", "key": "table"},
     {"title": "run", "key": "name"},
@@ -174,17 +153,21 @@ class Tables:
     def __init__(self, arguments: TablesArguments, train_flags: Sequence[str], folder: Path) -> None:
         self.arguments, self.train_flags, self.folder = arguments, train_flags, folder
         self.stages = Stages(folder / "logs", ROOT)
+        self.published = read_json(PUBLISHED) if PUBLISHED.exists() else {}
 
     def done(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Return the records of all runs that are done, here or in what is published, by name and seed."""
-        records = read_json(PUBLISHED)["runs"] if PUBLISHED.exists() else []
-        records += [read_json(path) for path in sorted(self.folder.glob("runs/*/*/run.json"))]
+        here = [read_json(path) for path in sorted(self.folder.glob("runs/*/*/run.json"))]
         return {
             (record["name"], record["seed"]): record
-            for record in records
-            if record["name"] in RUNS
-            and record["settings"] == settings_of(record["name"], self.arguments, self.train_flags)
+            for record in [*self.published.get("runs", []), *here]
+            if record["name"] in RUNS and record["settings"] == self.settings(record["name"])
         }
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return what a run is made by; what was recorded with other settings is another run."""
+        made_by = {key: getattr(RUNS[name], key) for key in ("flags", "script", "simulator", "evaluation")}
+        return made_by | {"train_flags": list(self.train_flags), "num_questions": self.arguments.num_questions}
 
     def run(self) -> None:
         """Run what is not done yet, simulator by simulator, and write the tables after each run."""
@@ -197,24 +180,20 @@ class Tables:
             self.make_data(f"seed-{seed}", "--seed", seed)
         seconds: list[float] = []
         failures: list[str] = []
-
-        def take(pair: tuple[str, int], future: Future[float]) -> None:
-            try:
-                seconds.append(future.result())
-            except UserError as error:
-                failures.append(f"{pair[0]} {pair[1]}: {error}")
-            self.write()
-            left = len(todo) - len(seconds) - len(failures)
-            wait = left * sum(seconds) / max(len(seconds), 1) / self.arguments.jobs
-            self.stages.say(f"{left} runs left, about {duration(wait)}")
-
         for simulator in dict.fromkeys(RUNS[name].simulator for name, _ in todo):
             pairs = [pair for pair in todo if RUNS[pair[0]].simulator == simulator]
             with self.served(simulator) as url, ThreadPoolExecutor(self.arguments.jobs) as pool, self.stages:
                 futures = {pool.submit(self.one, *pair, url): pair for pair in pairs}
                 try:
                     for future in as_completed(futures):
-                        take(futures[future], future)
+                        try:
+                            seconds.append(future.result())
+                        except UserError as error:
+                            failures.append(f"{futures[future][0]} {futures[future][1]}: {error}")
+                        self.write()
+                        left = len(todo) - len(seconds) - len(failures)
+                        wait = left * sum(seconds) / max(len(seconds), 1) / self.arguments.jobs
+                        self.stages.say(f"{left} runs left, about {duration(wait)}")
                 except BaseException:  # a signal, say: nothing more is started, and what runs is ended
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
@@ -231,36 +210,42 @@ class Tables:
 
     @contextmanager
     def served(self, simulator: str | None) -> Iterator[str]:
-        """Serve a simulator, which is tuned if need be."""
+        """Serve a simulator, tuned and measured if need be."""
         if simulator is None:
             yield ""
             return
         options: dict[str, Any] = {"max_model_len": 1024, "dtype": "float32", "num_threads": 1}
         with simulator_server(str(self.simulator(simulator)), port=0, **options) as server:
             self.stages.say(f"simulator {simulator} ready at {server.base_url}")
+            card = self.folder / "fidelity" / simulator
+            queries = self.make_data("held-out", "--seed", 7) / "searches.jsonl"
+            how = ["--config", CONFIGS / "fidelity-tinyworld.yaml", "--queries", queries, "--output", card]
+            how += ["--simulator_url", server.base_url]
+            made = card.with_suffix(".json")
+            self.stages.run(f"fidelity {simulator}", "recipes/measure_fidelity.py", *how, makes=made)
             yield server.base_url
 
     def simulator(self, name: str) -> Path:
         """Return the folder of a simulator, which is tuned if need be."""
         if name == "untuned":
             return BASE / "simulator"
-        folder, config, made = self.folder / "simulators" / name, "sft-tinyworld", "simulator.json"
+        folder, config = self.folder / "simulators" / name, "sft-tinyworld"
         if name == "faithful":
-            config, made = "sft-tinyworld-faithful", "fidelity.json"
-            held_out = self.make_data("held-out", "--seed", 7)
+            config = "sft-tinyworld-faithful"
             searches = self.make_data("many", *MANY_SEARCHES) / "searches.jsonl"
-            flags = ["--searches", searches, "--held_out", held_out / "searches.jsonl"]
+            held_out = self.make_data("held-out", "--seed", 7) / "searches.jsonl"
+            more = ["--held_out", held_out, "--measure_fidelity", False]
         else:
-            searches = self.make_data("seed-0", "--seed", 0) / "searches.jsonl"
-            flags = ["--searches", half_noise(searches) if name == "half-noise" else searches]
-        how = ("--config", CONFIGS / f"{config}.yaml", *flags, "--output_dir", folder, "--overwrite_output_dir", True)
-        self.stages.run(f"simulator {name}", "recipes/sft_simulator.py", *how, makes=folder / made)
+            searches, more = self.make_data("seed-0", "--seed", 0) / "searches.jsonl", []
+        searches = half_noise(searches) if name == "half-noise" else searches
+        how = ["--config", CONFIGS / f"{config}.yaml", "--searches", searches, "--output_dir", folder, *more]
+        how += ["--overwrite_output_dir", True]
+        self.stages.run(f"simulator {name}", "recipes/sft_simulator.py", *how, makes=folder / "simulator.json")
         return folder
 
     def one(self, name: str, seed: int, simulator_url: str) -> float:
         """Train and score one policy, keep its record, and return the seconds it took."""
-        run, started = RUNS[name], time.monotonic()
-        settings = settings_of(name, self.arguments, self.train_flags)
+        run, settings, started = RUNS[name], self.settings(name), time.monotonic()
         folder, data = self.folder / "runs" / name / f"seed-{seed}", self.folder / f"data/seed-{seed}"
         if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
             shutil.rmtree(folder)  # what a command with other flags began
@@ -280,7 +265,6 @@ class Tables:
         self.stages.run(f"{name} {seed} evaluation", "recipes/evaluate.py", *how, makes=scored / "results.json")
         seconds = time.monotonic() - started
         results, records = read_json(scored / "results.json"), read_trajectories(scored / "trajectories.jsonl")
-        log = read_log(policy / "trainer_state.json") if run.script else None
         queries = policy / "engine_queries.json"
         record = {
             "name": name,
@@ -290,7 +274,7 @@ class Tables:
             "questions_sha256": data_hash(records),
             "em": "".join(str(int(record["em"])) for record in records),  # a digit a question
             "searches": results["searches"],
-            "collapsed": first_collapse(log or []),
+            "collapsed": first_collapse(read_log(policy / "trainer_state.json") or []),
             "queries_in_training": read_json(queries) if run.script and queries.exists() else {},
             "seconds": round(seconds, 1),
         }
@@ -298,11 +282,16 @@ class Tables:
         return seconds
 
     def write(self) -> None:
-        """Write tables.json, tables.md and tables.svg from all that is done."""
+        """Write tables.json, tables.md, tables.svg and fidelity.svg from all that is done."""
         done = self.done()
-        rows, seeds = table_rows(done), sorted({seed for _, seed in done})
+        simulators = dict(self.published.get("simulators", {}))
+        for path in sorted(self.folder.glob("fidelity/*.json")):
+            card = read_json(path)
+            simulators[path.stem] = {rate: card[rate] for rate in FIDELITY}
+        rows = table_rows(done, simulators)
         if not rows:
             return
+        seeds = sorted({seed for _, seed in done})
         results: dict[str, Any] = {
             "what": "Policies trained and scored on TinyWorld, with 95 % intervals over seeds and questions",
             "command": " ".join(["python recipes/tables.py", *self.train_flags]),
@@ -312,48 +301,49 @@ class Tables:
             "seeds": seeds,
             "columns": COLUMNS,
             "rows": rows,
+            "simulators": simulators,
             "runs": list(done.values()),
         }
         write_json(self.folder / "tables.json", results)
         write_text(self.folder / "tables.md", measured_table(results) + "\n")
         write_text(self.folder / "tables.svg", rows_plot(rows))
+        write_text(self.folder / "fidelity.svg", outcome_plot([row for row in rows if row["fidelity"]]))
 
 
-def settings_of(name: str, arguments: TablesArguments, train_flags: Sequence[str]) -> dict[str, Any]:
-    """Return what a run is made by; what was recorded with other settings is another run."""
-    of_all = {"train_flags": list(train_flags), "num_questions": arguments.num_questions}
-    return asdict(RUNS[name]) | of_all
+def table_rows(
+    done: Mapping[tuple[str, int], Mapping[str, Any]], simulators: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Return the rows of the tables whose runs are done, each with its difference from the reference.
 
-
-def table_rows(done: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the tables whose runs are done, each with its difference from the reference."""
+    Those of Table 4 have the fidelity of their simulator, where it was measured.
+    """
     found = []
     reference = {seed: record for (name, seed), record in done.items() if name == REFERENCE}
-    for table, name, run in ROWS:
-        records = {seed: record for (of_run, seed), record in done.items() if of_run == run}
+    rows = [(table, name) for table in TABLES for name, run in RUNS.items() if name == REFERENCE or run.table == table]
+    for table, name in rows:
+        records = {seed: record for (of_run, seed), record in done.items() if of_run == name}
         if not records:
             continue
-        difference = None
-        if run != REFERENCE and reference:
-            has_seeds = RUNS[run].script != ""
-            shared = sorted(reference.keys() & records.keys() if has_seeds else reference)
-            ours = [records[seed] if has_seeds else records[0] for seed in shared]
+        run, difference = RUNS[name], None
+        if name != REFERENCE and reference:
+            shared = sorted(reference.keys() & records.keys() if run.script else reference)
+            ours = [records[seed if run.script else 0] for seed in shared]  # what is not trained has no seeds
             if len(shared) > 1:
                 difference = over_seeds(bits(ours) - bits([reference[seed] for seed in shared]))
         differs = difference is not None and not difference["low"] <= 0.0 <= difference["high"]
         worse_or_better = "better" if difference and difference["mean"] > 0 else "worse"
-        collapses = [record["collapsed"] for record in records.values() if record["collapsed"] is not None]
         found.append(
             {
                 "table": table,
-                "name": name,
+                "name": TABLES[table] if name == REFERENCE else run.title,
                 "num_seeds": len(records),
                 "em": over_seeds(bits(list(records.values()))),
                 "difference": difference,
                 "verdict": None if difference is None else worse_or_better if differs else "no difference seen",
                 "differs": differs,
                 "searches": sum(record["searches"] for record in records.values()) / len(records),
-                "collapsed": len(collapses),
+                "collapsed": sum(record["collapsed"] is not None for record in records.values()),
+                "fidelity": simulators.get(run.simulator or "") if table == "4" else None,
             }
         )
     return found
@@ -382,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     folder = claim_output_dir(arguments.output_dir, overwrite=True).resolve()
     Tables(arguments, train_flags, folder).run()
-    say(f"\n{(folder / 'tables.md').read_text(encoding='utf-8')}\n{folder}/tables.json, tables.md, tables.svg")
+    written = "tables.json, tables.md, tables.svg, fidelity.svg"
+    say(f"\n{(folder / 'tables.md').read_text(encoding='utf-8')}\n{folder}/{written}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Sim-to-real (SSRL, Fan et al. 2025, arXiv 2508.10874, Section 5): a run on the simulator ends on a real engine.
+"""Sim-to-real (after SSRL, Fan et al. 2025, arXiv 2508.10874): a run on the simulator ends on a real engine.
 
     python recipes/variants/sim_to_real.py --config recipes/configs/tinyworld.yaml \\
         --corpus outputs/tinyworld/train_corpus.jsonl --output_dir outputs/sim-to-real
 
-The paper goes over to a real engine after training, and within a trajectory; here the last steps of training do.
+There a policy meets a real engine after training only (examples/ssrl/sim2real.sh of the authors' code), for all its
+searches or where it is least certain; that the last steps of training search for real is our choice.
 """
 
 from __future__ import annotations

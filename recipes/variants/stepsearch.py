@@ -4,8 +4,8 @@
 
 The gain of a search is how much nearer its documents come to the golden ones (`golden_documents` of the dataset) than
 any before; the fine is the share of its documents that were found before. A turn's advantage is the sum of gains and
-fines from it on, and of the answer's reward, normalised over the batch. The authors train with PPO, measure nearness
-by TF-IDF, and reward queries that resemble annotated ones, which are left out here.
+fines from it on, and of the answer's reward, normalised over the batch. The authors' code trains with PPO, measures
+nearness by TF-IDF, counts gains and fines 0.6 times, and rewards queries that resemble annotated ones: all left out.
 """
 
 from __future__ import annotations

@@ -21,13 +21,18 @@ def recipe() -> ModuleType:
 
 def record(recipe: ModuleType, name: str, seed: int, em: str, **changed: Any) -> dict[str, Any]:
     """Return what a run leaves."""
-    settings = recipe.settings_of(name, recipe.TablesArguments(num_questions=4), [])
+    run = recipe.RUNS[name]
+    settings = {key: getattr(run, key) for key in ("flags", "script", "simulator", "evaluation")}
+    settings |= {"train_flags": [], "num_questions": 4}
     made = {"name": name, "seed": seed, "settings": settings, "em": em, "searches": 1.5}
     return made | {"collapsed": None, "questions_sha256": "a", "versions": {}, "seconds": 1.0} | changed
 
 
 def test_every_row_has_a_run_and_every_run_a_row(recipe: ModuleType) -> None:
-    assert {run for *_, run in recipe.ROWS} == recipe.RUNS.keys()
+    runs = [record(recipe, name, 0, "10") for name in recipe.RUNS]
+    rows = recipe.table_rows({(run["name"], 0): run for run in runs}, {})
+    assert len(rows) == len(recipe.TABLES) + len(recipe.RUNS) - 1, "the recipe's own is in each table"
+    assert len({(row["table"], row["name"]) for row in rows}) == len(rows)
     for run in recipe.RUNS.values():
         assert not run.script or (recipe.ROOT / run.script.split()[0]).is_file()
 
@@ -40,7 +45,8 @@ def test_differences_are_paired_by_seed_and_question(recipe: ModuleType) -> None
         record(recipe, "untrained", 0, "0000"),
         record(recipe, "rloo", 0, "1111"),
     ]
-    rows = {(row["table"], row["name"]): row for row in recipe.table_rows({(r["name"], r["seed"]): r for r in runs})}
+    done = {(run["name"], run["seed"]): run for run in runs}
+    rows = {(row["table"], row["name"]): row for row in recipe.table_rows(done, {})}
     own = rows["5", "REINFORCE"]
     assert own["em"]["mean"] == pytest.approx(7 / 12) and own["difference"] is own["verdict"] is None
     assert own["num_seeds"] == 3 and rows["7", "observations masked"]["em"] == own["em"]
@@ -59,8 +65,20 @@ def test_differences_are_paired_by_seed_and_question(recipe: ModuleType) -> None
 def test_a_clear_difference_is_called_one(recipe: ModuleType) -> None:
     runs = [record(recipe, "curriculum", seed, "1" * 99 + "0") for seed in range(5)]
     runs += [record(recipe, "no-mask", seed, "0" * 99 + "1") for seed in range(5)]
-    row = recipe.table_rows({(r["name"], r["seed"]): r for r in runs})[-3]
-    assert (row["name"], row["verdict"], row["differs"]) == ("not masked", "worse", True)
+    rows = recipe.table_rows({(run["name"], run["seed"]): run for run in runs}, {})
+    (row,) = (row for row in rows if row["name"] == "not masked")
+    assert (row["verdict"], row["differs"]) == ("worse", True)
+
+
+def test_rows_of_table_4_have_the_fidelity_of_their_simulator(recipe: ModuleType) -> None:
+    runs = [record(recipe, name, 0, "1100") for name in ("curriculum", "faithful-simulator", "untuned-simulator")]
+    cards = {
+        "demo": {"useful_answer_rate": 0.98, "noisy_leak_rate": 0.26},
+        "faithful": {"useful_answer_rate": 0.99, "noisy_leak_rate": 0.01},
+    }
+    rows = recipe.table_rows({(run["name"], 0): run for run in runs}, cards)
+    assert [row["fidelity"] for row in rows if row["table"] == "4"] == [cards["demo"], None, cards["faithful"]]
+    assert not any(row["fidelity"] for row in rows if row["table"] != "4")
 
 
 def test_what_is_done_is_passed_over_here_and_where_it_is_published(
@@ -71,7 +89,8 @@ def test_what_is_done_is_passed_over_here_and_where_it_is_published(
         made = record(recipe, "grpo", seed, "1100", **changed)
         (tmp_path / f"out/runs/grpo/seed-{seed}/run.json").write_text(json.dumps(made))
     published = [record(recipe, "curriculum", 0, "1100"), {"name": "gone", "seed": 0, "settings": {"flags": ""}}]
-    (tmp_path / "published.json").write_text(json.dumps({"runs": published}))
+    cards = {"demo": {"useful_answer_rate": 0.98, "noisy_leak_rate": 0.26}}
+    (tmp_path / "published.json").write_text(json.dumps({"runs": published, "simulators": cards}))
     monkeypatch.setattr(recipe, "PUBLISHED", tmp_path / "published.json")
     arguments = recipe.TablesArguments(runs=["grpo", "curriculum", "untrained"], seeds=2, jobs=1, num_questions=4)
     tables = recipe.Tables(arguments, [], tmp_path / "out")
@@ -84,6 +103,7 @@ def test_what_is_done_is_passed_over_here_and_where_it_is_published(
     assert began == [("untrained", 0, "at None"), ("grpo", 1, "at demo"), ("curriculum", 1, "at demo")]
     results = json.loads((tmp_path / "out/tables.json").read_text())
     assert {row["name"] for row in results["rows"]} >= {"GRPO", "REINFORCE", "curriculum, 0 to 0.5"}
+    assert results["simulators"] == cards and "the demo's" in (tmp_path / "out/fidelity.svg").read_text()
     assert "| 5 | GRPO | 1 | 0.500 [" in (tmp_path / "out/tables.md").read_text()
     assert "5: GRPO" in (tmp_path / "out/tables.svg").read_text()
 

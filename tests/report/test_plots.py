@@ -16,6 +16,7 @@ from zerosearch.report.plots import (
     draw_panel,
     draw_time,
     draw_training,
+    outcome_plot,
     running_mean,
     values_of,
     write_fidelity_plot,
@@ -105,3 +106,14 @@ def test_a_fidelity_card_is_drawn_with_its_rates_and_noise(tmp_path: Path) -> No
     assert path == tmp_path / "a.v2.svg"
     assert "that answer the query" in text and "requested noise" in text and "realised, by the documents" in text
     assert write_fidelity_plot(card, tmp_path / "b").read_text() == text  # the same card, the same file
+
+
+def test_policies_are_drawn_at_the_fidelity_of_their_simulators() -> None:
+    em = {"mean": 0.8, "low": 0.7, "high": 0.9}
+    card = {"useful_answer_rate": 0.98, "noisy_leak_rate": 0.25}
+    row = {"name": "the demo's", "em": em, "fidelity": card}
+    text = outcome_plot([row, row | {"name": "half $noise", "fidelity": card | {"noisy_leak_rate": 0.5}}])
+    shown = [one.text for one in ElementTree.fromstring(text.partition("?>")[2]).iter(f"{SVG}text")]
+    assert shown.count("the demo's") == shown.count("half $noise") == 2, "in each panel"
+    assert "noisy replies that leak the answer" in shown and "useful replies that answer the query" in shown
+    assert outcome_plot([]).startswith("<?xml")

@@ -40,6 +40,7 @@ COLOURS = {  # the light theme's; each is a variable of page.css
     "card": "#ffffff",
 }
 HATCHES = {"blue": "", "orange": "////", "grey": "||||", "green": ""}
+FIDELITY = dict(RATES[:2])  # of a simulator's card: how often useful replies answer, and noisy ones do
 LARGEST = 1e100
 SMOOTH_STEPS = 5  # steps in a running mean
 SMOOTH_FROM = 20  # fewer points than this are shown as they are
@@ -196,6 +197,26 @@ def rows_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_yticks(range(len(rows)), [_words(f"{row['table']}: {row['name']}") for row in rows])
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="exact match, 95 % interval over seeds and questions")
     return _svg(figure, "rows")
+
+
+def outcome_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw policies' exact match against the fidelity of the simulators they learned from; return an SVG file's text.
+
+    A row has `name`, `em` as `{mean, low, high}`, and `fidelity`: the rates of `FIDELITY`, a panel each.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    for axes, (rate, words) in zip(figure.subplots(1, len(FIDELITY), sharey=True), FIDELITY.items(), strict=True):
+        for row in rows:
+            at, mean, low, high = row["fidelity"][rate], *(row["em"][key] for key in ("mean", "low", "high"))
+            axes.plot([at, at], [low, high], "-", color=COLOURS["grey"], linewidth=1.5)
+            axes.plot(at, mean, "o", color=COLOURS["blue"], markersize=5)
+            side = {"ha": "left", "xytext": (6, 4)} if at < 0.5 else {"ha": "right", "xytext": (-6, 4)}
+            axes.annotate(_words(row["name"]), (at, mean), textcoords="offset points", fontsize="small", **side)
+        axes.set(xlim=(-0.03, 1.03), ylim=(0, 1), xlabel=words)
+    figure.axes[0].set_ylabel("exact match, 95 % interval")
+    return _svg(figure, "outcome")
 
 
 def _words(text: str) -> str:
