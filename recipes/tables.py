@@ -307,7 +307,8 @@ class Tables:
         write_json(self.folder / "tables.json", results)
         write_text(self.folder / "tables.md", measured_table(results) + "\n")
         write_text(self.folder / "tables.svg", rows_plot(rows))
-        write_text(self.folder / "fidelity.svg", outcome_plot([row for row in rows if row["fidelity"]]))
+        if measured := [row for row in rows if row["fidelity"]]:
+            write_text(self.folder / "fidelity.svg", outcome_plot(measured))
 
 
 def table_rows(

@@ -4,7 +4,8 @@
 
 The probability is exp of the mean log-probability of the answer's tokens under the policy, at the end of the turn's
 observation. The last turn is worth the reward. All of a group's turns are normalised together, and a turn's advantage
-is the discounted sum from it on. The authors' code puts a thought before the answer; a small policy has no such words.
+is the discounted sum from it on. The authors' code sums first, then subtracts the mean of the group token by token;
+and it puts a thought before the answer, for which a small policy has no words.
 """
 
 from __future__ import annotations

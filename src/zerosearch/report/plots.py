@@ -206,16 +206,16 @@ def outcome_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    for axes, (rate, words) in zip(figure.subplots(1, len(FIDELITY), sharey=True), FIDELITY.items(), strict=True):
-        for row in rows:
-            at, mean, low, high = row["fidelity"][rate], *(row["em"][key] for key in ("mean", "low", "high"))
-            axes.plot([at, at], [low, high], "-", color=COLOURS["grey"], linewidth=1.5)
-            axes.plot(at, mean, "o", color=COLOURS["blue"], markersize=5)
-            side = {"ha": "left", "xytext": (6, 4)} if at < 0.5 else {"ha": "right", "xytext": (-6, 4)}
-            axes.annotate(_words(row["name"]), (at, mean), textcoords="offset points", fontsize="small", **side)
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(FIDELITY), sharey=True)
+    for axes, (rate, words) in zip(panels, FIDELITY.items(), strict=True):
+        for row, (colour, marker) in zip(rows, cycle(zip(("blue", "orange", "green", "grey"), "os^D", strict=True))):
+            mean, low, high = (row["em"][key] for key in ("mean", "low", "high"))
+            style = {"fmt": marker, "color": COLOURS[colour], "label": _words(row["name"])}
+            axes.errorbar(row["fidelity"][rate], mean, [[mean - low], [high - mean]], **style)
         axes.set(xlim=(-0.03, 1.03), ylim=(0, 1), xlabel=words)
-    figure.axes[0].set_ylabel("exact match, 95 % interval")
+    panels[0].set_ylabel("exact match, 95 % interval")
+    panels[1].legend(frameon=False, fontsize="small", loc="lower right")
     return _svg(figure, "outcome")
 
 
