@@ -45,7 +45,7 @@ DONE_BY_THE_POLICY = {"malformed turns", "reward", "search/answered"}
 
 
 class Collapse(Exception):
-    """A run has collapsed. The message names the signs and `checkpoint`, the last from before them, if any is."""
+    """A run has collapsed. The message names the signs and `checkpoint`, the last whose policy showed none, if any is."""
 
     def __init__(self, message: str, checkpoint: Path | None) -> None:
         super().__init__(message)
@@ -69,7 +69,8 @@ class CollapseSentinel(TrainerCallback):
         if self.on_collapse == "warn" or not has_collapsed(signs):
             return
         healthy = max((entry["step"] for entry, found in zip(log, signs, strict=True) if not found), default=0)
-        kept = {step: path for step, path in whole_checkpoints(Path(args.output_dir)).items() if step <= healthy}
+        # What a checkpoint's policy does shows in the log of the step after it.
+        kept = {step: path for step, path in whole_checkpoints(Path(args.output_dir)).items() if step < healthy}
         checkpoint = kept[max(kept)] if kept else None
         found = "; ".join(f"{name} {words}" for name, words in signs[-1].items())
         advice = (
