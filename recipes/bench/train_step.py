@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import zerosearch.training.trainer
+import zerosearch.training.overlap
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import load_tokenizer
@@ -150,7 +150,7 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
     if arguments.child != "ours":
         return GRPOTrainer(args=GRPOConfig(**settings), rollout_func=partial(replay, vocabulary=vocabulary), **common)
     run = partial(replayed, vocabulary=vocabulary)
-    zerosearch.training.trainer.run_rollouts = run  # type: ignore[assignment]
+    zerosearch.training.overlap.run_rollouts = run  # type: ignore[assignment]
     config = SearchConfig(algorithm="grpo", logged_trajectories=0, **settings)
     return SearchTrainer(engine=NoEngine(), args=config, **common)  # type: ignore[arg-type]
 

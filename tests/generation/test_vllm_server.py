@@ -22,6 +22,7 @@ import pytest
 from aiohttp import web
 from generation_parts import largest_difference, listens_beyond_loopback, load, roll_out, sample_remotely
 from http_servers import Server, free_ports, response_of
+from rain import RainEngine, rain_trainer
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
@@ -172,19 +173,6 @@ def test_no_server_at_all_is_said_before_the_rollout(tiny_tokenizer: PreTrainedT
         roll_out(generator, count=1)
 
 
-def test_a_rollout_waits_for_the_weights(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    told: list[str] = []
-
-    def reply(body: dict[str, Any]) -> Any:
-        told.append("turn")
-        return completion([5])
-
-    with CompletionServer(reply=reply).running() as server:
-        generator = make(server.url, tiny_tokenizer, ready=lambda: told.append("weights are there"))
-        sample_remotely(generator, [TurnRequest(0, (1,), 4, seed=0)])
-    assert told == ["weights are there", "turn"]
-
-
 TRAINING_SCRIPT = """
 import sys
 from pathlib import Path
@@ -254,6 +242,22 @@ def test_a_real_server_samples_what_transformers_do(real_server: Any, tiny_polic
 @pytest.mark.slow
 def test_a_real_server_is_reached_from_this_machine_alone(real_server: Any) -> None:
     assert listens_beyond_loopback(real_server[1].pid) == []
+
+
+@pytest.mark.slow
+def test_a_real_server_samples_one_step_ahead_with_older_weights(
+    real_server: Any, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": real_server[0]}
+    trainer = rain_trainer(
+        tiny_policy_dir, tmp_path, RainEngine(), **server, overlap_steps=1, max_steps=4, learning_rate=1e-3
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert [entry["sampling/staleness"] for entry in log] == [0, 1, 1, 1]
+    first, *others = (entry["sampling/sampling_logp_difference/max"] for entry in log)
+    assert first < 1e-3 and min(others) > 1e-2, "one step at this learning rate moves them so far"
+    assert all(0.5 < entry["sampling/importance_sampling_ratio/mean"] < 2 for entry in log)
 
 
 @pytest.mark.slow

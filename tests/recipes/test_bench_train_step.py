@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from recipe_modules import Refusal, load_recipe
 
-from zerosearch.training import trainer
+from zerosearch.training import overlap
 
 
 @pytest.mark.slow
 def test_both_trainers_take_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, output = load_recipe("bench/train_step"), tmp_path / "bench/train_step.json"
-    monkeypatch.setattr(trainer, "run_rollouts", trainer.run_rollouts)  # the bench replaces it
+    monkeypatch.setattr(overlap, "run_rollouts", overlap.run_rollouts)  # the bench replaces it
 
     def in_this_process(arguments: Any, child: str, folder: str) -> dict[str, Any]:
         return bench.measure(replace(arguments, child=child, output=folder))

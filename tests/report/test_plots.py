@@ -85,9 +85,11 @@ def test_the_time_split_weighs_an_entry_by_the_steps_it_stands_for() -> None:
     ]
     assert drawing.notes == ("1 of 3 logged steps have no complete time split and are left out.",)
     too_long = [{"step": 1, **times, "time/rollout_s": 4, "time/step_s": 3}]
-    assert draw_time(too_long) == Drawing(
-        "Time", "seconds per step", notes=("Left out: no logged step has a complete time split.",)
-    )
+    ahead = [{"step": 1, **whole, "sampling/staleness": 1}]
+    for unsplit in (too_long, ahead):
+        assert draw_time(unsplit) == Drawing(
+            "Time", "seconds per step", notes=("Left out: no logged step has a complete time split.",)
+        )
 
 
 def test_curves_of_several_runs_show_their_names_as_text() -> None:

@@ -10,6 +10,8 @@ import pytest
 from zerosearch.errors import UserError
 from zerosearch.training.config import SearchConfig
 
+OVERLAP = {"overlap_steps": 1, "use_vllm": True, "vllm_mode": "server"}
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -39,6 +41,14 @@ from zerosearch.training.config import SearchConfig
         ({"max_trajectory_tokens": 1500}, "2 turns of 500 tokens and 1 observation of 500 take 1500.*; 2012 works"),
         ({"max_turn_tokens": 0}, "max_turn_tokens is 0: it must be at least 1"),
         ({"max_failed_search_share": 2.0}, "max_failed_search_share is 2.0: it must be at most 1"),
+        ({"overlap_steps": 2}, "overlap_steps is 2: it must be at most 1"),
+        ({"overlap_steps": 1}, "its engine must stand apart from the trainer; use_vllm true with vllm_mode server"),
+        ({**OVERLAP, "vllm_mode": "colocate"}, "its engine must stand apart from the trainer"),
+        ({**OVERLAP, "vllm_importance_sampling_correction": False}, "corrected token by token"),
+        ({**OVERLAP, "vllm_importance_sampling_mode": "sequence_mask"}, "corrected token by token"),
+        ({**OVERLAP, "algorithm": "ppo"}, "not the returns that the critic of ppo learns from"),
+        ({**OVERLAP, "num_iterations": 2}, "one update of each rollout.*num_iterations 1 works"),
+        ({**OVERLAP, "steps_per_generation": 32}, "one update of each rollout.*steps_per_generation left out"),
         (
             {"use_vllm": True, "vllm_mode": "cloud"},
             "vllm_mode is 'cloud': it must be colocate or server|not installed",

@@ -40,8 +40,8 @@ def test_half_a_line_of_a_killed_run_is_dropped_before_the_next_step(tmp_path: P
 
 
 def test_queries_add_up_by_engine(tmp_path: Path) -> None:
-    for engine, sent in (("bm25", 2), ("simulated", 3), ("bm25", 4)):
-        count_queries(tmp_path / QUERIES, engine, sent)
+    for ranks in ([{"bm25": 2, "simulated": 3}, {"bm25": 3}], [{}, {"bm25": 1}]):
+        count_queries(tmp_path / QUERIES, ranks)
     assert json.loads((tmp_path / "engine_queries.json").read_text()) == {"bm25": 6, "simulated": 3}
 
 
@@ -53,11 +53,11 @@ def test_the_queries_of_evaluations_stand_apart_at_the_price_of_their_calls(
     trained, evaluated = (SimpleNamespace(name=account.engine, account=account) for account in accounts)
     accounts[0].opened = 0.0
     assert costs(tmp_path, trained, evaluated) == "", "no search was made"
-    count_queries(tmp_path / EVALUATION_QUERIES, "google", 300)
+    count_queries(tmp_path / EVALUATION_QUERIES, [{"google": 300}])
     assert [line.split() for line in costs(tmp_path, trained, evaluated).splitlines()[1:]] == [
         ["google,", "evaluation", "300", "2.75", "3.00"]
     ]
-    count_queries(tmp_path / QUERIES, "simulated", 30)
+    count_queries(tmp_path / QUERIES, [{"simulated": 30}])
     assert [line.split() for line in costs(tmp_path, trained, evaluated).splitlines()[1:]] == [
         ["simulated", "30", "0.28", "2.00"],
         ["google,", "evaluation", "300", "2.75", "3.00"],

@@ -194,11 +194,11 @@ def test_any_exception_of_a_rollout_leaves_a_checkpoint(
     trainer = make_trainer(max_steps=3)
     original, calls = SearchTrainer._keys, []
 
-    def fail_in_the_second_step(self: SearchTrainer, rows: Any) -> Any:
+    def fail_in_the_second_step(self: SearchTrainer, rows: Any, ahead: int) -> Any:
         calls.append(rows)
         if len(calls) == 2:
             raise ZeroDivisionError("a defect")
-        return original(self, rows)
+        return original(self, rows, ahead)
 
     monkeypatch.setattr(SearchTrainer, "_keys", fail_in_the_second_step)
     with pytest.raises(ZeroDivisionError, match="a defect"):
@@ -391,7 +391,7 @@ def test_the_scores_of_an_evaluation_are_means_over_questions(
             for _ in rows
         ]
 
-    monkeypatch.setattr("zerosearch.training.trainer.run_rollouts", roll_out)
+    monkeypatch.setattr("zerosearch.training.overlap.run_rollouts", roll_out)
     rows = [{**row, "golden_answers": ["Emma"]} for row in ROWS[:6]]
     arguments = {"eval_dataset": datasets.Dataset.from_list(rows)}
     trainer = make_trainer(None, arguments, per_device_eval_batch_size=4, max_failed_search_share=1.0)

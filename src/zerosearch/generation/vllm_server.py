@@ -53,8 +53,7 @@ class VLLMServerGenerator:
     """Sample turns on a vLLM server, a request for each.
 
     `max_context_tokens` is cut to what the server takes. `timeout_s` bounds one request; one that fails on its
-    way is repeated, with the same seed, at most `max_retries` times. `ready` is called before each rollout: where
-    several ranks share the server, it waits for the one that pushes the weights.
+    way is repeated, with the same seed, at most `max_retries` times.
     """
 
     def __init__(
@@ -66,14 +65,12 @@ class VLLMServerGenerator:
         timeout_s: float = 1200.0,
         max_retries: int = 5,
         max_concurrency: int = 1024,
-        ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.name = f"the vLLM server at {redacted_url(self.base_url)}"
         self.tokenizer = tokenizer
         self.max_context_tokens = max_context_tokens
         self.max_concurrency = max_concurrency
-        self.ready = ready
         self.client = HTTPClient(
             "the vLLM server",
             remedy=f"see what it printed last, and start it again: {self.start_command()}",
@@ -88,8 +85,7 @@ class VLLMServerGenerator:
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
-        """Wait until the server has the weights, and see that it is there."""
-        self.ready()
+        """See that the server is there."""
         self.sampling = sampling
         try:
             run_in_background(self._check(), SESSION_TIMEOUT_S)

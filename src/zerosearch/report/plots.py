@@ -127,7 +127,8 @@ def draw_time(log: Sequence[LogEntry]) -> Drawing:
     edges = np.array([0, *(entry["step"] for entry in log)])
     rollout, step = values_of(log, "time/rollout_s"), values_of(log, "time/step_s")
     parts = np.array([*(values_of(log, one.key) for one in TIMES[:-1]), step - rollout])  # (4, len(log))
-    parts[:, ~np.all(parts >= 0, axis=0)] = np.nan  # an incomplete split is a gap in all parts
+    is_ahead = values_of(log, "sampling/staleness") > 0  # such a rollout is no part of the step that trains on it
+    parts[:, is_ahead | ~np.all(parts >= 0, axis=0)] = np.nan  # an incomplete split is a gap in all parts
     num_missing = int(np.isnan(parts[0]).sum())
     if num_missing == len(log):
         return Drawing(title, unit, notes=("Left out: no logged step has a complete time split.",))

@@ -58,6 +58,16 @@ class Trajectory:
     lookup: Turn | None = None  # the search for the question itself, before the first turn; no turn of the policy
     reading_tokens: int = 0  # sampled apart, for notes on documents; in no list of ids
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Trajectory:
+        """Return the trajectory of which `dataclasses.asdict` made a dictionary, also by way of JSON."""
+
+        def turn(values: Mapping[str, Any]) -> Turn:
+            return Turn(**{**values, "documents": tuple(values["documents"])})
+
+        lookup = record["lookup"] and turn(record["lookup"])
+        return cls(**{**record, "turns": [turn(values) for values in record["turns"]], "lookup": lookup})
+
     @property
     def policy_tokens(self) -> int:
         return sum(turn.num_tokens for turn in self.turns)

@@ -95,6 +95,15 @@ class SearchConfig(RolloutSettings, GRPOConfig):
     value_clip: float = field(
         default=0.5, metadata={"above": 0, "help": "For ppo: how far a value may move (released code)."}
     )
+    overlap_steps: int = field(
+        default=0,
+        metadata={
+            "min": 0,
+            "max": 1,
+            "help": "1: sample the next step's trajectories while a step is trained, with weights one step old; needs "
+            "vllm_mode server.",
+        },
+    )
     mask_observations: bool = field(
         default=True, metadata={"help": "Learn from the policy's tokens only; false is the ablation of Table 7."}
     )
@@ -139,6 +148,8 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         self._check_algorithm()
         if self.algorithm == "ppo":
             self._check_ppo()
+        if self.overlap_steps:
+            self._check_overlap()
         self.noise_schedule()  # raises UserError for values that cannot work
         self._check_budgets()
 
@@ -203,6 +214,28 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         if self.vllm_mode not in ("colocate", "server"):
             raise UserError(f"vllm_mode is {self.vllm_mode!r}: it must be colocate or server")
 
+    def _check_overlap(self) -> None:
+        if not self.use_vllm or self.vllm_mode != "server":
+            raise UserError(
+                "overlap_steps 1 samples while the policy is trained, so its engine must stand apart from the "
+                "trainer; use_vllm true with vllm_mode server works"
+            )
+        if not self.vllm_importance_sampling_correction or "token" not in self.vllm_importance_sampling_mode:
+            raise UserError(
+                "overlap_steps 1 trains on trajectories of older weights, which are corrected token by token; "
+                "vllm_importance_sampling_correction true with vllm_importance_sampling_mode token_truncate works"
+            )
+        if self.algorithm == "ppo":
+            raise UserError(
+                "overlap_steps 1 corrects the policy's loss for older weights, and not the returns that the critic "
+                "of ppo learns from; reinforce, rloo and grpo work"
+            )
+        if self.num_iterations != 1 or self.steps_per_generation != self.gradient_accumulation_steps:
+            raise UserError(
+                "overlap_steps 1 makes one update of each rollout, so that its weights are one step old; "
+                "num_iterations 1 works, with steps_per_generation left out"
+            )
+
     def _check_budgets(self) -> None:
         """Refuse a context in which no search could be followed by an answer."""
         turns = 2 if self.max_turns else 1
@@ -266,6 +299,8 @@ def check_arguments(
         raise UserError("vLLM takes no policy in 8 bits; load_in_4bit true, or use_vllm false, works")
     if args.sync_ref_model and peft_config is not None:
         raise UserError("with LoRA the reference is the base model, which never moves; sync_ref_model false works")
+    if args.overlap_steps and not hasattr(train_dataset, "__len__"):
+        raise UserError("overlap_steps 1 asks the dataset for rows ahead, which one that is streamed cannot give")
     count = len(reward_funcs) if isinstance(reward_funcs, list) else 1
     if args.reward_weights is not None and len(args.reward_weights) != count:
         raise UserError(f"reward_weights has {len(args.reward_weights)} weights for {count} reward functions")

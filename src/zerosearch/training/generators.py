@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from functools import partial
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from trl.models import unwrap_model_for_generation
@@ -12,7 +12,7 @@ from zerosearch.generation import Generator, RemoteGenerator
 from zerosearch.generation.loading import longest_context
 from zerosearch.generation.transformers_engine import TransformersGenerator
 from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url, wait_for_weights
+from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url
 from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def policy_generator(trainer: SearchTrainer) -> Generator | RemoteGenerator:
         longest = longest_context(trainer.model.config, limit)
         return TransformersGenerator(load, tokenizer, trainer.eos_token_ids, longest)
     if args.vllm_mode == "server":
-        ready = partial(wait_for_weights, trainer.accelerator, trainer.vllm_generation)
-        return VLLMServerGenerator(server_url(args), tokenizer, limit, timeout_s=args.turn_timeout_s, ready=ready)
+        if args.overlap_steps:  # a fast tokenizer may refuse to work in two threads at once
+            tokenizer = deepcopy(tokenizer)
+        return VLLMServerGenerator(server_url(args), tokenizer, limit, timeout_s=args.turn_timeout_s)
     if args.vllm_tensor_parallel_size > 1:
         ranks = Ranks(args.vllm_tensor_parallel_size, args.turn_timeout_s)
         return TensorParallelGenerator(ranks, trainer.vllm_generation, tokenizer)

@@ -16,9 +16,10 @@ from zerosearch.files import JsonlLog, read_json, read_jsonl, write_json, write_
 from zerosearch.generation import GenerationError
 from zerosearch.generation.tokenization import decoded_text
 from zerosearch.rollout.statistics import TrajectoryFacts, answer_scores, rollout_metrics
-from zerosearch.rollout.trajectory import RolloutClock, Trajectory
+from zerosearch.rollout.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    from zerosearch.training.overlap import Rollout
     from zerosearch.training.trainer import SearchTrainer
 
 TRAJECTORIES = "trajectories.jsonl"
@@ -26,28 +27,19 @@ QUERIES, EVALUATION_QUERIES = "engine_queries.json", "evaluation_queries.json"  
 WRITTEN = (TRAJECTORIES, QUERIES, EVALUATION_QUERIES)  # in the output folder, beside what TRL writes
 
 
-def log_rollout(
-    trainer: SearchTrainer,
-    rows: Sequence[Mapping[str, Any]],
-    trajectories: list[Trajectory],
-    clock: RolloutClock,
-    failure: Exception | None,
-) -> None:
+def log_rollout(trainer: SearchTrainer, rows: Sequence[Mapping[str, Any]], rollout: Rollout) -> None:
     """Log a rollout over all ranks, count its queries, write down a few trajectories, or the scores of an evaluation.
 
-    `failure` is what ended this rank's rollout, `None` if nothing did. Stops the run with a checkpoint if a rollout
-    failed (raises what this rank's did, or `GenerationError`), or too many searches did (`SearchError`).
+    Stops the run with a checkpoint if a rollout failed (raises what this rank's did, or `GenerationError`), or too
+    many searches did (`SearchError`).
     """
     step, is_training = trainer.state.global_step + 1, trainer.model.training
+    trajectories, failure = rollout.trajectories, rollout.failure
     own_facts = [TrajectoryFacts.of(trajectory) for trajectory in trajectories]
-    engine = trainer.current_engine
-    sent = {account.engine: account.newly_sent() for account in accounts_of(engine)}
-    sent = sent or {engine.name: sum(fact.counts["searches"] + fact.counts["retries"] for fact in own_facts)}
-    ranks = gather_object([(own_facts, clock, failure and f"{failure}", sent)])
+    ranks = gather_object([(own_facts, rollout.clock, failure and f"{failure}", rollout.sent)])
     if trainer.accelerator.is_main_process:
         path = Path(trainer.args.output_dir) / (QUERIES if is_training else EVALUATION_QUERIES)
-        for name in sent:
-            count_queries(path, name, sum(rank_sent[name] for *_, rank_sent in ranks))
+        count_queries(path, [sent for *_, sent in ranks])
     failures = [rank_failure for _, _, rank_failure, _ in ranks if rank_failure is not None]
     if failures:
         trainer.save_progress()
@@ -59,6 +51,8 @@ def log_rollout(
     facts = [fact for rank_facts, *_ in ranks for fact in rank_facts]
     metrics = rollout_metrics(facts, [rank_clock for _, rank_clock, *_ in ranks])
     metrics["search/p_noise"] = trajectories[0].p_noise
+    if trainer.args.overlap_steps and is_training:
+        metrics["sampling/staleness"] = trainer.state.global_step - rollout.weights_step
     for name, value in metrics.items():
         trainer._metrics["train" if is_training else "eval"][name].append(value)
     failed = metrics["search/failed_search"]
@@ -106,10 +100,23 @@ def forget_later_steps(folder: Path, step: int) -> None:
         write_jsonl(path, takewhile(lambda record: record["step"] <= step, records))
 
 
-def count_queries(path: Path, engine: str, sent: int) -> None:
-    """Add what was sent to an engine, retries included, to the count in a file."""
+def newly_sent(engine: SearchEngine, trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Return what a rollout sent to its engine, retries included, or to each of those that it asks.
+
+    An engine without an account has sent what its trajectories say.
+    """
+    sent = {account.engine: account.newly_sent() for account in accounts_of(engine)}
+    counts = [trajectory.counts() for trajectory in trajectories]
+    return sent or {engine.name: sum(count["searches"] + count["retries"] for count in counts)}
+
+
+def count_queries(path: Path, ranks: Sequence[Mapping[str, int]]) -> None:
+    """Add what each rank has sent, by engine, to the counts in a file."""
     queries = read_json(path) if path.exists() else {}
-    write_json(path, {**queries, engine: queries.get(engine, 0) + sent})
+    for sent in ranks:
+        for engine, count in sent.items():
+            queries[engine] = queries.get(engine, 0) + count
+    write_json(path, queries)
 
 
 def costs(folder: Path, engine: SearchEngine, eval_engine: SearchEngine) -> str:

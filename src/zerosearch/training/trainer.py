@@ -8,7 +8,7 @@ and tests hold the names:
 2. `_calculate_rewards` returns the rewards of all ranks, from which the advantages are made;
 3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` skip work that changes no result: see `micro_batches`;
 4. `_compute_loss` is TRL's on the policy's tokens, without the KL for PPO, whose reward holds it;
-5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic, too;
+5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic and what was sampled ahead, too;
 6. `_metrics`, `_logs` and `_log_completion_extra` are what TRL logs and shows, `_step` and `_buffered_inputs` the
    place within an optimizer step, `_last_loaded_step` that of the weights in vLLM, `_current_train_step_time` what the
    step took so far.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +39,7 @@ from zerosearch.generation.adapter_weights import push_merged_copies
 from zerosearch.generation.vllm_server import policy_server_client
 from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
-from zerosearch.rollout.loop import run_rollouts
-from zerosearch.rollout.trajectory import RolloutClock, Trajectory
+from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.advantages import (
     AdvantageFunction,
     custom_advantages,
@@ -54,6 +52,7 @@ from zerosearch.training.critic import Critic
 from zerosearch.training.generators import policy_generator
 from zerosearch.training.likelihoods import log_likelihoods
 from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
+from zerosearch.training.overlap import Rollouts
 from zerosearch.training.runs import forget_later_steps, log_rollout
 from zerosearch.training.sentinel import CollapseSentinel
 
@@ -125,11 +124,19 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         let_quantized_policy_learn(self.model)
         if args.use_vllm and is_peft_model(self.model):
             push_merged_copies(self.vllm_generation)
-        self.generator = policy_generator(self)
+        self.generator, self.rollouts = policy_generator(self), Rollouts(self)
         self.critic: Critic | None = None
         if args.algorithm == "ppo":
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             self.critic = Critic(get_config_model_id(self.model.config), options, args, self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does, and begin nothing further of a rollout ahead when the run is left early."""
+        self.rollouts.forget()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.rollouts.abandon()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler with the order of an epoch made from seed and epoch alone.
@@ -143,6 +150,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Roll out and score this rank's rows, and replace TRL's advantages by ours; an evaluation needs none."""
+        self.rollouts.settle()  # before TRL pushes the weights
         self._handed.rows = inputs
         columns = [name for name in inputs[0] if name != "prompt"]  # before the rollout adds its own
         batch = super()._generate_and_score_completions(inputs)
@@ -281,27 +289,13 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     @staticmethod
     def _rollout(prompts: list[Any], trainer: SearchTrainer) -> dict[str, list[Any]]:
         """TRL `rollout_func` for this rank's rows: a trajectory each, and the fields that reward functions read."""
-        rows, clock = trainer._handed.rows, RolloutClock()
+        rows = trainer._handed.rows
         assert len(prompts) == len(rows)
-        settings = copy(trainer.args)
-        if not trainer.model.training:
-            settings.temperature = 0.0  # an evaluation is greedy
-        trajectories: list[Trajectory] = []
-        failure: Exception | None = None
-        try:
-            trajectories = run_rollouts(
-                rows,
-                trainer.generator,
-                trainer.current_engine,
-                settings,
-                p_noise=trainer._p_noise(),
-                keys=trainer._keys(rows),
-                clock=clock,
-                agent=trainer.agent,
-            )
-        except Exception as error:  # raised in `log_rollout`, once every rank has saved its part of a checkpoint
-            failure = error
-        log_rollout(trainer, rows, trajectories, clock, failure)
+        rollout = trainer.rollouts.of_step(rows)
+        log_rollout(trainer, rows, rollout)
+        if trainer.model.training:
+            trainer.rollouts.begin_next()
+        trajectories = rollout.trajectories
         masks = [trainer._loss_mask(trajectory) for trajectory in trajectories]
         trainer._handed.scored = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
@@ -325,21 +319,21 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             return list(trajectory.logprobs)
         return [p if own else None for p, own in zip(trajectory.logprobs, trajectory.env_mask, strict=True)]
 
-    def _p_noise(self) -> float:
-        """Return the noise of this step; an evaluation inside a training run is free of it."""
+    def _p_noise(self, ahead: int = 0) -> float:
+        """Return the noise of this step, or of one ahead; an evaluation inside a training run is free of it."""
         if not self.model.training:
             return 0.0
-        step = self.state.global_step + 1
+        step = self.state.global_step + 1 + ahead
         p_noise = float(self.noise(step, self.state.max_steps, self.state.log_history))
         if not 0.0 <= p_noise <= 1.0:
             raise UserError(f"the noise function returned {p_noise} at step {step}: a probability lies in [0, 1]")
         return p_noise
 
-    def _keys(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
+    def _keys(self, rows: Sequence[Mapping[str, Any]], ahead: int = 0) -> list[tuple[int, ...]]:
         """Return (seed, step, row, sample) for each row of this rank, the same however many ranks share the batch."""
         group = self._group
         first = self.accelerator.process_index * len(rows)
-        step = self.state.global_step + 1
+        step = self.state.global_step + 1 + ahead
         return [(self.args.seed, step, row_number(row), (first + place) % group) for place, row in enumerate(rows)]
 
     def save_progress(self) -> None:
@@ -348,10 +342,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             self._save_checkpoint(self.model, trial=None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save the critic first: a checkpoint is whole once TRL has written its trainer_state.json."""
+        """Save what is ours first: a checkpoint is whole once TRL has written its trainer_state.json."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.critic is not None and not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             self.critic.save(folder / "critic")
+        if self.args.overlap_steps and not self.args.save_only_model:
+            self.rollouts.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -366,6 +362,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             bases[place], self.lr_scheduler._last_lr[place] = self.args.learning_rate, group["lr"]
         if self.critic is not None:
             self.critic.load(Path(checkpoint) / "critic")
+        self.rollouts.load(Path(checkpoint))
         if self.accelerator.is_main_process:
             forget_later_steps(Path(self.args.output_dir), self.state.global_step)
 

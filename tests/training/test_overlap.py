@@ -1,0 +1,257 @@
+"""Rollouts one step ahead: which weights sample which step, what a resumed run trains on, and what fails when.
+
+The policy's server is a fake that writes turns by seed and by the weights that were pushed to it last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from aiohttp import web
+from http_servers import Server, response_of
+from jsonl_files import rows_of
+from rain import ROWS, RainEngine
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.errors import UserError
+from zerosearch.generation import GenerationError
+from zerosearch.generation.tokenization import text_token_ids
+from zerosearch.rollout.trajectory import Trajectory, Turn
+from zerosearch.training.overlap import NEXT_STEP
+from zerosearch.training.trainer import SearchTrainer
+
+pytestmark = pytest.mark.slow  # TRL imports vLLM for its server mode
+MakeTrainer = Callable[..., SearchTrainer]
+WORDS = "Emma Jane Austen rain novel".split()
+
+
+@dataclass
+class PolicyServer(Server):
+    """As much of a policy's server as a trainer without a GPU talks to; `pushes` counts the weights that it got."""
+
+    tokenizer: Any = None
+    weights: float = 0.0
+    pushes: int = 0
+    turns: int = 0  # in flight
+    refused: set[int] = field(default_factory=set)  # turns asked for after so many pushes
+    takes_pushes: int = 1000
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return response_of(200, {"data": [{"id": "policy", "max_model_len": 2048}]})
+        if request.path == "/server_info":
+            return response_of(200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}})
+        body = await request.json() if request.can_read_body else {}
+        if request.path == "/collective_rpc":
+            assert self.turns == 0, "weights under a trajectory"
+            if self.pushes == self.takes_pushes:
+                return response_of(400, "no room")
+            self.weights = load_file(body["kwargs"]["path"])["lm_head.weight"].double().sum().item()
+            self.pushes += 1
+        return self.turn(body["seed"]) if request.path == "/v1/completions" else response_of(200, {})
+
+    def turn(self, seed: int) -> web.Response:
+        if self.pushes in self.refused:
+            return response_of(400, "out of memory")
+        draw = random.Random(f"{seed} {self.weights}")
+        tag = draw.choice(("search", "search", "answer"))
+        ids = text_token_ids(self.tokenizer, f"<{tag}> {draw.choice(WORDS)} {draw.choice(WORDS)} </{tag}>")
+        logprobs = {"token_logprobs": [-draw.random() for _ in ids]}
+        choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": f"</{tag}>"}
+        return response_of(200, {"choices": [choice]})
+
+
+class Sent:
+    """The account of an engine: what it was sent and not yet asked for."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine, self.sent = engine, 0
+
+    def newly_sent(self) -> int:
+        sent, self.sent = self.sent, 0
+        return sent
+
+
+class WatchedEngine(RainEngine):
+    """Notes for each step how often the server had got weights when it was searched for."""
+
+    def __init__(self, server: PolicyServer, seconds: float = 0.02, **options: Any) -> None:
+        super().__init__(**options)
+        self.server, self.seconds, self.account = server, seconds, Sent(self.name)
+        self.searched: dict[int, set[int]] = {}
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        self.server.turns += 1  # the trajectory is in flight while it waits for its search
+        self.account.sent += 1
+        self.searched.setdefault(request.key[1], set()).add(self.server.pushes)
+        try:
+            await asyncio.sleep(self.seconds)
+            return await super().search(request)
+        finally:
+            self.server.turns -= 1
+
+
+@pytest.fixture
+def server(tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[PolicyServer]:
+    pytest.importorskip("vllm")
+    with PolicyServer(tokenizer=tiny_tokenizer).running() as running:
+        yield running
+
+
+def overlapped(make_trainer: MakeTrainer, engine: WatchedEngine, **settings: Any) -> SearchTrainer:
+    """Return a trainer whose epochs, of twelve questions, have three steps of two micro-batches."""
+    arguments = settings.pop("arguments", None)
+    where = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": engine.server.url}
+    steps = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 5, "overlap_steps": 1}
+    return make_trainer(engine, arguments, **{**where, **steps, **settings})
+
+
+def logged(trainer: SearchTrainer, *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "reward" in entry]
+
+
+def test_each_step_but_the_first_is_sampled_with_the_weights_of_the_step_before(
+    server: PolicyServer, make_trainer: MakeTrainer
+) -> None:
+    engine = WatchedEngine(server)
+    trainer = overlapped(make_trainer, engine, logged_trajectories=16)
+    trainer.train()
+    assert engine.searched == {1: {1}, 2: {1}, 3: {2}, 4: {3}, 5: {4}}, "and nothing for a sixth step"
+    assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
+    assert min(logged(trainer, "sampling/importance_sampling_ratio/max")) > (0.0,)
+    output = trainer.args.output_dir
+    assert json.loads(Path(output, "engine_queries.json").read_text()) == {"rain": len(engine.requests)}
+
+    one_by_one = overlapped(
+        make_trainer, WatchedEngine(server), overlap_steps=0, logged_trajectories=16, output_dir=f"{output}-0"
+    )
+    one_by_one.train()
+    assert "sampling/staleness" not in one_by_one.state.log_history[0]
+    steps, others = (
+        [(row["step"], row["id"], row["p_noise"]) for row in rows_of(Path(one.args.output_dir, "trajectories.jsonl"))]
+        for one in (trainer, one_by_one)
+    )
+    assert steps == others and len({question for _, question, _ in steps}) == 12, "the same questions, over two epochs"
+
+
+@pytest.mark.parametrize("step", [1, 3])  # within an epoch; at its end
+def test_a_resumed_run_trains_on_what_was_sampled_ahead(
+    step: int, server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    engine = WatchedEngine(server)
+    straight = overlapped(make_trainer, engine, save_strategy="steps", save_steps=1)
+    straight.train()
+    sent = json.loads((tmp_path / "policy/engine_queries.json").read_text())
+    assert sent == {"rain": len(engine.requests)}, "what was sent before a checkpoint is counted once"
+    checkpoint = tmp_path / f"policy/checkpoint-{step}"
+    assert not (tmp_path / "policy/checkpoint-5" / NEXT_STEP).exists()
+
+    again = WatchedEngine(server)
+    resumed = overlapped(make_trainer, again, output_dir=tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert sorted(again.searched) == [*range(step + 2, 6)]
+    names = ("step", "loss", "kl", "reward", "sampling/staleness", "search/p_noise")
+    assert logged(resumed, *names) == logged(straight, *names)
+    pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(UserError, match=f"are not those of step {step + 1}: resume with the seed and the dataset"):
+        overlapped(make_trainer, again, seed=7).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_an_evaluation_has_the_weights_of_now_and_queries_of_its_own(
+    server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    engine = WatchedEngine(server)
+    evaluated = WatchedEngine(server)
+    evaluated.account = engine.account  # one service
+    held_out = {"eval_dataset": datasets.Dataset.from_list(ROWS[:8]), "eval_engine": evaluated}
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    trainer = overlapped(make_trainer, engine, arguments=held_out, **settings)
+    trainer.train()
+    assert evaluated.searched == {3: {3}, 5: {5}, 6: {6}}, "after steps 2, 4 and 5"
+    assert engine.searched == {1: {1}, 2: {1}, 3: {2}, 4: {3}, 5: {4}}
+    assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
+    counts = [
+        json.loads((tmp_path / "policy" / name).read_text())
+        for name in ("engine_queries.json", "evaluation_queries.json")
+    ]
+    assert counts == [{"rain": len(engine.requests)}, {"rain": len(evaluated.requests)}]
+
+
+def test_a_rollout_that_fails_fails_the_step_that_would_train_on_it(
+    server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    server.refused = {2}  # the turns of step 3, while step 2 is trained
+    trainer = overlapped(make_trainer, WatchedEngine(server), save_strategy="steps", save_steps=1)
+    with pytest.raises(GenerationError, match=r"step 3 could not be rolled out: .* out of memory"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    checkpoint = tmp_path / "policy/checkpoint-2"
+    assert (tmp_path / "policy/checkpoint-1" / NEXT_STEP).exists() and not (checkpoint / NEXT_STEP).exists()
+
+    engine = WatchedEngine(server, fails=lambda request: request.key[1] == 4)
+    server.refused, server.pushes = set(), 0
+    resumed = overlapped(make_trainer, engine)
+    with pytest.raises(SearchError, match="of step 4 lost a search"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "sampling/staleness") == [(0,), (1,), (0,)], "step 3 begins anew"
+    assert engine.searched == {3: {1}, 4: {1}}
+    assert (tmp_path / "policy/checkpoint-3/trainer_state.json").exists()
+    assert not (tmp_path / "policy/checkpoint-3" / NEXT_STEP).exists()
+
+
+@pytest.mark.parametrize(("overlap_steps", "step"), [(0, 2), (1, 3)])
+def test_weights_that_the_server_does_not_take_fail_the_step_that_they_would_sample(
+    overlap_steps: int, step: int, server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    server.takes_pushes = 1
+    trainer = overlapped(make_trainer, WatchedEngine(server), overlap_steps=overlap_steps)
+    with pytest.raises(GenerationError, match=rf"step {step} could not .* did not take the policy's weights.*no room"):
+        trainer.train()
+    assert (tmp_path / f"policy/checkpoint-{step - 1}/trainer_state.json").exists()
+
+
+def test_a_run_that_is_left_begins_nothing_more(server: PolicyServer, make_trainer: MakeTrainer) -> None:
+    calls: list[int] = []
+
+    def fail_in_the_second_step(**kwargs: Any) -> list[float]:
+        calls.append(len(kwargs["prompts"]))
+        if len(calls) == 2:
+            raise ZeroDivisionError("a defect")
+        return [0.5] * 16
+
+    engine = WatchedEngine(server, seconds=0.5)
+    trainer = overlapped(make_trainer, engine, arguments={"reward_funcs": fail_in_the_second_step})
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.rollouts.settle()
+    assert trainer.rollouts.ahead is not None and trainer.rollouts.ahead.failure is None
+    assert any(one.outcome is None for one in trainer.rollouts.ahead.trajectories), "left where they were"
+    trainer._metrics["train"].clear()
+    trainer.train()
+    assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
+
+
+def test_a_streamed_dataset_is_refused(server: PolicyServer, make_trainer: MakeTrainer) -> None:
+    streamed = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(UserError, match="asks the dataset for rows ahead"):
+        overlapped(make_trainer, WatchedEngine(server), arguments={"train_dataset": streamed})
+
+
+def test_a_trajectory_comes_back_from_json(tmp_path: Path) -> None:
+    turn = Turn("a", "search", "b", 1, documents=("c", "d"), noisy=True, latency_s=0.1)
+    lookup = Turn("", "search", "q", 0, documents=("e",))
+    whole = Trajectory([1], 0.5, [2], [1], [-1 / 3], [turn], "x", "answered", "", lookup, 3)
+    for one in (whole, Trajectory([1], 0.0)):
+        assert Trajectory.from_dict(json.loads(json.dumps(asdict(one)))) == one
