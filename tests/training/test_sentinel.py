@@ -112,7 +112,9 @@ def test_without_a_checkpoint_from_before_there_is_nothing_to_go_back_to(
 ) -> None:
     collapse_from(monkeypatch, steps, above=0)
     saves = SAVES | {"save_steps": save_steps, "on_collapse": "rollback"}
-    with pytest.raises(Collapse, match="no checkpoint is from before it: --save_strategy steps --save_steps N"):
+    with pytest.raises(
+        Collapse, match="no checkpoint is from before it: lower --learning_rate, or keep some by --save_strategy"
+    ):
         train_watched(make_trainer(**saves), None)
 
 

@@ -45,7 +45,7 @@ DONE_BY_THE_POLICY = {"malformed turns", "reward", "search/answered"}
 
 
 class Collapse(Exception):
-    """A run has collapsed. The message names the signs and `checkpoint`, the last whose policy showed none, if any is."""
+    """A run has collapsed. The message names the signs and `checkpoint`, the last whose policy showed none, if any."""
 
     def __init__(self, message: str, checkpoint: Path | None) -> None:
         super().__init__(message)
@@ -77,7 +77,8 @@ class CollapseSentinel(TrainerCallback):
             f"the last healthy checkpoint is {checkpoint}: --resume_from_checkpoint {checkpoint} with a lower "
             "--learning_rate goes on from there"
             if checkpoint
-            else "no checkpoint is from before it: --save_strategy steps --save_steps N keeps some"
+            else "no checkpoint is from before it: lower --learning_rate, or keep some by --save_strategy steps "
+            "--save_steps N"
         )
         raise Collapse(f"the run has collapsed by step {state.global_step} ({found}); {advice}", checkpoint)
 
