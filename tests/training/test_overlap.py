@@ -11,16 +11,19 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from aiohttp import web
 from http_servers import Server, response_of
 from jsonl_files import rows_of
 from rain import ROWS, RainEngine
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
@@ -241,6 +244,20 @@ def test_a_run_that_is_left_begins_nothing_more(server: PolicyServer, make_train
     trainer._metrics["train"].clear()
     trainer.train()
     assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_knows_its_rows_of_the_next_step(rank: int, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(per_device_train_batch_size=8, gradient_accumulation_steps=2)  # on one rank: 16 a step
+    rows = trainer.train_dataset
+    for step in range(1, 7):
+        sampler = trainer._get_train_sampler()
+        sampler.set_epoch(step // 3)
+        share = list(BatchSamplerShard(BatchSampler(sampler, 8, drop_last=False), 2, rank))  # as accelerate's loader
+        trainer.accelerator = SimpleNamespace(num_processes=2, process_index=rank)
+        trainer.state.global_step = step - 1
+        expected = share[step % 3 * trainer.args.steps_per_generation]
+        assert trainer.rollouts._next_rows() == [rows[index] for index in expected]
 
 
 def test_a_streamed_dataset_is_refused(server: PolicyServer, make_trainer: MakeTrainer) -> None:
