@@ -31,7 +31,9 @@ from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
 from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.rollout.trajectory import Trajectory, Turn
+from zerosearch.training import sentinel
 from zerosearch.training.overlap import NEXT_STEP
+from zerosearch.training.sentinel import train_watched
 from zerosearch.training.trainer import SearchTrainer
 
 pytestmark = pytest.mark.slow  # TRL imports vLLM for its server mode
@@ -223,6 +225,23 @@ def test_weights_that_the_server_does_not_take_fail_the_step_that_they_would_sam
     with pytest.raises(GenerationError, match=rf"step {step} could not .* did not take the policy's weights.*no room"):
         trainer.train()
     assert (tmp_path / f"policy/checkpoint-{step - 1}/trainer_state.json").exists()
+
+
+def test_a_rollback_goes_to_a_checkpoint_whose_policy_showed_no_sign(
+    server: PolicyServer, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signs(log: list[dict[str, float]]) -> list[dict[str, str]]:
+        bad = {"kl": "9 (best 0)", "reward": "0 (best 1)"}
+        return [bad if one["step"] >= 4 and one["learning_rate"] == 1e-3 else {} for one in log]
+
+    monkeypatch.setattr(sentinel, "signs_of_collapse", signs)
+    monkeypatch.setattr(sentinel, "PATIENCE", 1)
+    engine = WatchedEngine(server)
+    trainer = overlapped(make_trainer, engine, on_collapse="rollback", save_strategy="steps", save_steps=1)
+    train_watched(trainer, None)
+    # Step 4, sampled ahead, shows what the policy of checkpoint-2 did.
+    assert logged(trainer, "step", "learning_rate") == [(1, 1e-3), (2, 5e-4), (3, 5e-4), (4, 5e-4), (5, 5e-4)]
+    assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
 
 
 def test_a_run_that_is_left_begins_nothing_more(server: PolicyServer, make_trainer: MakeTrainer) -> None:

@@ -69,8 +69,9 @@ class CollapseSentinel(TrainerCallback):
         if self.on_collapse == "warn" or not has_collapsed(signs):
             return
         healthy = max((entry["step"] for entry, found in zip(log, signs, strict=True) if not found), default=0)
-        # What a checkpoint's policy does shows in the log of the step after it.
-        kept = {step: path for step, path in whole_checkpoints(Path(args.output_dir)).items() if step < healthy}
+        # What a checkpoint's policy does shows in the log of the step after it; of the next but one, if sampled ahead.
+        last = healthy - 1 - args.overlap_steps
+        kept = {step: path for step, path in whole_checkpoints(Path(args.output_dir)).items() if step <= last}
         checkpoint = kept[max(kept)] if kept else None
         found = "; ".join(f"{name} {words}" for name, words in signs[-1].items())
         advice = (
