@@ -36,7 +36,7 @@ from trl import ModelConfig, get_peft_config
 from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.data import load_questions
 from zerosearch.engines.account import GOOGLE_USD_PER_QUERY
-from zerosearch.engines.options import EngineOptions
+from zerosearch.engines.options import TrainingEngineOptions
 from zerosearch.errors import UserError
 from zerosearch.files import read_json
 from zerosearch.generation.loading import base_of_adapter, end_token_ids, load_tokenizer, longest_context, model_config
@@ -80,12 +80,13 @@ class PlannedConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         self.launched = read_launch(self.launch)
-        asked = {name: getattr(self, name) for name in ("bf16", "vllm_enable_sleep_mode")}
+        asked = {name: getattr(self, name) for name in ("bf16", "vllm_enable_sleep_mode", "sync_adapter")}
         super().__post_init__()
         self.on_gpu = self.gpu_memory_gb is not None or torch.accelerator.is_available()
         if self.on_gpu:  # as the run has them there, not as they were fitted to a machine without one
             self.bf16 = not self.fp16 if asked["bf16"] is None else asked["bf16"]
             self.vllm_enable_sleep_mode = asked["vllm_enable_sleep_mode"]
+            self.sync_adapter = True if asked["sync_adapter"] is None else asked["sync_adapter"]
 
     def _check_vllm(self) -> None:
         if self.gpu_memory_gb is None:
@@ -121,7 +122,9 @@ def read_launch(path: str | None) -> Launch:
 class Doctor:
     """Checks a run, one thing after another, and keeps the table and what does not fit."""
 
-    def __init__(self, run: RunOptions, options: EngineOptions, config: PlannedConfig, model: ModelConfig) -> None:
+    def __init__(
+        self, run: RunOptions, options: TrainingEngineOptions, config: PlannedConfig, model: ModelConfig
+    ) -> None:
         self.options, self.config, self.model = options, config, model
         name, revision = model.model_name_or_path, model.model_revision
         self.policy = model_config(name, revision, config.trust_remote_code)
@@ -132,6 +135,7 @@ class Doctor:
         writer = ObservationWriter(self.tokenizer, agent, config.max_observation_tokens, kwargs)
         self.prompt_tokens = [len(writer.prompt_ids(row)) for row in tqdm(questions, desc="prompts")]
         self.runtime_bytes = None if config.on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.is_colocated = options.engine == "simulated" and options.simulator == "colocated"
         self.shapes: dict[bool, ModelShape] = {}  # with adapters, and without
         self.rows: list[tuple[str, str]] = []
         self.misfits: list[tuple[str, str]] = []
@@ -148,7 +152,8 @@ class Doctor:
         precision = memory.precision_of(config, config.launched, model.dtype, self.policy.dtype, model.load_in_4bit)
         longest, there = max(self.prompt_tokens), config.device_bytes
         shape, runtime = self.shapes[adapts], self.runtime_bytes
-        parts = memory.device_memory(shape, precision, config, config.launched, longest, there, runtime)
+        asked = (config.launched, longest, there, runtime, int(self.is_colocated))
+        parts = memory.device_memory(shape, precision, config, *asked)
         others = int(config.others_gb * GIB)
         return [*parts, Part("others (--others_gb)", others, others)]
 
@@ -169,7 +174,12 @@ class Doctor:
             problem = f"memory: {max(sums) / GIB:.1f} GiB are needed, and {there / GIB:.1f} are there"
             self.misfits.append((problem, self.smaller_run()))
         if config.use_vllm and config.vllm_mode == "colocate" and config.on_gpu:
-            tokens, longest = memory.engine_cache_tokens(shape, config, there), int(config.vllm_max_model_length or 0)
+            simulators, longest = int(self.is_colocated), int(config.vllm_max_model_length or 0)
+            tokens = memory.engine_cache_tokens(shape, config, there, simulators)
+            by_adapter = shape.adapters and (config.sync_adapter or self.is_colocated)
+            if config.vllm_enable_sleep_mode and by_adapter:  # no sync brings the base back
+                asleep = memory.engine_weight_bytes(shape, config, simulators)
+                self.add("vLLM's base in the host's memory, asleep", f"{asleep / GIB:8.2f}")
             self.add(
                 "keys and values in vLLM", f"{tokens:,} tokens, {tokens / longest:.1f} trajectories of {longest:,}"
             )
@@ -256,7 +266,8 @@ class Doctor:
         self.add("batches")
         self.add("trajectories a step", f"{rows} x {accumulated} x {config.world_size} = {trajectories:,}")
         self.add("questions a step, steps, epochs", f"{asked:,}, {steps:,}, {steps * asked / questions:.2f}")
-        self.add("searches, at most", f"{searches:,} by {self.options.engine}")
+        where = ", in the policy's engine" if self.is_colocated else ""
+        self.add("searches, at most", f"{searches:,} by {self.options.engine}{where}")
         self.add("the same at Google", f"{searches * GOOGLE_USD_PER_QUERY:,.2f} USD")
         if questions < asked:
             fitting = max(questions * accumulated // asked, 1)
@@ -345,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check one thing after another, and print what was found."""
     flags = list(sys.argv[1:] if argv is None else argv)
     usage = "doctor.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
-    doctor = Doctor(*parse(RunOptions, EngineOptions, PlannedConfig, ModelConfig, argv=flags, usage=usage))
+    doctor = Doctor(*parse(RunOptions, TrainingEngineOptions, PlannedConfig, ModelConfig, argv=flags, usage=usage))
     doctor.check_memory()
     doctor.check_tokens()
     doctor.check_tokenizer()

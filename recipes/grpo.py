@@ -22,7 +22,7 @@ from zerosearch.checkpoints import training_run
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines import SearchEngine, SearchError
-from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.engines.options import EngineOptions, TrainingEngineOptions, make_engine
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation import GenerationError
 from zerosearch.generation.loading import check_checkpoint, load_tokenizer, model_options, start_weights
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check what can be checked early, then train, save and push."""
     usage = "grpo.py --config FILE.yaml [--flag VALUE ...]   (--help lists all flags)"
     arguments, options, config, model = parse(
-        RunOptions, EngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
+        RunOptions, TrainingEngineOptions, SearchConfig, ModelConfig, argv=argv, usage=usage
     )
     if (arguments.eval_dataset is None) != (config.eval_strategy == "no"):
         raise UserError("an evaluation in training needs both: --eval_dataset, and --eval_strategy steps or epoch")

@@ -1,6 +1,7 @@
 """What each rank of tests/test_zero3.py runs: `python zero3_ranks.py POLICY OUTPUT CASE...`, alone or under ZeRO-3.
 
-One vLLM engine serves all cases of a process: each trainer pushes its own weights into it before its first rollout.
+One vLLM engine serves all cases of a process, and another one those with adapters: each trainer pushes its own weights
+into it before its first rollout.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, and arg
     "grpo": ({"algorithm": "grpo"}, {}),
     "gathered": ({"algorithm": "grpo", "use_vllm": False}, {}),  # for generation by transformers
     "ppo": (PPO, {}),
-    "lora": (PPO, LORA),
+    "lora": ({**PPO, "sync_adapter": True}, LORA),
     "qlora": ({"algorithm": "reinforce"}, {**LORA, "quantization_config": NF4}),
 }
 
@@ -62,7 +63,8 @@ class Watch(TrainerCallback):
             self.policy = whole_weights(trainer.model)
         elif trainer.use_vllm:
             engine = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
-            self.vllm = {name: weight.detach().clone() for name, weight in engine.named_parameters()}
+            weights = {name.replace(".base_layer", ""): weight for name, weight in engine.named_parameters()}
+            self.vllm = {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def held(model: Any) -> dict[str, int]:
@@ -87,13 +89,14 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def make_one_engine() -> None:
-    """Let TRL make a vLLM engine once, and hand it out again to every further trainer."""
-    make, made = vllm_generation.LLM, []
+    """Let TRL make a vLLM engine of each kind once, and hand it out again to every further trainer."""
+    make, made = vllm_generation.LLM, {}
 
     def engine(**options: Any) -> Any:
-        if not made:
-            made.append(make(**options))
-        return made[0]
+        takes_adapters = "enable_lora" in options
+        if takes_adapters not in made:
+            made[takes_adapters] = make(**options)
+        return made[takes_adapters]
 
     vllm_generation.LLM = engine
 

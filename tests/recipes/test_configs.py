@@ -60,7 +60,7 @@ def test_a_run_of_the_paper(
 def test_every_training_config_is_a_run_of_the_paper_or_small() -> None:
     training = {path.stem for path in RECIPES.glob("configs/*.yaml") if "num_generations:" in path.read_text()}
     small = {"tinyworld", "trl-tinyworld", "hotpotqa-smoke", "smollm2-135m", "smollm2-135m-lora"}
-    assert training == {*PAPER_RUNS, "qwen2.5-3b-one-gpu", *small}
+    assert training == {*PAPER_RUNS, "qwen2.5-3b-one-gpu", "qwen2.5-3b-one-gpu-lora", *small}
 
 
 def test_the_stages_of_smollm2_share_their_budgets_and_its_adapter_is_the_same_run() -> None:
@@ -79,6 +79,16 @@ def test_the_run_on_one_gpu_is_the_papers_without_a_reference_model() -> None:
     changed = {name for name in one if one[name] != four.get(name)}
     batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     assert changed == {"beta", "output_dir", "vllm_gpu_memory_utilization", *batch} and four.keys() <= one.keys()
+    assert one["per_device_train_batch_size"] * one["gradient_accumulation_steps"] == 64 * 5
+
+
+def test_the_run_by_lora_on_one_gpu_is_the_papers_with_its_simulator_in_the_policys_engine() -> None:
+    names = ("qwen2.5-3b", "qwen2.5-3b-one-gpu-lora")
+    four, one = (yaml.safe_load((RECIPES / f"configs/{name}.yaml").read_text()) for name in names)
+    changed = {name for name in one if one[name] != four.get(name)}
+    adapter = {"dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "learning_rate"}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps", "vllm_gpu_memory_utilization"}
+    assert changed == {"output_dir", "simulator", "simulator_model", *adapter, *batch} and four.keys() <= one.keys()
     assert one["per_device_train_batch_size"] * one["gradient_accumulation_steps"] == 64 * 5
 
 

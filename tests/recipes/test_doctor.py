@@ -98,16 +98,32 @@ def test_devices_come_from_the_launch_configuration(
     assert "8 x 1 x 4 = 32" in printed and "memory on each of 4 device(s)" in printed
 
 
-def test_qwen_3b_trains_on_one_gpu_of_80_gb_beside_a_simulator_but_not_with_a_reference_model(
-    settings: dict[str, Any], tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def one_gpu(settings: dict[str, Any], tiny_policy_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of Qwen2.5-3B's runs on one GPU, by its shape alone and on small data."""
     shape = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "vocab_size": 151_936}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True}
     Qwen2Config(**shape, **heads, max_position_embeddings=32_768, dtype="bfloat16").save_pretrained(tmp_path / "qwen")
     AutoTokenizer.from_pretrained(tiny_policy_dir).save_pretrained(tmp_path / "qwen")  # its prompts are longer
-    config = Path(__file__).parents[2] / "recipes/configs/qwen2.5-3b-one-gpu.yaml"
-    one_gpu = {"config": config, "model_name_or_path": tmp_path / "qwen", "dataset": settings["dataset"]}
-    one_gpu |= {"dataset_limit": 12, "gradient_accumulation_steps": 30, "gpu_memory_gb": 80, "others_gb": 10}
+    own = {"model_name_or_path": tmp_path / "qwen", "dataset": settings["dataset"], "dataset_limit": 12}
+    return {"config": ROOT / "recipes/configs/qwen2.5-3b-one-gpu.yaml", "gradient_accumulation_steps": 15, **own}
+
+
+def test_qwen_3b_trains_by_lora_on_one_gpu_of_24_gb_with_the_simulator_in_its_engine(
+    one_gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_gpu |= {"config": ROOT / "recipes/configs/qwen2.5-3b-one-gpu-lora.yaml", "gpu_memory_gb": 24}
+    printed = examined(one_gpu, capsys)
+    assert printed.endswith("verdict: fits\n") and "by simulated, in the policy's engine\n" in printed
+    assert re.search(r"vLLM's base in the host's memory, asleep +5\.86\n", printed)
+    apart = one_gpu | {"simulator": "served", "others_gb": 8}
+    assert "memory: 27." in examined(apart, capsys, fits=False)
+
+
+def test_qwen_3b_trains_on_one_gpu_of_80_gb_beside_a_simulator_but_not_with_a_reference_model(
+    one_gpu: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_gpu |= {"gradient_accumulation_steps": 30, "gpu_memory_gb": 80, "others_gb": 10}
     assert examined(one_gpu, capsys).endswith("verdict: fits\n")
     assert "verdict: fits closely" in examined(one_gpu | {"beta": 0.001}, capsys)
     assert "memory: " in examined(one_gpu | {"gpu_memory_gb": 24}, capsys, fits=False)

@@ -22,6 +22,7 @@ from zerosearch.training.memory import (
     device_memory,
     doubled_columns,
     engine_cache_tokens,
+    engine_weight_bytes,
     full_trajectory,
     longest_trajectory,
     policy_shape,
@@ -142,3 +143,13 @@ def test_the_number_format_is_the_one_asked_for_the_checkpoints_or_deepspeeds(tm
     assert precision_of(config, Launch(), "float32", "torch.bfloat16", False) == MIXED
     assert precision_of(config, Launch(), "auto", "torch.bfloat16", False).weight_bytes == 2
     assert precision_of(config, Launch(4, 3), "float32", None, False).weight_bytes == 2
+
+
+def test_a_simulator_in_the_policys_engine_takes_an_adapter_of_room(shape: ModelShape, tmp_path: Path) -> None:
+    adapted = replace(shape, trained=30_000_000, adapters=True)
+    on_gpu = settings(tmp_path, bf16=True, vllm_gpu_memory_utilization=0.5, vllm_tensor_parallel_size=1)
+    assert engine_weight_bytes(adapted, on_gpu) == 2 * (3_085_938_688 + 30_000_000)
+    assert engine_weight_bytes(adapted, on_gpu, simulators=1) == 2 * (3_085_938_688 + 60_000_000)
+    assert engine_weight_bytes(shape, on_gpu) == 2 * 3_085_938_688
+    alone, shared = (engine_cache_tokens(adapted, on_gpu, 24 * GIB, simulators) for simulators in (0, 1))
+    assert alone - shared == pytest.approx(2 * 30_000_000 / token_bytes(shape, 2), abs=1)

@@ -9,6 +9,7 @@ from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchEngine
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.engines.cache import CachedEngine
+from zerosearch.engines.colocated_simulator import ColocatedSimulator
 from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
 from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
 from zerosearch.engines.search_api import SearchAPIEngine, read_api
@@ -17,6 +18,7 @@ from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
 
 EngineKind = Literal["simulated", "bm25", "retriever", "google", "api"]
+SimulatorPlace = Literal["served", "colocated"]
 
 
 @dataclass
@@ -28,7 +30,8 @@ class SimulatorOptions:
         metadata={"help": "For simulated: its address; several, with commas between them, share the searches."},
     )
     simulator_model: str | None = field(
-        default=None, metadata={"help": "For simulated: the model to ask for. Default: the one that is served."}
+        default=None,
+        metadata={"help": "For simulated: the model to ask for, or a colocated adapter. Default: the one served."},
     )
     simulator_max_tokens: int = field(
         default=600, metadata={"help": "For simulated: longest reply, in tokens.", "min": 1}
@@ -40,9 +43,11 @@ class SimulatorOptions:
         default=False, metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."}
     )
 
-    def make_simulator(self, template: SimulatorTemplate, num_documents: int) -> SimulatedEngine:
+    def make_simulator(
+        self, template: SimulatorTemplate, num_documents: int, kind: type[SimulatedEngine] = SimulatedEngine
+    ) -> SimulatedEngine:
         """Return the simulator, asked in the words of `template` (zerosearch.prompts) for so many documents."""
-        return SimulatedEngine(
+        return kind(
             self.simulator_url,
             self.simulator_model,
             template,
@@ -116,6 +121,30 @@ class EngineOptions(SimulatorOptions):
         check_bounds(self)
         if self.search_cache_only and self.search_cache is None:
             raise UserError("--search_cache_only needs --search_cache, the file to answer from")
+
+
+@dataclass
+class TrainingEngineOptions(EngineOptions):
+    """Which search engine a policy is trained with: its simulator may live in the policy's own vLLM engine."""
+
+    simulator: SimulatorPlace = field(
+        default="served",
+        metadata={
+            "help": "For simulated: served at its address; or colocated, in the vLLM engine of a policy with LoRA, as "
+            "an adapter over the same base."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.simulator not in get_args(SimulatorPlace):
+            raise UserError(f"simulator is {self.simulator!r}: it must be served or colocated")
+
+    def make_simulator(
+        self, template: SimulatorTemplate, num_documents: int, kind: type[SimulatedEngine] = SimulatedEngine
+    ) -> SimulatedEngine:
+        colocated = self.simulator == "colocated"
+        return super().make_simulator(template, num_documents, ColocatedSimulator if colocated else kind)
 
 
 def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -> SearchEngine:

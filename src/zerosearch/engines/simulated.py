@@ -178,7 +178,16 @@ class SimulatedEngine:
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
     ) -> tuple[tuple[str, ...], int]:
-        """Return the documents of one reply, and how often the call was retried. Raises `ServiceError`."""
+        """Return the documents of one reply, and how often the call was retried."""
+        seed = int(keyed_uniform(*key, attempt) * 2**31) if key else None
+        text, retries = await self._reply(messages, seed)
+        text = without_thoughts(text)
+        self.counts.replies += 1
+        self.counts.well_formed_replies += is_well_formed(text, self.num_documents)
+        return split_documents(text, self.num_documents), retries
+
+    async def _reply(self, messages: list[dict[str, str]], seed: int | None) -> tuple[str, int]:
+        """Return the text of one reply, and how often the call was retried. Raises `ServiceError`."""
         if self.model is None:
             urls = [f"{url}/models" for url in self.base_urls]
             models, _ = await self.client.request("GET", urls, read=read_models, timeout_s=CHECK_TIMEOUT_S)
@@ -190,8 +199,8 @@ class SimulatedEngine:
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
-        if key:
-            body["seed"] = int(keyed_uniform(*key, attempt) * 2**31)
+        if seed is not None:
+            body["seed"] = seed
         urls = [f"{url}/chat/completions" for url in self.base_urls]
         try:
             reply, retries = await self.client.request(
@@ -201,12 +210,9 @@ class SimulatedEngine:
             if sent is not messages or not SYSTEM_REFUSED.search(error.reason):
                 raise
             self._sends_system_message = False
-            documents, retries = await self._ask(messages, key, attempt)
-            return documents, retries + 1
-        text = without_thoughts(reply.text)
-        self.counts.replies += 1
-        self.counts.well_formed_replies += is_well_formed(text, self.num_documents)
-        return split_documents(text, self.num_documents), retries
+            text, retries = await self._reply(messages, seed)
+            return text, retries + 1
+        return reply.text, retries
 
     async def _check(self) -> None:
         try:

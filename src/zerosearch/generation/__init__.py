@@ -5,7 +5,8 @@ Three kinds of generator, by where the work is done:
 1. `Generator`: in this thread. `submit` hands it a turn, `step` advances the turns in flight by at least one token and
    returns those that ended, so a new turn joins while others are still being decoded (`vllm_colocated`,
    `transformers_engine`).
-2. `CollectiveGenerator`: in this thread and, in step, in those of other ranks (`vllm_tensor_parallel`).
+2. `SharedGenerator`: in this thread, by an engine that also works for others: in step with other ranks
+   (`vllm_tensor_parallel`), or for a simulator (`vllm_two_adapters`).
 3. `RemoteGenerator`: behind a network. `sample` is awaited for each turn, on the loop that searches run on, and the
    rollout sleeps until the first turn or search arrives (`vllm_server`, `chat_endpoint`).
 
@@ -96,15 +97,16 @@ class Generator(Protocol):
 
 
 @runtime_checkable
-class CollectiveGenerator(Generator, Protocol):
-    """A generator whose every step is a collective call: all ranks make the same calls in the same order.
+class SharedGenerator(Generator, Protocol):
+    """A generator whose engine also works for others: other ranks, or a simulator whose replies this rollout awaits.
 
-    A rank that has no turn in flight calls `attend` instead of `step`, again and again while it waits for searches;
-    leaving the session waits until every rank is done with its rollout.
+    A rollout that has no turn in flight calls `attend` instead of `step`, again and again while it waits for searches.
+    Between ranks every step is a collective call: all make the same calls in the same order, and leaving the session
+    waits until every rank is done with its rollout.
     """
 
     def attend(self) -> None:
-        """Take part in what the other ranks do. Returns soon, also when no rank has anything to do."""
+        """Take part in what others need of the engine. Returns soon, also when there is nothing to do."""
         ...
 
 

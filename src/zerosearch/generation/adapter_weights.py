@@ -3,7 +3,7 @@
 TRL 1.16 merges the adapters into the policy itself, reads its weights, and unmerges them. That rounds the base twice a
 push, so that base and reference drift from the checkpoint, and quantizes a 4-bit base anew each time, whose packed
 bytes vLLM 0.31 cannot read. Under ZeRO-3 it gathers the whole policy at once. Here each weight is gathered and merged
-by itself, in a copy.
+by itself, in a copy. A plain LoRA needs none of this in a colocated engine: `vllm_adapters`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def push_merged_copies(generation: VLLMGeneration) -> None:
         generation._iter_named_params = partial(merged_weights, generation)
 
 
-def merged_weights(generation: VLLMGeneration) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each weight of the policy under vLLM's name. Under ZeRO-3 every rank must go through all of them."""
+def merged_weights(generation: VLLMGeneration, merge: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each weight of the policy under vLLM's name; of its base alone, without `merge`.
+
+    Under ZeRO-3 every rank must go through all of them.
+    """
     model = generation.model
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -43,7 +46,7 @@ def merged_weights(generation: VLLMGeneration) -> Iterator[tuple[str, torch.Tens
         adapters = [weight for part, weight in layer.named_parameters() if model.prefix in part] if layer else []
         with generation._dist.gather_params([parameter, *adapters]), torch.no_grad():
             weight = dequantized(parameter)
-            if kind == "weight" and adapters:
+            if merge and kind == "weight" and adapters:
                 weight = merged(layer, weight)
             bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield generation._fix_param_name_to_vllm(bare, ["modules_to_save.default."]), weight

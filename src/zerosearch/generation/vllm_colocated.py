@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
     from vllm import LLM, RequestOutput
 
+    from zerosearch.generation.vllm_adapters import PolicyAdapter
+
 
 # Of every turn that vLLM samples, in this process or behind its server.
 TURN_OPTIONS = {
@@ -28,12 +30,21 @@ TURN_OPTIONS = {
 class VLLMGenerator:
     """Drive a vLLM engine that lives in this process: a turn is admitted the moment it is submitted."""
 
-    def __init__(self, llm: LLM, tokenizer: PreTrainedTokenizerBase, colocated: VLLMGeneration | None = None) -> None:
-        """Take the engine and, in training, TRL's owner of it, which knows about sleep and weights."""
+    def __init__(
+        self,
+        llm: LLM,
+        tokenizer: PreTrainedTokenizerBase,
+        colocated: VLLMGeneration | None = None,
+        adapter: PolicyAdapter | None = None,
+    ) -> None:
+        """Take the engine and, in training, TRL's owner of it, which knows about sleep and weights.
+
+        `adapter` is the policy's where the engine holds it apart from its base.
+        """
         self.llm = llm
         self.engine = llm.llm_engine
         self.tokenizer = tokenizer
-        self.colocated = colocated
+        self.colocated, self.adapter = colocated, adapter
         self.max_context_tokens = self.engine.model_config.max_model_len
         self.numbers = count()
         self.in_flight: dict[str, TurnRequest] = {}
@@ -63,7 +74,7 @@ class VLLMGenerator:
             self.engine.abort_request(list(self.in_flight))  # only when the rollout was left by an error
             self.in_flight.clear()
             if self.colocated is not None and sleeps:
-                self.llm.sleep(level=2)
+                self.llm.sleep(level=1 if self.adapter else 2)  # a base that no sync brings waits in the host's memory
                 self.colocated._llm_weights_sleeping = True
 
     def submit(self, request: TurnRequest) -> None:
@@ -74,7 +85,8 @@ class VLLMGenerator:
         number = str(next(self.numbers))
         params = self.params(seed=request.seed, max_tokens=request.max_new_tokens)
         self.in_flight[number] = request
-        self.engine.add_request(number, {"prompt_token_ids": list(request.context_ids)}, params)
+        adapter = self.adapter.request if self.adapter else None
+        self.engine.add_request(number, {"prompt_token_ids": list(request.context_ids)}, params, lora_request=adapter)
         return number
 
     def step(self) -> list[SampledTurn]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl.generation.vllm_generation import VLLMGeneration
 
+    from zerosearch.generation.vllm_adapters import PolicyAdapter
+
 REST_S = 0.002  # between two looks, while every rank waits for searches
 
 
@@ -75,8 +77,14 @@ class TensorParallelGenerator(VLLMGenerator):
     Every rank hands the turns of all of them to its part of the engine, by rank, and keeps what comes of its own.
     """
 
-    def __init__(self, ranks: Ranks, colocated: VLLMGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(colocated.llm, tokenizer, colocated)
+    def __init__(
+        self,
+        ranks: Ranks,
+        colocated: VLLMGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: PolicyAdapter | None = None,
+    ) -> None:
+        super().__init__(colocated.llm, tokenizer, colocated, adapter)
         self.ranks = ranks
 
     @contextmanager

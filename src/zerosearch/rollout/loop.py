@@ -24,12 +24,12 @@ from zerosearch.command_line import check_bounds
 from zerosearch.engines import BudgetSpent, SearchEngine, SearchError, SearchRequest
 from zerosearch.files import json_object
 from zerosearch.generation import (
-    CollectiveGenerator,
     GenerationError,
     Generator,
     RemoteGenerator,
     SampledTurn,
     Sampling,
+    SharedGenerator,
     TurnRequest,
 )
 from zerosearch.generation.tokenization import decoded_text, special_ids
@@ -249,7 +249,7 @@ class _Rollout:
         if self.local and self.num_generating:
             return self.in_flight.done()
         with self.clock.timing("generating_s" if self.num_generating else "waiting_s"):
-            if isinstance(self.local, CollectiveGenerator):
+            if isinstance(self.local, SharedGenerator):
                 with self.watchdog.watching():
                     self.local.attend()
                 return self.in_flight.done()

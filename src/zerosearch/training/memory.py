@@ -213,8 +213,11 @@ def device_memory(
     prompt_tokens: int,
     device_bytes: int,
     cpu_runtime_bytes: int | None = None,
+    simulators: int = 0,
 ) -> list[Part]:
     """Return what a run takes on each device, part by part, at its worst: every trajectory as long as it can get.
+
+    `simulators` is 1 where one shares the policy's engine.
 
     `device_bytes` is the memory of a device, of which vLLM takes a share. `cpu_runtime_bytes` is the memory of this
     program and its libraries, where the device is the machine itself; None on a GPU.
@@ -236,7 +239,8 @@ def device_memory(
     activations = activation_bytes(shape, precision, rows, tokens, config.gradient_checkpointing)
     parts.append(Part(f"activations of {rows} x {tokens:,} tokens", activations, 0))
     parts.append(Part("logits of the policy's tokens", head_bytes(shape, precision, rows, tokens, on_cpu), 0))
-    parts.append(_generation_part(shape, precision, config, launch, prompt_tokens, device_bytes, on_cpu))
+    generating = (shape, precision, config, launch, prompt_tokens, device_bytes, on_cpu, simulators)
+    parts.append(_generation_part(*generating))
     runtime = CUDA_RUNTIME_BYTES if cpu_runtime_bytes is None else cpu_runtime_bytes
     name = "Python and its libraries" if on_cpu else "CUDA, workspaces, fragments (estimate)"
     return [*parts, Part(name, runtime, runtime)]
@@ -250,6 +254,7 @@ def _generation_part(
     prompt_tokens: int,
     device_bytes: int,
     on_cpu: bool,
+    simulators: int,
 ) -> Part:
     if not config.use_vllm:
         trajectories = config.per_device_train_batch_size * config.steps_per_generation
@@ -263,21 +268,25 @@ def _generation_part(
         return Part("vLLM: on devices of its own", 0, 0)
     if on_cpu:
         cache = int(cpu_cache_space()["VLLM_CPU_KVCACHE_SPACE"]) * GIB
-        held = engine_weight_bytes(shape, config) + cache
+        held = engine_weight_bytes(shape, config, simulators) + cache
         return Part("vLLM: weights, keys and values", held, held)
     share = int(config.vllm_gpu_memory_utilization * device_bytes)
     return Part("vLLM: its share of the device", 0 if config.vllm_enable_sleep_mode else share, share)
 
 
-def engine_weight_bytes(shape: ModelShape, config: SearchConfig) -> int:
-    """Return the bytes of the weights in the colocated vLLM engine, whose format is that of the training."""
+def engine_weight_bytes(shape: ModelShape, config: SearchConfig, simulators: int = 0) -> int:
+    """Return the bytes of the weights in the colocated vLLM engine, whose format is that of the training.
+
+    With LoRA it holds the policy's adapter beside the base, and room of that size for each simulator.
+    """
     number = 2 if config.bf16 or config.fp16 else 4
-    return number * shape.parameters // config.vllm_tensor_parallel_size
+    adapters = (1 + simulators) * shape.trained * shape.adapters
+    return number * (shape.parameters + adapters) // config.vllm_tensor_parallel_size
 
 
-def engine_cache_tokens(shape: ModelShape, config: SearchConfig, device_bytes: int) -> int:
+def engine_cache_tokens(shape: ModelShape, config: SearchConfig, device_bytes: int, simulators: int = 0) -> int:
     """Return for how many tokens a colocated engine on a GPU has room, keys and values; less than 0: for none."""
     number = 2 if config.bf16 or config.fp16 else 4
     room = int(config.vllm_gpu_memory_utilization * device_bytes) - ENGINE_WORKSPACE_BYTES
-    room -= engine_weight_bytes(shape, config)
+    room -= engine_weight_bytes(shape, config, simulators)
     return room // (token_bytes(shape, number) // config.vllm_tensor_parallel_size)

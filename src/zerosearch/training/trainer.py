@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
@@ -35,7 +35,6 @@ from zerosearch.checkpoints import FinishedRuns, whole_checkpoints
 from zerosearch.data import row_number
 from zerosearch.engines import SearchEngine
 from zerosearch.errors import UserError
-from zerosearch.generation.adapter_weights import push_merged_copies
 from zerosearch.generation.vllm_server import policy_server_client
 from zerosearch.generation.vllm_workarounds import colocated_engine_options, let_quantized_policy_learn
 from zerosearch.prompts import PAPER, Agent
@@ -49,7 +48,7 @@ from zerosearch.training.advantages import (
 )
 from zerosearch.training.config import SearchConfig, check_arguments
 from zerosearch.training.critic import Critic
-from zerosearch.training.generators import policy_generator
+from zerosearch.training.generators import engine_adapters, policy_generator
 from zerosearch.training.likelihoods import log_likelihoods
 from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
 from zerosearch.training.overlap import Rollouts
@@ -115,15 +114,14 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             kwargs[name] = with_prompts(kwargs.get(name), agent)
         check_arguments(args, **kwargs)
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        with warnings.catch_warnings(), colocated_engine_options(dtype), policy_server_client():
+        lora = engine_adapters(args, [self.engine, self.eval_engine], **kwargs)
+        with warnings.catch_warnings(), colocated_engine_options(dtype, lora), policy_server_client():
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(args=args, rollout_func=SearchTrainer._rollout, **kwargs)
         self.add_callback(CollapseSentinel(args.on_collapse))
         if args.on_collapse == "rollback" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise UserError("on_collapse rollback works unsharded; with stop, resume from the checkpoint it names")
         let_quantized_policy_learn(self.model)
-        if args.use_vllm and is_peft_model(self.model):
-            push_merged_copies(self.vllm_generation)
         self.generator, self.rollouts = policy_generator(self), Rollouts(self)
         self.critic: Critic | None = None
         if args.algorithm == "ppo":
