@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from aiohttp import web
-from http_servers import Server, response_of
+from http_servers import Server, free_ports, response_of
 from jsonl_files import rows_of
 from rain import ROWS, RainEngine
 from safetensors.torch import load_file
@@ -38,6 +41,7 @@ from zerosearch.training.trainer import SearchTrainer
 
 pytestmark = pytest.mark.slow  # TRL imports vLLM for its server mode
 MakeTrainer = Callable[..., SearchTrainer]
+ROOT = Path(__file__).parents[2]
 WORDS = "Emma Jane Austen rain novel".split()
 
 
@@ -51,6 +55,7 @@ class PolicyServer(Server):
     turns: int = 0  # in flight
     refused: set[int] = field(default_factory=set)  # turns asked for after so many pushes
     takes_pushes: int = 1000
+    reads_weights: bool = True  # else turns depend on `pushes`
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/v1/models":
@@ -69,7 +74,7 @@ class PolicyServer(Server):
     def turn(self, seed: int) -> web.Response:
         if self.pushes in self.refused:
             return response_of(400, "out of memory")
-        draw = random.Random(f"{seed} {self.weights}")
+        draw = random.Random(f"{seed} {self.weights if self.reads_weights else self.pushes}")
         tag = draw.choice(("search", "search", "answer"))
         ids = text_token_ids(self.tokenizer, f"<{tag}> {draw.choice(WORDS)} {draw.choice(WORDS)} </{tag}>")
         logprobs = {"token_logprobs": [-draw.random() for _ in ids]}
@@ -277,6 +282,51 @@ def test_a_rank_knows_its_rows_of_the_next_step(rank: int, make_trainer: MakeTra
         trainer.state.global_step = step - 1
         expected = share[step % 3 * trainer.args.steps_per_generation]
         assert trainer.rollouts._next_rows() == [rows[index] for index in expected]
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from rain import RainEngine, rain_trainer
+
+policy, output, url, checkpoint = sys.argv[1:]
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+trainer = rain_trainer(
+    policy, output, RainEngine(), use_vllm=True, vllm_mode="server", vllm_server_base_url=url, overlap_steps=1,
+    per_device_train_batch_size=8 // ranks, gradient_accumulation_steps=2, max_steps=4, save_strategy="steps",
+    save_steps=2,
+)
+trainer.train(resume_from_checkpoint=checkpoint or None)
+if trainer.accelerator.is_main_process:
+    Path(output, "log.json").write_text(json.dumps(trainer.state.log_history))
+"""
+ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml"))
+
+
+def test_two_ranks_sample_ahead_as_one_does(server: PolicyServer, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    server.reads_weights = False  # those of two ranks are rounded otherwise
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    ranks = (*ZERO3, "--main_process_port", str(free_ports()))
+    logs = []
+    for name, launcher, resumed in (("one", (), ""), ("two", ranks, ""), ("again", ranks, "two/checkpoint-2")):
+        server.pushes = 2 if resumed else 0
+        command = [*launcher, script, tiny_policy_dir, tmp_path / name, server.url, resumed and tmp_path / resumed]
+        done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        log = json.loads((tmp_path / name / "log.json").read_text())
+        logs.append([(one["step"], one["reward"], one["sampling/staleness"]) for one in log if "reward" in one])
+        sent = json.loads((tmp_path / name / "engine_queries.json").read_text())["rain"]
+        assert resumed or sent == 2 * sum(16 * one["search/searches"] for one in log if "reward" in one)
+    assert logs[0] == logs[1] == logs[2]
+    assert [staleness for *_, staleness in logs[0]] == [0, 1, 1, 1]
+    kept = [rows_of(tmp_path / name / "checkpoint-2" / NEXT_STEP) for name in ("one", "two")]
+    assert [[one["key"], one["trajectory"]["completion_ids"]] for one in kept[0]] == [
+        [one["key"], one["trajectory"]["completion_ids"]] for one in kept[1]
+    ]
 
 
 def test_a_streamed_dataset_is_refused(server: PolicyServer, make_trainer: MakeTrainer) -> None:
