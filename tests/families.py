@@ -37,28 +37,63 @@ MISTRAL_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Family:
-    """What tells the tokenizer of a family from others."""
+    """What tells the tokenizer of a family from others, and its row in recipes/README.md."""
 
+    title: str
     template: str
     special: tuple[str, ...]
     eos: str
     bos: str | None = None
     added: tuple[str, ...] = ()  # added tokens that are not special
     has_pieces: bool = False  # of SentencePiece, with a space put in front, and bytes for what it lacks
+    model_type: str = "llama"
+    caller: str | None = None  # the agent whose calls the template writes
+    thinks: str = "-"
+    has_windows: bool = False  # attention that transformers' generation here refuses
+
+    @property
+    def agents(self) -> list[str]:
+        """Return the agents that a step is trained with."""
+        return [] if self.has_windows else ["policy", self.caller] if self.caller else ["policy"]
+
+    @property
+    def row(self) -> str:
+        template = f"`{self.template.removesuffix('.jinja')}`" if self.template else "written in the test"
+        caller, steps = (f"`{self.caller}`", "tags, calls") if self.caller else ("refused", "tags")
+        steps = "needs vLLM, not tried" if self.has_windows else steps
+        eos, exact = self.eos.replace("|", r"\|"), "yes, SentencePiece" if self.has_pieces else "yes"
+        return f"| {self.title} | {template} | {self.thinks} | {caller} | `{eos}` | {exact} | {steps} |"
 
 
 QWEN3_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+PHI3 = ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+
+
+def qwen(title: str, template: str, added: tuple[str, ...] = QWEN3_TAGS, **more: Any) -> Family:
+    return Family(title, template, CHATML, "<|im_end|>", added=added, **({"model_type": "qwen3"} | more))
+
+
+def llama(title: str, template: str, caller: str | None = "bare-tools") -> Family:
+    return Family(title, template, LLAMA3, "<|eot_id|>", "<|begin_of_text|>", caller=caller)
+
+
+def gemma(title: str, template: str, **more: Any) -> Family:
+    return Family(title, template, GEMMA, "<end_of_turn>", "<bos>", **more)
+
+
 FAMILIES = {
-    "qwen2.5": Family("qwen2_5.jinja", CHATML, "<|im_end|>", added=QWEN3_TAGS[:2]),
-    "qwen3": Family("qwen3.jinja", CHATML, "<|im_end|>", added=QWEN3_TAGS),
-    "llama3.1": Family("llama3_1.jinja", LLAMA3, "<|eot_id|>", "<|begin_of_text|>"),
-    "llama3.2": Family("llama3_2.jinja", LLAMA3, "<|eot_id|>", "<|begin_of_text|>"),
-    "gemma": Family("gemma.jinja", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<bos>"),
-    "gemma3": Family("gemma3.jinja", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<bos>"),
-    "phi3": Family(
-        "phi3.jinja", ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), "<|end|>", "<s>"
-    ),
-    "mistral": Family("", ("<s>", "</s>"), "</s>", "<s>", has_pieces=True),
+    "qwen2.5": qwen("Qwen2.5", "qwen2_5.jinja", QWEN3_TAGS[:2], model_type="qwen2", caller="tools"),
+    "qwen3": qwen("Qwen3", "qwen3.jinja", caller="tools", thinks="on, off"),
+    "qwen3-2507": qwen("Qwen3 Instruct 2507", "qwen3_instruct_2507.jinja", caller="tools"),
+    "qwen3.5": qwen("Qwen3.5", "qwen3_5_think.jinja", thinks="on"),
+    "llama3": llama("Llama 3", "llama3.jinja", None),
+    "llama3.1": llama("Llama 3.1", "llama3_1.jinja"),
+    "llama3.2": llama("Llama 3.2", "llama3_2.jinja"),
+    "gemma": gemma("Gemma", "gemma.jinja", model_type="gemma"),
+    "gemma3": gemma("Gemma 3", "gemma3.jinja", has_windows=True),
+    "phi3": Family("Phi 3", "phi3.jinja", PHI3, "<|end|>", "<s>", model_type="phi3"),
+    "mistral": Family("Mistral 7B", "", ("<s>", "</s>"), "</s>", "<s>", has_pieces=True, model_type="mistral"),
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from families import FAMILIES, family_tokenizer
+from recipe_modules import ROOT
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator
 from transformers import LlamaTokenizer
 from transformers.integrations.mistral import convert_tekken_tokenizer
@@ -28,7 +30,7 @@ ANSWER = "<think>\nIt is she.\n</think>\n\n<answer> Jane Austen </answer>"
 OBSERVATION = "\n\n<information>Doc 1: It rains.</information>\n\n"
 TEXTS = [OBSERVATION, "x", " x", "</s><|im_end|> [INST]</tool_call>", "é\n\n  y", "\n"]
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|eot_id|>")
-CALLERS = {"qwen2.5": "tools", "qwen3": "tools", "llama3.1": "bare-tools", "llama3.2": "bare-tools"}
+CALLERS = {name: family.caller for name, family in FAMILIES.items() if family.caller}
 
 every = pytest.mark.parametrize("name", FAMILIES)
 caller = pytest.mark.parametrize("name", CALLERS)
@@ -175,23 +177,19 @@ def test_qwen3_s_thinking_is_switched_off_by_its_template() -> None:
     assert decoded_text(tokenizer, contexts[0]).endswith("assistant\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "agent", "message"),
-    [
-        ("gemma", "tools", "the model's chat template has no place for what a tool replies"),
-        (
-            "mistral",
-            "tools",
-            "the model's chat template has no place for what a tool replies|does not write a search as",
-        ),
-        ("phi3", "tools", "does not write a search as the agent 'tools' does: <tool_call>"),
-        ("qwen3", "bare-tools", "does not write a search as the agent 'bare-tools' does"),
-        ("llama3.1", "tools", "does not write a search as the agent 'tools' does"),
-    ],
-)
-def test_a_template_that_does_not_fit_the_agent_is_one_sentence(name: str, agent: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+@every
+@pytest.mark.parametrize("agent", ["tools", "bare-tools"])
+def test_a_template_that_does_not_fit_the_agent_is_one_sentence(name: str, agent: str) -> None:
+    message = f"template (has no place for what a tool replies|does not write a search as the agent '{agent}' does: )"
+    refused = nullcontext() if CALLERS.get(name) == agent else pytest.raises(UserError, match=message)
+    with refused:
         ObservationWriter(family_tokenizer(name), PAPER.agents[agent], 100)
+
+
+def test_the_table_of_families_is_what_these_tests_try() -> None:
+    text = (ROOT / "recipes/README.md").read_text()
+    table = text[text.index("| family | template |") :].partition("\n\n")[0]
+    assert table.split("\n")[2:] == [family.row for family in FAMILIES.values()]
 
 
 def test_without_a_template_there_are_no_tools_and_no_template_options() -> None:
