@@ -5,11 +5,11 @@
 Each stage is another recipe, run as a user would run it, with its output in OUTPUT_DIR/logs: model (SmolLM2-135M) ->
 split of the questions -> cold start -> simulator data and tuning -> its fidelity -> evaluation before -> RL against
 the served simulator alone -> evaluation after, with BM25 over real passages -> report.html. The defaults are a small
-run: it shows that everything works, not what the method can do. A long run is the same command with larger numbers,
-and flags that are not its own go to recipes/grpo.py:
+run: it shows that everything works, not what the method can do. A long run is the same command with larger numbers
+(minutes a stage on a GPU), and flags that are not its own go to recipes/grpo.py (--algorithm grpo --baseline none):
 
-    python recipes/smollm.py --data DATA --output_dir outputs/smollm-long --cold_start_steps 44 --simulator_steps 150 \
-        --fidelity_queries 300 --num_questions 500 --rl_steps 200 --rl_questions 8 --algorithm grpo --baseline none
+    python recipes/smollm.py --data DATA --output_dir outputs/smollm-long --cold_start_steps 44 --gaps 6000 \
+        --simulator_steps 1400 --fidelity_queries 300 --num_questions 500 --rl_steps 200 --rl_questions 32
 
 Whatever stops it: the same command goes on, with the checkpoint of the stage that was under way. DATA holds
 qa_multihop.jsonl, qa_train.jsonl, search_traces.jsonl and wiki_passages.jsonl (data/README.md says what they are).
@@ -55,6 +55,7 @@ class SmollmArguments:
     seed: int = 0
     cold_start_steps: int = field(default=8, metadata={"min": 1, "help": "Steps of eight demonstrations."})
     simulator_steps: int = field(default=12, metadata={"min": 1, "help": "Steps of eight searches."})
+    gaps: int = field(default=1000, metadata={"min": 1, "help": "Gaps in passages, for the simulator to learn from."})
     fidelity_queries: int = field(default=20, metadata={"min": 2, "help": "Held-out searches to measure with."})
     rl_steps: int = field(default=3, metadata={"min": 1, "help": "Steps of RL."})
     rl_questions: int = field(default=4, metadata={"min": 1, "help": "Questions a step, five trajectories each."})
@@ -74,6 +75,7 @@ class Smollm:
         self.data = Path(arguments.data).resolve()
         self.model = Path(arguments.models_dir, MODEL).resolve()
         self.stages = Stages(folder / "logs", ROOT)
+        self.on_gpu = torch.accelerator.is_available()
 
     def prepare(self) -> None:
         """Get the model and split the questions."""
@@ -99,7 +101,8 @@ class Smollm:
         sets += flags(traces=self.folder / "data/simulator.jsonl", output_dir=searches)
         self.stages.run("searches", "recipes/build_simulator_data.py", *sets, makes=searches / "README.md")
         gaps, more_searches = self.folder / "data/cloze.jsonl", self.folder / "cloze-data"
-        made = flags(corpus=self.data / "wiki_passages.jsonl", leave_out=self.folder / "data/test.jsonl", output=gaps)
+        made = flags(corpus=self.data / "wiki_passages.jsonl", leave_out=self.folder / "data/test.jsonl")
+        made += flags(output=gaps, num_searches=self.arguments.gaps)
         self.stages.run("gaps", "data/cloze_searches.py", *made, makes=gaps)
         sets = flags(traces=gaps, num_documents=3, p_test=0.0, output_dir=more_searches, overwrite_output_dir=True)
         self.stages.run("more searches", "recipes/build_simulator_data.py", *sets, makes=more_searches / "README.md")
@@ -117,6 +120,8 @@ class Smollm:
     def sft(self, config: str, steps: int, folder: Path) -> list[str]:
         """Return what both trainings of SmolLM2 are told."""
         how = flags(config=CONFIGS / f"{config}.yaml", model_name_or_path=self.model, max_steps=steps)
+        if self.on_gpu:  # the same eight examples a step
+            how += flags(bf16=True, per_device_train_batch_size=8, gradient_accumulation_steps=1)
         return how + flags(output_dir=folder, seed=self.arguments.seed, save_steps=1 + steps // 20) + go_on(folder)
 
     def train(self) -> None:
@@ -126,11 +131,16 @@ class Smollm:
         if made.exists():
             return
         how = flags(config=CONFIGS / f"{given.config}.yaml", max_steps=given.rl_steps, seed=given.seed)
-        how += flags(gradient_accumulation_steps=5 * given.rl_questions, save_steps=1 + given.rl_steps // 20)
+        how += flags(save_steps=1 + given.rl_steps // 20)
+        if self.on_gpu:  # in 16 bits engine and trainer differ, so their ratio is corrected for
+            how += flags(per_device_train_batch_size=5, gradient_accumulation_steps=given.rl_questions)
+            how += flags(bf16=True, vllm_importance_sampling_correction=True)
+        else:
+            how += flags(gradient_accumulation_steps=5 * given.rl_questions)
         how += flags(use_vllm=given.generator == "vllm")
         how += flags(model_name_or_path=self.folder / "cold-start", dataset=self.folder / "data/rl.jsonl")
         # On a GPU the two share its memory; the policy's share is in its configuration.
-        share = ("--gpu-memory-utilization", "0.2") if torch.accelerator.is_available() else ()
+        share = ("--gpu-memory-utilization", "0.2") if self.on_gpu else ()
         simulator = str(self.folder / "simulator")
         with simulator_server(simulator, port=0, max_model_len=2048, vllm_arguments=share) as server:
             self.stages.say(f"simulator ready at {server.base_url}")

@@ -98,6 +98,17 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     assert parsed["cold start"][0].traces == str(run / "data/cold_start.jsonl")
 
 
+def test_a_gpu_takes_whole_steps_in_16_bits(
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe.torch.accelerator, "is_available", lambda: True)
+    recipe.main([*given, "--rl_questions", "3"])
+    for title, batch in (("cold start", "8 1"), ("simulator", "8 1"), ("training", "5 3")):
+        said = dict(zip(commands[title][1::2], commands[title][2::2], strict=False))
+        assert f"{said['--per_device_train_batch_size']} {said['--gradient_accumulation_steps']}" == batch
+        assert said["--bf16"] == "True"
+
+
 def test_a_stage_that_was_stopped_goes_on_and_a_finished_one_is_left(
     recipe: ModuleType, given: list[str], commands: dict[str, list[str]]
 ) -> None:
