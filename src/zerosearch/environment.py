@@ -65,6 +65,15 @@ class SearchEnvironment:
 
     Noise and sampling are keyed by seed, step, question, instance and turn. A search that fails for good is kept in
     `failure`: TRL shows the policy its message and goes on, until `answer_reward` raises it.
+
+    >>> from zerosearch.environment import Curriculum, NoiseSchedule, SearchEnvironment, answer_reward
+    >>> environment = SearchEnvironment(BM25Engine("corpus.jsonl", 1), Curriculum(NoiseSchedule(0.0, 0.5)))
+    >>> environment.reset(question="Where does Karin Rowe hail from?", golden_answers=["Port Elsford"])
+    >>> environment.search("Karin Rowe hails from")
+    'Doc 1: Karin Rowe hails from Port Elsford.'
+    >>> last = {"role": "assistant", "content": "<answer> Port Elsford </answer>"}
+    >>> answer_reward([[last]], [["Port Elsford"]], [environment])
+    [1.0]
     """
 
     _numbers = count()

@@ -9,7 +9,14 @@ from zerosearch.text import printable
 
 
 class UserError(Exception):
-    """A mistake of the user's; recipes print its message, one line, and exit with 2."""
+    """A mistake of the user's; recipes print its message, one line, and exit with 2.
+
+    >>> try:
+    ...     RolloutSettings(max_turns=-1)
+    ... except UserError as error:
+    ...     print(error)
+    max_turns is -1: it must be at least 0
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))

@@ -255,6 +255,9 @@ class Agent:
     observation is dropped from context and training, as in the released code, unless `keeps_end_of_sequence`.
     `grammar` says how it writes a search. Where that is a call of a tool, `write_observation` is not used: documents
     come as the chat template writes what a tool replies, and the hint as a message of the user.
+
+    >>> Agent("short", "Answer in one word. Question: {question}", max_turns=0).prompt("Who wrote Emma")
+    'Answer in one word. Question: Who wrote Emma?'
     """
 
     name: str
@@ -304,6 +307,12 @@ class PromptSet:
     `agents` by name; "policy" is the one that is trained. `simulator_from_query` asks a simulator that is told neither
     question nor answer; `None` where it could not write without them. `rule` tells how documents answer a query when
     fidelity is measured: they hold its answer, or state its fact.
+
+    >>> short = PromptSet({"policy": Agent("policy", "Q: {question}")}, simulator="{quality} pages on {query}:")
+    >>> short.policy.messages("Who wrote Emma?")
+    [{'role': 'user', 'content': 'Q: Who wrote Emma?'}]
+    >>> PROMPT_SETS["tinyworld"].rule
+    'statement'
     """
 
     agents: Mapping[str, Agent]

@@ -54,6 +54,17 @@ class SearchEngine(Protocol):
     An engine may have more: `identity()`, a dictionary of what its results depend on, for manifests and the cache;
     `reads_query_only`, true if they depend on the query alone; and an `account` (zerosearch.engines.account). One that
     asks several others, each with an account of its own, names them in `engines`: each one's queries are counted.
+
+    >>> class Weather:
+    ...     name, max_concurrency = "weather", 1
+    ...     async def search(self, request: SearchRequest) -> SearchResult:
+    ...         if "weather" not in request.query:
+    ...             raise SearchError(f"the weather engine cannot look up {request.query!r}")
+    ...         return SearchResult(("It rains.",))
+    ...     async def aclose(self) -> None: ...
+    >>> engine: SearchEngine = Weather()
+    >>> asyncio.run(engine.search(SearchRequest("weather", "Is it raining?", ("yes",)))).documents
+    ('It rains.',)
     """
 
     name: str

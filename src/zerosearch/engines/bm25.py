@@ -44,6 +44,9 @@ class BM25Engine:
     `corpus` is a JSONL file in wiki-18's format, which is read where it lies: leave it there. `index_dir` keeps the
     index, which is built again when the corpus changes; without one it is built for this engine alone.
     Raises `UserError` for a corpus that cannot be read.
+
+    >>> BM25Engine("corpus.jsonl", num_documents=1).lookup("Where does Karin Rowe hail from?")
+    ('Karin Rowe hails from Port Elsford.',)
     """
 
     name = "bm25"

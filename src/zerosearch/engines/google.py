@@ -47,7 +47,11 @@ PROVIDERS: dict[GoogleProvider, SearchAPI] = {
 
 
 class GoogleEngine(SearchAPIEngine):
-    """Search Google through a provider; `url`, rate, price and limits replace those of its description."""
+    """Search Google through a provider; `url`, rate, price and limits replace those of its description.
+
+    >>> GoogleEngine("KEY", "serper", max_usd=20.0).identity()
+    {'engine': 'google', 'provider': 'serper', 'num_documents': 5}
+    """
 
     def __init__(
         self,

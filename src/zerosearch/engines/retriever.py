@@ -27,6 +27,11 @@ class RetrieverEngine:
     """Ask a retriever for the `num_documents` best passages.
 
     `url` is the whole address, route included. The server may be ours or anybody's that speaks the protocol.
+
+    >>> engine = RetrieverEngine(retriever_url)
+    >>> engine.check()  # that it answers
+    >>> engine.identity()["index"]["kind"]
+    'bm25'
     """
 
     name = "retriever"

@@ -59,6 +59,14 @@ class SimulatedEngine:
 
     Every prompt follows an empty system message (see `simulator_messages`), but for a model whose template refuses it.
     Added tokens that a prompt spells out are plain text, as in tuning, for a server that names them to `check`.
+
+    >>> async def ask(request: SearchRequest) -> tuple[str, ...]:
+    ...     engine = SimulatedEngine(simulator_url, num_documents=2)
+    ...     result = await engine.search(request)
+    ...     await engine.aclose()
+    ...     return result.documents
+    >>> asyncio.run(ask(SearchRequest("Karin Rowe", "Where does Karin Rowe hail from?", ("Port Elsford",))))
+    ('Karin Rowe hails from Port Elsford.', 'Port Elsford lies in Istria.')
     """
 
     name = "simulated"

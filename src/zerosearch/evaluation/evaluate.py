@@ -44,6 +44,13 @@ def evaluate(
     many questions lost one or the engine refuses all: fewer are counted as `lost` and have no score. Raises
     `LimitReached` if not one trajectory was finished, and `UserError` if none had a turn or `output_dir` holds another
     evaluation than the one to resume. What was finished is on file in any case.
+
+    >>> from zerosearch.generation.loading import load_generator
+    >>> policy = load_generator("data/tinyworld/policy", "transformers", max_context_tokens=640)
+    >>> rows, engine = load_questions("questions.jsonl").to_list(), BM25Engine("corpus.jsonl")
+    >>> settings, agent = RolloutSettings(temperature=0.0), PROMPT_SETS["tinyworld"].agents["rag"]
+    >>> evaluate(rows, policy, engine, settings, Path("."), agent=agent)["em"]["mean"]
+    1.0
     """
     answers = answer_questions(
         questions, generator, engine, settings, output_dir, seed=seed, max_failed=max_failed, **options

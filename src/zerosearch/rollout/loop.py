@@ -135,6 +135,14 @@ def run_rollouts(
     A search that fails for good ends its own trajectory, whatever the engine raised or returned instead.
     Raises `SearchError` if an engine blocks.
     Raises `GenerationError` if the generator fails, or makes no progress within the time limits of `settings`.
+
+    >>> from zerosearch.generation.loading import load_generator
+    >>> policy = load_generator("data/tinyworld/policy", "transformers", max_context_tokens=640)
+    >>> rows = [{"question": "Where does Karin Rowe hail from?", "golden_answers": ["Port Elsford"]}]
+    >>> settings, agent = RolloutSettings(temperature=0.0), PROMPT_SETS["tinyworld"].agents["rag"]
+    >>> (trajectory,) = run_rollouts(rows, policy, BM25Engine("corpus.jsonl"), settings, agent=agent)
+    >>> trajectory.searches, trajectory.outcome, trajectory.answer
+    (1, 'answered', 'Port Elsford')
     """
     keys = keys or [(0, 0, index, 0) for index in range(len(rows))]
     clock = clock or RolloutClock()

@@ -44,6 +44,11 @@ class Trajectory:
     """The record of one question's rollout. `completion_ids`, `env_mask` and `logprobs` have the same length.
 
     `logprobs` is 0.0 where the environment added the id. `outcome` is set once the trajectory has ended.
+
+    >>> def brevity_reward(trajectories: list[Trajectory], **columns: object) -> list[float]:
+    ...     return [1.0 - 0.1 * trajectory.searches for trajectory in trajectories]
+    >>> brevity_reward([Trajectory(prompt_ids=[5, 8], p_noise=0.0)])
+    [1.0]
     """
 
     prompt_ids: list[int]

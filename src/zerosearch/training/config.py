@@ -30,6 +30,10 @@ class SearchConfig(RolloutSettings, GRPOConfig):
 
     "Our choice" marks what the paper does not say. Without an accelerator, the settings are fitted to a CPU.
     Raises `UserError` for values that cannot work, with the reason.
+
+    >>> config = SearchConfig("policy", algorithm="grpo", noise_end=0.75)
+    >>> config.noise_schedule().p_noise(step=200, total_steps=200)
+    0.75
     """
 
     # Learning rate 1e-6 (Appendix F), clipping 0.2 and gradient clipping at 1.0 (released code) are TRL's defaults

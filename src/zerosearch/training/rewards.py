@@ -15,14 +15,22 @@ from zerosearch.metrics import exact_match, f1
 def f1_reward(
     answer: Sequence[str | None], golden_answers: Sequence[Sequence[str]], outcome: Sequence[str], **kwargs: Any
 ) -> list[float | None]:
-    """Score each answer by F1 against its golden answers (Section 3.5)."""
+    """Score each answer by F1 against its golden answers (Section 3.5).
+
+    >>> f1_reward(["Port", None], [["Port Elsford"], ["Port Elsford"]], ["answered", "failed_search"])
+    [0.6666666666666666, None]
+    """
     return _scored(f1, answer, golden_answers, outcome)
 
 
 def em_reward(
     answer: Sequence[str | None], golden_answers: Sequence[Sequence[str]], outcome: Sequence[str], **kwargs: Any
 ) -> list[float | None]:
-    """Score each answer by exact match (Section 4.1). The paper trains on F1; this is for an ablation."""
+    """Score each answer by exact match (Section 4.1). The paper trains on F1; this is for an ablation.
+
+    >>> em_reward(["the Port Elsford."], [["Port Elsford"]], ["answered"])
+    [1.0]
+    """
     return _scored(exact_match, answer, golden_answers, outcome)
 
 

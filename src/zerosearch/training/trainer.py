@@ -83,6 +83,20 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     over all its questions as `eval_em`, `eval_f1` and `eval_cover_em`.
     Raises `SearchError` when too many searches of a step fail, `GenerationError` when the inference engine of the
     policy does. Before these and any other exception of a rollout, a checkpoint is saved.
+
+    >>> batch = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    >>> config = SearchConfig("policy", **batch, max_steps=1, max_turn_tokens=40, report_to="none", disable_tqdm=True)
+    >>> trainer = SearchTrainer(
+    ...     model="data/tinyworld/policy",
+    ...     args=config,
+    ...     train_dataset=load_questions("questions.jsonl"),
+    ...     engine=BM25Engine("corpus.jsonl"),
+    ...     agent=PROMPT_SETS["tinyworld"].policy,
+    ...     reward_funcs=f1_reward,
+    ... )
+    >>> trainer.train().global_step
+    {...}
+    1
     """
 
     _tag_names = ["trl", "zerosearch"]  # noqa: RUF012 (as in TRL)
