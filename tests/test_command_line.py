@@ -91,6 +91,7 @@ def test_wrong_flags(argv: list[str], message: str) -> None:
         ("- steps", "must hold names with values, a YAML mapping"),
         ("steps: [1", "expected ',' or ']'"),
         ("steps: null", "config.yaml gives steps no value: leave it out for the default"),
+        ("steps: 1\nsteps: 2", "config.yaml gives steps twice"),
         ("kind:", "config.yaml gives kind no value"),
         ("steps: " + "[" * 5000, "recursion"),
         ("steps: [1, 2]", r"config.yaml gives steps a list, \[1, 2\]: it takes one value"),

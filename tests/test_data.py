@@ -117,6 +117,13 @@ def test_a_column_that_is_missing_is_named_with_those_there(tmp_path: Path) -> N
         load_questions(str(tmp_path / "a.parquet"))
 
 
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.table([["Who?"], [["A"]], ["Why?"]], names=["question", "golden_answers", "question"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has several columns 'question'"):
+        load_questions(str(tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize("kind", ["Image", "Audio"])
 @pytest.mark.parametrize("column", ["picture", "question"])
 @pytest.mark.parametrize("source", ["file", "Hub"])

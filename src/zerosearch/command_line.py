@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from zerosearch.errors import UserError
+from zerosearch.files import read_yaml
 from zerosearch.text import printable
 
 Parameters = ParamSpec("Parameters")
@@ -107,8 +108,6 @@ def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameter
 
 def _flags_of_config(flags: list[str], parser: ArgumentParser, nullable: Collection[str]) -> list[str]:
     """Take `--config FILE` out of the flags and return what the file says, as flags; `nullable` ones may be null."""
-    import yaml
-
     places = [place for place, flag in enumerate(flags) if flag == "--config" or flag.startswith("--config=")]
     if not places:
         return []
@@ -121,7 +120,7 @@ def _flags_of_config(flags: list[str], parser: ArgumentParser, nullable: Collect
         raise UserError("--config stands twice; one file is read")
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}")
-    config = yaml.safe_load(Path(path).read_bytes())
+    config = read_yaml(Path(path))
     if not isinstance(config, dict):
         raise UserError(f"the config file {path} must hold names with values, a YAML mapping")
     known = {action.dest: action for action in parser._actions}

@@ -212,7 +212,11 @@ def parquet_rows(source: str, choose: ChooseColumns) -> Iterator[tuple[str, dict
         raise UserError(f"there is no file {source}")
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            yield from _numbered(file.iter_batches(columns=choose(file.schema_arrow.names, source)), source)
+            names = file.schema_arrow.names
+            columns = choose(names, source)
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise UserError(f"{source} has several columns {twice[0]!r}")
+            yield from _numbered(file.iter_batches(columns=columns), source)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read as a parquet file: {error}") from error
 

@@ -126,6 +126,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds. Raises `UserError` for a mapping that gives a name twice, of which YAML's own
+    loader takes the last; and OSError, ValueError, RecursionError or YAMLError if the file cannot be read.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{path} gives {twice} twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(path.read_bytes(), Loader)
+
+
 def json_object(content: bytes, place: str) -> dict[str, Any]:
     """Return a JSON object in UTF-8, its texts cleaned.
 

@@ -394,6 +394,12 @@ def test_a_file_that_holds_no_key_is_refused_without_being_shown(content: str, t
         read_key("serper", tmp_path / "none")
 
 
+def test_a_description_that_gives_a_name_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"{MINE}text: t\nparams: {{a: b, a: c}}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml gives a twice"):
+        read_api(tmp_path / "mine.yaml")
+
+
 MINE = "name: mine\nurl: http://a\nresults: r\n"
 
 

@@ -32,6 +32,7 @@ from zerosearch.generation.loading import (
     load_model,
     load_tokenizer,
     longest_context,
+    model_config,
     whole_model,
 )
 from zerosearch.generation.transformers_engine import TransformersGenerator, TurnEnd, draw
@@ -274,6 +275,21 @@ def test_a_tokenizer_without_an_end_and_a_configuration_of_another_form_are_refu
         (folder / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"the configuration of .*model cannot be read"):
             load_tokenizer(str(folder))
+
+
+def test_sizes_that_are_no_numbers_above_0_are_refused(tiny_policy_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    for source, file, size in (
+        (tiny_policy_dir, "config.json", {"max_position_embeddings": -5}),
+        (tiny_policy_dir, "config.json", {"vocab_size": 0}),
+        (adapter, "adapter_config.json", {"r": "eight"}),
+        (adapter, "adapter_config.json", {"lora_alpha": -1}),
+    ):
+        folder = shutil.copytree(source, tmp_path / "model", dirs_exist_ok=True)
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | size))
+        ((name, value),) = size.items()
+        with pytest.raises(UserError, match=f"model gives {name} as {value!r}: it must be a number above 0"):
+            model_config(str(folder))
+        shutil.rmtree(folder)
 
 
 def test_a_checkpoint_of_another_kind_or_cut_short_is_refused(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from zerosearch.data import Passage
 from zerosearch.engines import SearchRequest, SearchResult, result_of
 from zerosearch.engines.account import Account
 from zerosearch.errors import UserError
+from zerosearch.files import read_yaml
 from zerosearch.http import CallFailed, HTTPClient, checked_key
 
 PLACE = re.compile(r"\{(query|num_documents|key)\}")
@@ -73,7 +74,7 @@ class SearchAPI(BaseModel):
 def read_api(path: str | Path) -> SearchAPI:
     """Read a description from a YAML file. Raises `UserError` for a file that is none."""
     try:
-        return SearchAPI.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        return SearchAPI.model_validate(read_yaml(Path(path)))
     except ValidationError as error:
         wrong = error.errors()[0]
         said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GeneratorKind = Literal["vllm", "transformers", "endpoint"]
 LoadedModel = tuple[Generator | RemoteGenerator, dict[str, str]]  # what runs it; which model it is
 
+SIZES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
 FINGERPRINT_BYTES = 1 << 20  # of the start and the end of each file of weights
 
 
@@ -41,13 +42,15 @@ def adapter_config_file(model: str, revision: str = "main") -> Path | None:
 def base_of_adapter(model: str, revision: str = "main") -> str | None:
     """Return the model that an adapter was trained on; None for whole weights.
 
-    Raises `UserError` for an adapter that does not say.
+    Raises `UserError` for an adapter that does not say, or has no rank.
     """
     if adapter_config_file(model, revision) is None:
         return None
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
+    config = PeftConfig.from_pretrained(model, revision=revision)
+    _check_positive(config, ("r", "lora_alpha"), f"the adapter {model}")
+    base = config.base_model_name_or_path
     if not base:
         raise UserError(f"the adapter {model} does not say which model it was trained on (base_model_name_or_path)")
     return str(base)
@@ -71,8 +74,17 @@ def model_config(model: str | None, revision: str = "main", trust_remote_code: b
         raise UserError(f"there is no model {model!r}: {str(error).splitlines()[0]}") from error
     except (TypeError, LookupError, StrictDataclassError) as error:
         raise UserError(f"the configuration of {model} cannot be read: {type(error).__name__} {error}") from error
+    _check_positive(config.get_text_config(), SIZES, f"the configuration of {model}")
     check_weights(model)
     return config
+
+
+def _check_positive(config: Any, names: Sequence[str], whose: str) -> None:
+    """Raise `UserError` where one of these is there, and no number above 0: not every library checks what it reads."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"{whose} gives {name} as {value!r}: it must be a number above 0")
 
 
 def check_weights(model: str) -> None:
