@@ -35,6 +35,7 @@ class ScriptedGenerator:
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
         self.sessions += 1
+        self.sampling = sampling
         yield
 
     def submit(self, request: TurnRequest) -> None:

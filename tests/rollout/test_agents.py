@@ -56,6 +56,7 @@ def test_rag_reads_what_a_search_for_the_question_finds() -> None:
     trajectory, writer, engine = roll_out(PAPER.agents["rag"], lambda context: "<answer> Jane Austen </answer>")
     (request,) = engine.requests
     assert (request.query, request.question, request.golden_answers) == (QUESTION, QUESTION, ("Jane Austen",))
+    assert request.key == (0, 0, 0, 0, 1_000_037), "no turn's"
     (prompt,) = writer.contexts
     assert prompt.endswith(
         "<information>Doc 1: Emma: Found for Who wrote Emma?\nDoc 2: Rain: It rains.</information>\n\n"
@@ -99,14 +100,30 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
     assert last == f"{first}{thought}{notes}<search> her </search>{notes}"
     # The notes are the environment's: their tags are no action, their tokens are masked, their seed is another.
     assert [turn.kind for turn in trajectory.turns] == ["search", "search", "answer"]
-    assert len(set(writer.seeds)) == 5
+    turns, readings = [7316830281901135, 7720267294254014, 5860429783425141], [977068998311436, 2896372005411039]
+    assert writer.seeds == [turns[0], readings[0], turns[1], readings[1], turns[2]]
     sampled = [
         token for token, is_policy in zip(trajectory.completion_ids, trajectory.env_mask, strict=True) if is_policy
     ]
     assert writer.tokenizer.decode(sampled) == "".join(turn.text for turn in trajectory.turns)
-    assert trajectory.reading_tokens > 0 and writer.released == [1, 1, 0]
+    assert trajectory.reading_tokens == 2 * len(writer.tokenizer(note)["input_ids"]) and writer.released == [1, 1, 0]
     record = trajectory.to_record(ROW, "PROMPT")["segments"]
     assert record[2]["text"] == notes and record[2]["documents"] == ["Emma: Found for Emma", "Rain: It rains."]
+
+
+def test_notes_go_to_the_trajectory_whose_documents_were_read() -> None:
+    def write(context: str) -> str:
+        number = context.partition("Question: Q")[2][0]
+        if "Query:" in context:
+            return f"Notes on {number}."
+        return f"<answer> {number} </answer>" if "Notes" in context else f"<search> about {number} </search>"
+
+    writer, rows = Writer(write), [{"question": f"Q{n}?", "golden_answers": ["x"]} for n in range(3)]
+    trajectories = run_rollouts(rows, writer, Library(), SETTINGS, agent=PAPER.agents["search-o1"])
+    assert [trajectory.answer for trajectory in trajectories] == ["0", "1", "2"]
+    notes = [trajectory.turns[0].observation for trajectory in trajectories]
+    assert notes == [f"\n\n<information>Notes on {n}.</information>\n\n" for n in range(3)]
+    assert sorted(writer.released) == [0, 1, 2, 3, 4, 5]
 
 
 def test_documents_that_leave_no_room_to_read_them_end_the_trajectory() -> None:

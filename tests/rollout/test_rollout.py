@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +28,13 @@ from transformers import PreTrainedTokenizerFast
 
 from zerosearch.engines import BudgetSpent, SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
-from zerosearch.generation import GenerationError, SampledTurn, TurnRequest
+from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import INVALID_ACTION_HINT, PAPER
-from zerosearch.protocol import format_observation
-from zerosearch.rollout import in_flight
+from zerosearch.protocol import Grammar, format_observation
+from zerosearch.rollout import in_flight, loop
+from zerosearch.rollout.in_flight import search_outcome
 from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
 
 ONE_SEARCH = ("<search> q </search>", "<answer> x </answer>")
@@ -192,6 +194,66 @@ def test_a_generator_elsewhere_that_fails_ends_the_rollout(
         run_rollouts(questions(3), generator, ScriptedEngine(), RolloutSettings(turn_timeout_s=0.05))
 
 
+def test_a_generator_elsewhere_that_blocks_is_named(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "GRACE_S", 0.1)
+    generator = ScriptedRemoteGenerator(tiny_tokenizer, lambda trajectory, turn: "Hm.", lambda: time.sleep(0.6) or 0.0)
+    settings = RolloutSettings(search_timeout_s=0.1, turn_timeout_s=0.1)
+    with pytest.raises(SearchError, match="the scripted server did not come back within its time limit"):
+        run_rollouts(questions(1), generator, ScriptedEngine(), settings)
+
+
+def test_the_time_limit_of_a_turn_runs_from_the_last_that_ended_and_not_during_searches(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Slow(ScriptedGenerator):
+        """Ends a turn at every second step, each of 4 s."""
+
+        steps = 0
+
+        def step(self) -> list[SampledTurn]:
+            advance(4.0)
+            self.steps += 1
+            return super().step() if self.steps % 2 == 0 else []
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    turns = ["Hm.", "<search> q </search>", "<answer> x </answer>"]
+    engine = ScriptedEngine(lambda request: advance(100.0) or ["It rains."])
+    generator = Slow(tiny_tokenizer, lambda trajectory, turn: turns[turn])
+    (trajectory,) = run_rollouts(questions(1), generator, engine, RolloutSettings(turn_timeout_s=9.0))
+    assert trajectory.outcome == "answered"
+    assert [turn.generation_s for turn in trajectory.turns] == [8.0, 8.0, 8.0]
+
+
+def test_the_generator_is_told_how_to_sample(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    generator = writer_of(tiny_tokenizer, "<answer> x </answer>")
+    agent = replace(PAPER.policy, grammar=Grammar("<lookup>", "</lookup>"))
+    settings = RolloutSettings(temperature=0.7, top_p=0.9)
+    run_rollouts(questions(1), generator, ScriptedEngine(), settings, agent=agent)
+    assert generator.sampling == Sampling(0.7, 0.9, ("</lookup>", "</answer>"))
+
+
+def test_a_bar_counts_the_trajectories_that_have_ended(
+    tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (True, False):
+        run_rollouts(
+            questions(3),
+            writer_of(tiny_tokenizer, *ONE_SEARCH),
+            ScriptedEngine(),
+            RolloutSettings(),
+            progress=progress,
+        )
+        assert ("3/3" in capsys.readouterr().err) is progress
+
+
 def test_a_generator_that_makes_no_progress_ends_the_rollout(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     class Stalled(ScriptedGenerator):
         def step(self) -> list[SampledTurn]:
@@ -227,6 +289,8 @@ def test_an_invalid_action_gets_a_hint_that_is_not_trained_on(tiny_tokenizer: Pr
     ]
     assert [turn.kind for turn in trajectory.turns] == ["invalid", "invalid", "answer"]
     assert trajectory.searches == 0
+    empty = roll_out(tiny_tokenizer, ["", "<answer> x </answer>"])
+    assert runs(empty, tiny_tokenizer)[0] == (0, INVALID_ACTION_HINT)
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])  # of a base and of a chat model
@@ -250,6 +314,11 @@ def test_an_end_of_sequence_before_a_hint_is_dropped_unless_the_agent_keeps_it(
         expected = [(1, "Hm."), (0, INVALID_ACTION_HINT * 2)]
     assert runs(trajectory, tiny_tokenizer)[: len(expected)] == expected
     assert trajectory.answer == "x"
+    ended = (
+        (1, f"<answer> x </answer>{end}"),
+        (0, "<|endoftext|>"),
+    )  # one at the end, the policy's or the environment's
+    assert runs(trajectory, tiny_tokenizer)[-1] == ended[end != "<|endoftext|>"]
     assert trajectory.policy_tokens == sum(trajectory.env_mask)
     assert len(trajectory.completion_ids) == len(trajectory.env_mask) == len(trajectory.logprobs)
     assert [turn.text for turn in trajectory.turns] == [f"Hm.{kept}", kept, f"<answer> x </answer>{end}"]
@@ -281,6 +350,10 @@ def test_a_turn_cut_by_its_own_limit_is_invalid_and_one_cut_by_the_context_ends_
     assert (trajectory.outcome, trajectory.counts()["cut_turns"]) == ("answered", 1)
     cut = roll_out(tiny_tokenizer, [long], max_trajectory_tokens=30)
     assert (cut.outcome, len(cut.prompt_ids) + len(cut.completion_ids)) == ("truncated", 30)
+    generator = writer_of(tiny_tokenizer, long)
+    generator.max_context_tokens = 25
+    (shorter,) = run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings())
+    assert (shorter.outcome, len(shorter.prompt_ids) + len(shorter.completion_ids)) == ("truncated", 25)
 
 
 def test_a_prompt_that_fills_the_context_is_truncated_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -345,6 +418,18 @@ def test_nothing_is_started_once_the_rollout_may_not_go_on(
     assert trajectories[2].turns[0].documents == (() if spends else ("Fine.",))
 
 
+def test_a_search_is_not_sent_once_the_rollout_may_not_go_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    asked: list[int] = []
+
+    def policy(trajectory: int, turn: int) -> str:
+        asked.append(turn)
+        return "<search> q </search>"
+
+    engine, generator = ScriptedEngine(), ScriptedGenerator(tiny_tokenizer, policy)
+    (trajectory,) = run_rollouts(questions(1), generator, engine, RolloutSettings(), may_go_on=lambda: not asked)
+    assert (engine.requests, trajectory.outcome, len(trajectory.turns)) == ([], None, 1)
+
+
 def test_a_budget_that_is_spent_is_a_failed_search_where_the_rollout_goes_on(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -378,6 +463,7 @@ def throw(error: BaseException) -> Any:
         (lambda: None, "returned None; a search returns a SearchResult"),
         (lambda: "It rains.", "returned 'It rains.'; a search returns a SearchResult"),
         (lambda: SearchResult((1,)), "returned SearchResult(documents=(1,)"),  # type: ignore[arg-type]
+        (lambda: SearchResult(("a",), titles=(1,)), "returned SearchResult(documents=('a',)"),  # type: ignore[arg-type]
         (lambda: SearchResult(None), "returned SearchResult(documents=None"),  # type: ignore[arg-type]
         (lambda: throw(KeyError("title")), "raised KeyError: 'title'; a search returns a SearchResult"),
         (lambda: throw(TimeoutError("slow")), "raised TimeoutError: slow; a search returns a SearchResult"),
@@ -397,6 +483,14 @@ def test_half_a_character_of_an_engine_is_replaced(tiny_tokenizer: PreTrainedTok
     trajectory = roll_out(tiny_tokenizer, list(ONE_SEARCH), engine)
     assert trajectory.turns[0].documents == ("caf\ufffd",)
     assert trajectory.outcome == "answered"
+    found = search_outcome(SearchResult(("Emma: A novel.",), titles=("Em\x00ma",)), "mine", 1.0)
+    assert found == SearchResult(("Emma: A novel.",), titles=("Em\ufffdma",))
+
+
+def test_what_a_search_took_is_kept(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine: Any = Odd(lambda: SearchResult(("It rains.",), retries=2, short_replies=3))
+    search = roll_out(tiny_tokenizer, list(ONE_SEARCH), engine).turns[0]
+    assert (search.retries, search.short_replies) == (2, 3)
 
 
 def test_a_rollout_that_is_left_by_an_error_ends_its_searches(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
