@@ -119,6 +119,11 @@ def read_launch(path: str | None) -> Launch:
     return Launch(launch.num_processes, (launch.deepspeed_config or {}).get("zero_stage", 0))
 
 
+def peak_bytes() -> int:
+    """Return the most memory this program has held. On Linux `ru_maxrss` starts at the peak of what launched it."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 class Doctor:
     """Checks a run, one thing after another, and keeps the table and what does not fit."""
 
@@ -134,7 +139,7 @@ class Doctor:
         assert not isinstance(kwargs, str), "read from JSON when the settings were made"
         writer = ObservationWriter(self.tokenizer, agent, config.max_observation_tokens, kwargs)
         self.prompt_tokens = [len(writer.prompt_ids(row)) for row in tqdm(questions, desc="prompts")]
-        self.runtime_bytes = None if config.on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.runtime_bytes = None if config.on_gpu else peak_bytes()
         self.is_colocated = options.engine == "simulated" and options.simulator == "colocated"
         self.shapes: dict[bool, ModelShape] = {}  # with adapters, and without
         self.rows: list[tuple[str, str]] = []

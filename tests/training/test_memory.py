@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
-from transformers import Qwen2Config
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from zerosearch.rollout.loop import Budgets
 from zerosearch.training.config import SearchConfig
@@ -19,6 +20,7 @@ from zerosearch.training.memory import (
     Part,
     Precision,
     activation_bytes,
+    block_bytes,
     device_memory,
     doubled_columns,
     engine_cache_tokens,
@@ -93,6 +95,31 @@ def test_checkpointing_keeps_the_input_of_each_block_and_one_block(shape: ModelS
     # 6 x 256 for the norms, 4 x 256 for attention, 4 x 704 for the MLP, 4 bytes each.
     assert activation_bytes(small, FULL, rows=1, tokens=1, checkpointing=False) == 4 * block
     assert activation_bytes(small, FULL, rows=2, tokens=50, checkpointing=True) == 100 * (4 * 256 * 4 + block)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_a_block_keeps_what_torch_saves_for_the_backward_pass(adapters: bool, dtype: str, mixed: bool) -> None:
+    tokens, layers = 512, 4
+    heads = {"num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=100, hidden_size=256, intermediate_size=768, **heads)
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
+    policy = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    body = (get_peft_model(policy, lora).get_base_model() if lora else policy).model.train()
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tokens in tensor.shape:  # no weight, nor a copy of one
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        kept = body(input_ids=torch.ones(1, tokens, dtype=torch.long)).last_hidden_state
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert kept.requires_grad
+    block = block_bytes(policy_shape(config, lora), Precision(policy.dtype.itemsize, False, mixed))
+    assert layers * tokens * block == pytest.approx(measured, rel=0.1)
 
 
 def test_keys_and_values_of_a_token(shape: ModelShape) -> None:

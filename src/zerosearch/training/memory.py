@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Our estimates: a CUDA context with the workspaces of its libraries, and what the allocator has but cannot use.
 CUDA_RUNTIME_BYTES = int(1.5 * GIB)
+# On a CPU: what libraries take once they work, besides what they took when they were imported.
+CPU_WORKSPACE_BYTES = int(0.15 * GIB)
+# And the gaps that glibc's heap keeps, of the activations; gradients and moments of all weights fill some.
+HEAP_GAPS, HEAP_GAPS_OF_ADAPTERS = 0.5, 1.25
 # What vLLM keeps of its share for a forward pass over a full batch and for CUDA graphs.
 ENGINE_WORKSPACE_BYTES = 2 * GIB
 # TRL 1.16 projects so many tokens onto so many words of the vocabulary at once.
@@ -148,12 +152,14 @@ def state_bytes(shape: ModelShape, precision: Precision, launch: Launch) -> tupl
 def block_bytes(shape: ModelShape, precision: Precision) -> int:
     """Return the bytes a token leaves in one block for the backward pass.
 
-    Two norms keep what comes in, the normalised and what goes out (6 x hidden); attention its queries, keys, values
-    and outputs (about 4 x query); the MLP four tensors of its inner size. In mixed precision what the norms keep is 32
-    bits, and what matrices are multiplied with is 16.
+    Two norms keep what comes in, in 32 bits, and the normalised if their weights are trained; what goes out is kept
+    once, or, where it is cast, once for each of the five matrices that take it. Attention keeps its queries, keys,
+    values and outputs (about 4 x query); the MLP four tensors of its inner size.
     """
     number = precision.multiplied_bytes
-    norms = (4 * 4 + 2 * 2 if precision.mixed else 6 * number) * shape.hidden
+    is_cast = precision.mixed and (shape.adapters or precision.weight_bytes == 4)
+    normalised = 0 if shape.adapters else 2 * precision.weight_bytes
+    norms = (2 * 4 + normalised + (5 if is_cast else 2) * number) * shape.hidden
     return norms + 4 * number * shape.query + 4 * number * shape.intermediate
 
 
@@ -172,7 +178,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, rows: int, tokens:
 
 
 def head_bytes(shape: ModelShape, precision: Precision, rows: int, tokens: int, on_cpu: bool) -> int:
-    """Return what the projection onto the vocabulary takes: tiles of logits, and its gradient if it is trained.
+    """Return what projecting the policy's tokens onto the vocabulary takes: tiles of logits, and the head's gradient.
 
     On a GPU a kernel works in one tile; without it TRL 1.16 holds about eight, in 32 bits.
     """
@@ -224,6 +230,7 @@ def device_memory(
     """
     on_cpu = cpu_runtime_bytes is not None
     rows, tokens = config.per_device_train_batch_size, longest_trajectory(config, prompt_tokens)
+    policy_tokens = min(tokens, (config.max_turns + 1) * config.max_turn_tokens)
     weights, gradients, optimizer = state_bytes(shape, precision, launch)
     parts = [
         Part("weights of the policy", weights, weights),
@@ -238,10 +245,13 @@ def device_memory(
         parts.append(Part("critic, with gradients and optimizer state", sum(critic), critic[0] + critic[2]))
     activations = activation_bytes(shape, precision, rows, tokens, config.gradient_checkpointing)
     parts.append(Part(f"activations of {rows} x {tokens:,} tokens", activations, 0))
-    parts.append(Part("logits of the policy's tokens", head_bytes(shape, precision, rows, tokens, on_cpu), 0))
+    parts.append(Part("logits of the policy's tokens", head_bytes(shape, precision, rows, policy_tokens, on_cpu), 0))
+    if on_cpu:
+        gaps = int((HEAP_GAPS_OF_ADAPTERS if shape.adapters else HEAP_GAPS) * activations)
+        parts.append(Part("fragments of the heap (estimate)", gaps, 0))
     generating = (shape, precision, config, launch, prompt_tokens, device_bytes, on_cpu, simulators)
     parts.append(_generation_part(*generating))
-    runtime = CUDA_RUNTIME_BYTES if cpu_runtime_bytes is None else cpu_runtime_bytes
+    runtime = CUDA_RUNTIME_BYTES if cpu_runtime_bytes is None else cpu_runtime_bytes + CPU_WORKSPACE_BYTES
     name = "Python and its libraries" if on_cpu else "CUDA, workspaces, fragments (estimate)"
     return [*parts, Part(name, runtime, runtime)]
 
