@@ -20,6 +20,7 @@ from zerosearch.protocol import (
     is_well_formed,
     parse_action,
     split_documents,
+    titled_documents,
 )
 
 INVALID = Action("invalid", "")
@@ -121,6 +122,15 @@ def test_observation_to_the_letter() -> None:
     assert format_observation([]) == "\n\n<information></information>\n\n"
 
 
+def test_a_title_is_what_an_engine_says_or_up_to_ten_words_before_a_colon() -> None:
+    ten = "one two three four five six seven eight nine ten"
+    assert titled_documents((f"{ten}: a", f"{ten} eleven: b"), ()) == (
+        f'(Title: "{ten}") a',
+        f"{ten} eleven: b",
+    )
+    assert titled_documents(("Emma: a", "Bath: b"), ("Emma",)) == ('(Title: "Emma") a', "Bath: b")
+
+
 FIVE = ("Emma is a novel.", "Austen wrote it.", "It came in 1815.", "Murray printed it.", "It has three volumes.")
 
 
@@ -178,6 +188,7 @@ def test_five_documents_are_found_however_the_reply_is_laid_out(reply: str) -> N
         ("Doc 1: two\nlines\n\nDoc 2: one", ("two lines", "one")),
         ("Doc 1: \nDoc 2: b\nDoc 4: d", ("b", "d")),
         ("Doc 1: **Emma** is a novel", ("Emma is a novel",)),
+        ("**Here they are: **\nIt rains.\nIt snows.", ("It rains.", "It snows.")),
         ("Doc 1: The Doc said so: yes", ("The Doc said so: yes",)),
         ("1815 was the year", ("1815 was the year",)),
         ("one line", ("one line",)),
@@ -307,6 +318,15 @@ def test_calls_are_written_as_the_models_write_them() -> None:
     assert (TOOL_CALLS.write_search("Emma author"), BARE_CALLS.write_search("Emma author")) == (CALL, BARE)
     assert TOOL_CALLS.stop_strings == ("</tool_call>", "</answer>") and BARE_CALLS.stop_strings == ("</answer>",)
     assert TAGS.tools is None and TOOL_CALLS.tools == BARE_CALLS.tools
+    query = {"type": "string", "description": "What to search for."}
+    parameters = {"type": "object", "properties": {"query": query}, "required": ["query"]}
+    search = {"name": "search", "description": "Search for documents.", "parameters": parameters}
+    assert TOOL_CALLS.tools == [{"type": "function", "function": search}]
+
+
+def test_the_tags_of_a_grammar_are_what_its_policy_writes() -> None:
+    always = ("<think>", "</think>", "<answer>", "</answer>")
+    assert TAGS.tags == (*always, "<search>", "</search>") and BARE_CALLS.tags == always
 
 
 @pytest.mark.parametrize(

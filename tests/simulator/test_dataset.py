@@ -17,7 +17,7 @@ from zerosearch.data import Passage
 from zerosearch.errors import UserError
 from zerosearch.files import sole_writer
 from zerosearch.metrics import holds_answer, normalize_answer
-from zerosearch.simulator.dataset import SetOptions, build_sets, excerpt, split_of, statistics
+from zerosearch.simulator.dataset import SetOptions, build_sets, excerpt, split_of, statistics, statistics_table
 from zerosearch.simulator.examples import load_examples, simulator_example
 from zerosearch.simulator.judge import rule_verdict, rule_verdicts
 from zerosearch.simulator.traces import read_traces
@@ -99,6 +99,8 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 def test_verdicts_that_are_missing_are_named() -> None:
     with pytest.raises(UserError, match=r"search 1 has no verdicts of 'judge-2'; it was judged by: rule, judge-1"):
         build_sets(EMMA, SetOptions(judge="judge-2"))
+    with pytest.raises(UserError, match="it was judged by: nobody"):
+        build_sets([{name: value for name, value in EMMA[0].items() if name != "verdicts"}], SetOptions())
     with pytest.raises(UserError, match="search 1 has 1 verdicts of 'rule' on 2 documents"):
         build_sets([trace("q", "a", "b", verdicts=[True])], SetOptions())
     with pytest.raises(UserError, match="search 1 has 2 verdicts of 'rule' on 1 documents"):
@@ -153,6 +155,19 @@ def test_statistics_count_what_went_in_and_came_out() -> None:
     test = statistics(EMMA, mixed, "rule")["sets"]["test"]["useful"]
     assert (test["sets"], test["answer_rate"]) == (2, 1.0)  # one document is enough; a yes cannot be looked for
     assert train["noisy"]["words"] == {"mean": 2.0, "p5": 2.0, "p50": 2.0, "p95": 2.0}
+
+
+def test_the_table_of_the_statistics() -> None:
+    documents = ["By Jane Austen.", "It rains and it snows."]
+    sets = [{"question": "Q?", "golden_answers": ["Jane Austen"], "documents": documents, "useful": True}]
+    sets = [{**sets[0], "split": "train"}, {**sets[0], "split": "train", "documents": documents[1:]}]
+    lines = statistics_table(statistics([], sets, "rule")).split("\n")
+    assert lines[2:] == [
+        "| train | 2 useful | 1 | 0.500 | 1: 1, 2: 1 | 4.3 (3, 5, 5) |",
+        "| train | 0 noisy | 1 |  |  |  |",
+        "| test | 0 useful | 0 |  |  |  |",
+        "| test | 0 noisy | 0 |  |  |  |",
+    ]
 
 
 NOVEL = Passage(
