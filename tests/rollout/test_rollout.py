@@ -240,6 +240,17 @@ def test_the_generator_is_told_how_to_sample(tiny_tokenizer: PreTrainedTokenizer
     assert generator.sampling == Sampling(0.7, 0.9, ("</lookup>", "</answer>"))
 
 
+def test_a_watcher_is_told_of_each_turn_each_observation_and_the_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def watch(index: int, trajectory: Trajectory, event: str) -> None:
+        seen.append((event, len(trajectory.turns)))
+
+    generator = writer_of(tiny_tokenizer, *ONE_SEARCH)
+    run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings(), watch=watch)
+    assert seen == [("turn", 1), ("observation", 1), ("turn", 2), ("end", 2)]
+
+
 def test_a_bar_counts_the_trajectories_that_have_ended(
     tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
