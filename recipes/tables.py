@@ -316,14 +316,15 @@ def table_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of the tables whose runs are done, each with its difference from the reference.
 
-    Those of Table 4 have the fidelity of their simulator, where it was measured.
+    Those of Table 4 have the fidelity of their simulator, where it was measured. A table of the recipe's own run alone
+    is left out, but for Table 3.
     """
     found = []
     reference = {seed: record for (name, seed), record in done.items() if name == REFERENCE}
-    rows = [(table, name) for table in TABLES for name, run in RUNS.items() if name == REFERENCE or run.table == table]
-    for table, name in rows:
+    begun = [table for table in TABLES if table == "3" or any(RUNS[name].table == table for name, _ in done)]
+    for table, name in ((table, name) for table in begun for name in RUNS):
         records = {seed: record for (of_run, seed), record in done.items() if of_run == name}
-        if not records:
+        if not records or (name != REFERENCE and RUNS[name].table != table):
             continue
         run, difference = RUNS[name], None
         if name != REFERENCE and reference:

@@ -88,13 +88,14 @@ def test_what_is_done_is_passed_over_here_and_where_it_is_published(
         (tmp_path / f"out/runs/grpo/seed-{seed}").mkdir(parents=True)
         made = record(recipe, "grpo", seed, "1100", **changed)
         (tmp_path / f"out/runs/grpo/seed-{seed}/run.json").write_text(json.dumps(made))
-    published = [record(recipe, "curriculum", 0, "1100"), {"name": "gone", "seed": 0, "settings": {"flags": ""}}]
+    published = [record(recipe, name, 0, "1100") for name in ("curriculum", "untuned-simulator")]
+    published += [{"name": "gone", "seed": 0, "settings": {"flags": ""}}]
     cards = {"demo": {"useful_answer_rate": 0.98, "noisy_leak_rate": 0.26}}
     (tmp_path / "published.json").write_text(json.dumps({"runs": published, "simulators": cards}))
     monkeypatch.setattr(recipe, "PUBLISHED", tmp_path / "published.json")
     arguments = recipe.TablesArguments(runs=["grpo", "curriculum", "untrained"], seeds=2, jobs=1, num_questions=4)
     tables = recipe.Tables(arguments, [], tmp_path / "out")
-    assert tables.done().keys() == {("grpo", 0), ("curriculum", 0)}
+    assert tables.done().keys() == {("grpo", 0), ("curriculum", 0), ("untuned-simulator", 0)}
     began: list[Any] = []
     monkeypatch.setattr(tables, "make_data", lambda *flags: None)
     monkeypatch.setattr(tables, "one", lambda *run: began.append(run) or 2.0)
@@ -102,7 +103,8 @@ def test_what_is_done_is_passed_over_here_and_where_it_is_published(
     tables.run()
     assert began == [("untrained", 0, "at None"), ("grpo", 1, "at demo"), ("curriculum", 1, "at demo")]
     results = json.loads((tmp_path / "out/tables.json").read_text())
-    assert {row["name"] for row in results["rows"]} >= {"GRPO", "REINFORCE", "curriculum, 0 to 0.5"}
+    assert {row["name"] for row in results["rows"]} >= {"GRPO", "REINFORCE", "simulator: the demo's"}
+    assert {row["table"] for row in results["rows"]} == {"3", "4", "5"}, "the others have no run beside the recipe's"
     assert results["simulators"] == cards and "the demo's" in (tmp_path / "out/fidelity.svg").read_text()
     assert "| 5 | GRPO | 1 | 0.500 [" in (tmp_path / "out/tables.md").read_text()
     assert "5: GRPO" in (tmp_path / "out/tables.svg").read_text()
