@@ -326,6 +326,7 @@ def table_rows(
         records = {seed: record for (of_run, seed), record in done.items() if of_run == name}
         if not records or (name != REFERENCE and RUNS[name].table != table):
             continue
+        em = over_seeds(bits(list(records.values())))
         run, difference = RUNS[name], None
         if name != REFERENCE and reference:
             shared = sorted(reference.keys() & records.keys() if run.script else reference)
@@ -339,7 +340,7 @@ def table_rows(
                 "table": table,
                 "name": TABLES[table] if name == REFERENCE else run.title,
                 "num_seeds": len(records),
-                "em": over_seeds(bits(list(records.values()))),
+                "em": em | {"low": max(em["low"], 0.0), "high": min(em["high"], 1.0)},
                 "difference": difference,
                 "verdict": None if difference is None else worse_or_better if differs else "no difference seen",
                 "differs": differs,

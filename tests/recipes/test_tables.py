@@ -19,6 +19,11 @@ def recipe() -> ModuleType:
     return load_recipe("tables")
 
 
+@pytest.fixture(autouse=True)
+def nothing_published(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PUBLISHED", tmp_path / "published.json")
+
+
 def record(recipe: ModuleType, name: str, seed: int, em: str, **changed: Any) -> dict[str, Any]:
     """Return what a run leaves."""
     run = recipe.RUNS[name]
@@ -49,6 +54,7 @@ def test_differences_are_paired_by_seed_and_question(recipe: ModuleType) -> None
     rows = {(row["table"], row["name"]): row for row in recipe.table_rows(done, {})}
     own = rows["5", "REINFORCE"]
     assert own["em"]["mean"] == pytest.approx(7 / 12) and own["difference"] is own["verdict"] is None
+    assert (own["em"]["low"], own["em"]["high"]) == (0.0, 1.0), "a t interval of so few would pass both"
     assert own["num_seeds"] == 3 and rows["7", "observations masked"]["em"] == own["em"]
     grpo = rows["5", "GRPO"]
     assert grpo["difference"]["mean"] == 0.0 and grpo["verdict"] == "no difference seen" and not grpo["differs"]
@@ -92,7 +98,6 @@ def test_what_is_done_is_passed_over_here_and_where_it_is_published(
     published += [{"name": "gone", "seed": 0, "settings": {"flags": ""}}]
     cards = {"demo": {"useful_answer_rate": 0.98, "noisy_leak_rate": 0.26}}
     (tmp_path / "published.json").write_text(json.dumps({"runs": published, "simulators": cards}))
-    monkeypatch.setattr(recipe, "PUBLISHED", tmp_path / "published.json")
     arguments = recipe.TablesArguments(runs=["grpo", "curriculum", "untrained"], seeds=2, jobs=1, num_questions=4)
     tables = recipe.Tables(arguments, [], tmp_path / "out")
     assert tables.done().keys() == {("grpo", 0), ("curriculum", 0), ("untuned-simulator", 0)}
