@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import ChatServer
+from generation_parts import save_adapter
 from hub_stub import HubStub
 from recipe_modules import Refusal, as_flags, load_recipe
 
@@ -53,6 +54,10 @@ def log_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
         ({"output_dir": "CUT"}, "is not empty; name another, or pass --overwrite_output_dir"),
         ({"resume_from_checkpoint": True}, "there is no checkpoint to resume from: /"),
         ({"load_in_4bit": True}, "a quantized policy cannot learn"),
+        (
+            {"engine": "simulated", "simulator": "colocated", "simulator_model": "CUT"},
+            "lives in the vLLM engine of a policy whose LoRA adapter vLLM serves",
+        ),
         ({"eval_strategy": "steps"}, "needs both: --eval_dataset, and"),
         ({"eval_dataset": "qa.jsonl"}, "--eval_strategy steps or epoch"),
         ({"eval_engine": "bm25"}, "which need --eval_dataset"),
@@ -149,3 +154,20 @@ def test_a_run_with_a_colocated_vllm_and_a_simulator(
     for prompt in (request["messages"][-1]["content"] for request in chat_server.requests):
         number = re.search(r'question: "Who wrote (\d+)\?" whose answer is gold (\d+)\.', prompt)
         assert number is not None and number[1] == number[2], "each search has its own question and answer"
+
+
+@pytest.mark.slow
+def test_a_run_by_lora_with_its_simulator_in_the_policys_engine(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    simulator = save_adapter(Path(settings["model_name_or_path"]), tmp_path / "simulator")
+    settings |= {"engine": "simulated", "simulator": "colocated", "simulator_model": str(simulator)}
+    settings |= {"simulator_max_tokens": 30, "num_documents": 2, "noise_start": 0.5, "vllm_max_model_length": 1024}
+    settings |= {"use_vllm": True, "use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 0.01}
+    run(settings | {"max_steps": 3}, tmp_path)
+    first, _, third, _ = log_of(settings)
+    assert third["kl"] > 1e-4, "the policy has moved"
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in (first, third)) < 1e-3
+    assert first["search/failed_search"] == 0 and 0 < first["search/noisy_share"] < 1
+    queries = json.loads((Path(settings["output_dir"]) / "engine_queries.json").read_text())
+    assert queries["simulated"] > 10
+    assert (Path(settings["output_dir"]) / "adapter_model.safetensors").is_file()
