@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -344,3 +346,20 @@ def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
     synced = ["sync weights"] if weights_sleeping else []
     assert engine.told == [*synced, "wake up ['kv_cache']", "rollout", "sleep 2"]
     assert engine._llm_weights_sleeping
+
+
+def test_on_a_gpu_an_engine_takes_of_what_others_leave(tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def engine(make: object, dtype: str, max_model_len: int, **options: object) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len)))
+
+    vllm = ModuleType("vllm")
+    vllm.__spec__, vllm.LLM = ModuleSpec("vllm", None), object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr("zerosearch.generation.loading.local_engine", engine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 << 30, 80 << 30))
+    load_generator(str(tiny_policy_dir), "vllm", 64)
+    assert asked["gpu_memory_utilization"] == pytest.approx(0.9 * 30 / 80)

@@ -259,13 +259,17 @@ def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) ->
 def _vllm_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str) -> Generator:
     """Start a vLLM engine in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process; read when it is made
+    import torch
     from vllm import LLM
 
     from zerosearch.generation.vllm_colocated import VLLMGenerator
 
     with TemporaryDirectory() as folder:
         # The rollout's settings alone decide how to sample, not a file of the model's.
-        options = {"model": whole_model(model, Path(folder)), "generation_config": "vllm"}
+        options: dict[str, Any] = {"model": whole_model(model, Path(folder)), "generation_config": "vllm"}
+        if torch.cuda.is_available():  # by itself vLLM wants nine tenths of all, though a simulator may hold half of it
+            free, there = torch.cuda.mem_get_info()
+            options["gpu_memory_utilization"] = 0.9 * free / there
         llm = local_engine(LLM, dtype, max_context_tokens, **options)
     return VLLMGenerator(llm, tokenizer)
 
