@@ -45,17 +45,18 @@ def test_an_evaluation_leaves_scores_and_every_trajectory(
     generator = load_generator(str(random_model), "transformers", 2048)
     about = {"model": "m", "dataset": "d", "generator": "transformers"}
     rows = load_questions(str(questions)).to_list() * 8
-    results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, tmp_path, p_noise=0.25, seed=3, about=about)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    folder = tmp_path / "new/folder"
+    results = evaluate(rows, generator, BM25Engine(corpus), SETTINGS, folder, p_noise=0.25, seed=3, about=about)
+    assert json.loads((folder / "results.json").read_text()) == results
     assert results | about | {"engine": "bm25", "n": 24, "seed": 3, "p_noise": 0.25} == results
     assert results["settings"]["max_turns"] == 3 and results["seconds"] > 0
     assert {"python", "torch", "transformers"} <= set(results["versions"])
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert results | manifest == results and len(manifest["data_sha256"]) == 64
     assert manifest | about | {"agent": "policy", "num_questions": 24, "num_samples": 1} == manifest
     assert manifest["engine_identity"]["corpus_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
-    records = rows_of(tmp_path / "trajectories.jsonl")
+    records = rows_of(folder / "trajectories.jsonl")
     assert [(row["id"], row["dataset"]) for row in records] == [(row["id"], row["dataset"]) for row in rows]
     searches = sum(row["searches"] for row in records)
     assert results["searches"] == searches / 24

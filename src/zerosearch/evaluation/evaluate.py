@@ -38,7 +38,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer the questions, write `trajectories.jsonl` and `results.json` to `output_dir`, and return the results.
 
-    The options are those of `answer_questions`; `seed` keys the bootstrap, too. Scores of an evaluation that a limit
+    A missing `output_dir` is made. The options are those of `answer_questions`; `seed` keys the bootstrap, too. Scores of an evaluation that a limit
     stopped are those of what was finished; `stopped` says so.
     Raises `SearchError` if a search failed for good, as scores over the rest would mislead; with `max_failed`, when so
     many questions lost one or the engine refuses all: fewer are counted as `lost` and have no score. Raises
@@ -52,6 +52,7 @@ def evaluate(
     >>> evaluate(rows, policy, engine, settings, Path("."), agent=agent)["em"]["mean"]
     1.0
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
     answers = answer_questions(
         questions, generator, engine, settings, output_dir, seed=seed, max_failed=max_failed, **options
     )
