@@ -38,8 +38,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer the questions, write `trajectories.jsonl` and `results.json` to `output_dir`, and return the results.
 
-    A missing `output_dir` is made. The options are those of `answer_questions`; `seed` keys the bootstrap, too. Scores of an evaluation that a limit
-    stopped are those of what was finished; `stopped` says so.
+    A missing `output_dir` is made. The options are those of `answer_questions`; `seed` keys the bootstrap, too. Scores
+    of an evaluation that a limit stopped are those of what was finished; `stopped` says so.
     Raises `SearchError` if a search failed for good, as scores over the rest would mislead; with `max_failed`, when so
     many questions lost one or the engine refuses all: fewer are counted as `lost` and have no score. Raises
     `LimitReached` if not one trajectory was finished, and `UserError` if none had a turn or `output_dir` holds another

@@ -267,7 +267,7 @@ def _vllm_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_
     with TemporaryDirectory() as folder:
         # The rollout's settings alone decide how to sample, not a file of the model's.
         options: dict[str, Any] = {"model": whole_model(model, Path(folder)), "generation_config": "vllm"}
-        if torch.cuda.is_available():  # by itself vLLM wants nine tenths of all, though a simulator may hold half of it
+        if torch.cuda.is_available():  # by itself vLLM wants nine tenths of all, also beside a simulator
             free, there = torch.cuda.mem_get_info()
             options["gpu_memory_utilization"] = 0.9 * free / there
         llm = local_engine(LLM, dtype, max_context_tokens, **options)
