@@ -56,10 +56,10 @@ def write_down_calls(engine: Any) -> list[Any]:
     calls: list[Any] = []
     add_request, step = engine.add_request, engine.step
 
-    def add(number: str, prompt: dict[str, list[int]], params: Any) -> None:
+    def add(number: str, prompt: dict[str, list[int]], params: Any, **options: Any) -> None:
         under_way = engine.get_num_unfinished_requests()
         calls.append(["add", under_way, number, prompt["prompt_token_ids"], params.seed, params.max_tokens])
-        add_request(number, prompt, params)
+        add_request(number, prompt, params, **options)
 
     def written_step() -> list[Any]:
         calls.append(["step"])
