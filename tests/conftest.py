@@ -43,6 +43,14 @@ def signals() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def launcher_variables() -> Iterator[None]:
+    """Remove what TRL leaves when it makes a colocated vLLM, by which a later process would take itself for a rank."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test wait half a second before a service is asked again."""
     monkeypatch.setattr("zerosearch.http.FIRST_BACK_OFF_S", 0.01)
