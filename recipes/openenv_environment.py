@@ -9,12 +9,12 @@ documents, a hint, or the end with its reward, F1. OpenEnv's client holds a sess
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import uvicorn
-from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import text_number
@@ -25,6 +25,12 @@ from zerosearch.http import run_in_background
 from zerosearch.metrics import f1
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSetName
 from zerosearch.protocol import parse_action
+
+try:
+    from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
+except ModuleNotFoundError:
+    print("error: OpenEnv is not installed: pip install openenv-core==0.3.0", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 class Turn(Action):

@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines import SearchEngine, SearchRequest, SearchResult
@@ -40,6 +40,7 @@ from zerosearch.engines.colocated_simulator import ColocatedSimulator
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.evaluation.evaluate import versions
 from zerosearch.generation.adapter_weights import merged_weights
+from zerosearch.generation.loading import model_config
 from zerosearch.prompts import TINYWORLD
 from zerosearch.rollout.in_flight import close_engine
 from zerosearch.rollout.loop import run_rollouts
@@ -84,7 +85,7 @@ class BenchArguments:
 
 def main_rows(arguments: BenchArguments) -> dict[str, Any]:
     """Return the ratios and the table's rows."""
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = model_config(arguments.model)
     name = Path(arguments.model).name
     shapes = {name: policy_shape(config, LORA), "Qwen2.5-3B": policy_shape(QWEN_3B, LORA)}
     rows: list[dict[str, Any]] = []

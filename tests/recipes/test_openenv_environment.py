@@ -5,19 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 from chat_server import ChatServer
-from recipe_modules import RECIPES
-
-core = pytest.importorskip("openenv.core", reason="needs OpenEnv: pip install openenv-core==0.3.0")
+from recipe_modules import RECIPES, load_recipe
 
 ROW = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]}
 FIVE = "\n".join(f"Doc {number}: Emma is by Jane Austen." for number in range(1, 6))
 
 
+@pytest.mark.skipif(find_spec("openenv") is not None, reason="OpenEnv is installed")
+def test_without_openenv_one_sentence_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_recipe("openenv_environment")
+    assert capsys.readouterr().err == "error: OpenEnv is not installed: pip install openenv-core==0.3.0\n"
+
+
 @pytest.mark.slow
 def test_its_own_client_plays_trajectories_side_by_side(chat_server: ChatServer) -> None:
+    core = pytest.importorskip("openenv.core", reason="needs OpenEnv: pip install openenv-core==0.3.0")
     chat_server.write = lambda messages: FIVE if "Query: Emma author\n" in messages[-1]["content"] else 500
     command = [sys.executable, RECIPES / "openenv_environment.py", "--port", "0", "--max_turns", "2"]
     with ExitStack() as stack:
