@@ -53,13 +53,13 @@ class SmollmArguments:
     )
     generator: Literal["vllm", "transformers"] = "vllm"
     seed: int = 0
-    cold_start_steps: int = field(default=8, metadata={"min": 1, "help": "Steps of eight demonstrations."})
-    simulator_steps: int = field(default=12, metadata={"min": 1, "help": "Steps of eight searches."})
+    cold_start_steps: int = field(default=6, metadata={"min": 1, "help": "Steps of eight demonstrations."})
+    simulator_steps: int = field(default=10, metadata={"min": 1, "help": "Steps of eight searches."})
     gaps: int = field(default=1000, metadata={"min": 1, "help": "Gaps in passages, for the simulator to learn from."})
-    fidelity_queries: int = field(default=20, metadata={"min": 2, "help": "Held-out searches to measure with."})
+    fidelity_queries: int = field(default=12, metadata={"min": 2, "help": "Held-out searches to measure with."})
     rl_steps: int = field(default=3, metadata={"min": 1, "help": "Steps of RL."})
-    rl_questions: int = field(default=4, metadata={"min": 1, "help": "Questions a step, five trajectories each."})
-    num_questions: int = field(default=20, metadata={"min": 1, "help": "Test questions of each dataset."})
+    rl_questions: int = field(default=2, metadata={"min": 1, "help": "Questions a step, five trajectories each."})
+    num_questions: int = field(default=15, metadata={"min": 1, "help": "Test questions of each dataset."})
 
     def __post_init__(self) -> None:
         for name in DATA:

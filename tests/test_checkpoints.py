@@ -64,7 +64,7 @@ def test_a_fresh_start_clears_what_runs_write_and_nothing_else(tmp_path: Path) -
         pass
     with training_run(training_arguments(out), overwrite=True, written=["card.json"]) as checkpoint:
         assert checkpoint is None
-        assert {path.name for path in out.iterdir()} == {".lock", "model.safetensors.bak", "checkpoint-notes"}
+        assert {path.name for path in out.iterdir()} == {"_lock", "model.safetensors.bak", "checkpoint-notes"}
     assert (mine / "notes").exists()
 
 

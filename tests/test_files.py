@@ -92,7 +92,7 @@ def test_symbolic_links_are_replaced_and_never_written_through(tmp_path: Path) -
     mine, out = tmp_path / "mine.jsonl", tmp_path / "out"
     mine.write_text('{"mine": 1}\n')
     out.mkdir()
-    for name in ("a.json", "a.json.draft", "b.jsonl", "c.md", ".lock"):
+    for name in ("a.json", "a.json.draft", "b.jsonl", "c.md", "_lock"):
         (out / name).symlink_to(mine)
     write_json(out / "a.json", {})
     write_text(out / "c.md", "text")

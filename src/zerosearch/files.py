@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in about a second, and a bar would only flicker
 DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is not JSON, but common: it reads as null
-LOCK = ".lock"
+LOCK = "_lock"  # no Trainer pushes what begins with an underscore
 
 
 @contextmanager

@@ -356,7 +356,7 @@ def test_overwriting_clears_the_earlier_dataset_and_nothing_else(
     assert (folder / "test.jsonl").exists()
     load_recipe("build_simulator_data").main(command)
     left = {path.name for path in folder.iterdir()}
-    assert left == {"train.jsonl", "statistics.json", "README.md", "notes.txt", ".lock"}
+    assert left == {"train.jsonl", "statistics.json", "README.md", "notes.txt", "_lock"}
     assert len((folder / "train.jsonl").read_bytes().split(b"\n")) == 60 + 1
     assert "split: test" not in (folder / "README.md").read_text()
 

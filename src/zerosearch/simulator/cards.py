@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zerosearch.errors import UserError
-from zerosearch.files import write_text
+from zerosearch.files import LOCK, write_text
 from zerosearch.generation.loading import base_of_adapter
 from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.dataset import SPLITS, statistics_table
 
-NOT_PUSHED = (".lock", "*.draft", "checkpoint-*/**", "training_args.bin", "logs/**")
+NOT_PUSHED = (LOCK, "*.draft", "checkpoint-*/**", "training_args.bin", "logs/**")
 TEMPLATES = Path(__file__).parent  # in jinja2's language, filled in by the Hub's classes
 
 
