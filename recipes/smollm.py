@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from zerosearch.checkpoints import checkpoint_to_resume
+from zerosearch.checkpoints import whole_checkpoints
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import read_trajectories
@@ -145,7 +145,7 @@ class Smollm:
         with simulator_server(simulator, port=0, max_model_len=2048, vllm_arguments=share) as server:
             self.stages.say(f"simulator ready at {server.base_url}")
             how += flags(simulator_url=server.base_url, output_dir=policy) + go_on(policy)
-            status = training_status(1)
+            status = training_status(1, done=max(whole_checkpoints(policy), default=0))
             self.stages.run("training", "recipes/grpo.py", *how, *self.rl_flags, status=status, makes=made)
 
     def evaluate(self, when: str, model: Path) -> None:
@@ -184,11 +184,7 @@ def flags(**options: object) -> list[str]:
 
 def go_on(folder: Path) -> list[str]:
     """Return what resumes a training from its last checkpoint, or starts it anew where there is none."""
-    try:
-        checkpoint_to_resume("true", str(folder))
-    except UserError:
-        return flags(overwrite_output_dir=True)
-    return flags(resume_from_checkpoint=True)
+    return flags(resume_from_checkpoint=True) if whole_checkpoints(folder) else flags(overwrite_output_dir=True)
 
 
 @exit_on_user_error

@@ -99,9 +99,12 @@ class Stages:
         return seconds
 
 
-def training_status(every: int) -> Callable[[str], str | None]:
-    """Return what turns a step in the trainer's log, one in `every`, into a line of ours."""
-    steps = count(1)
+def training_status(every: int, done: int = 0) -> Callable[[str], str | None]:
+    """Return what turns a step in the trainer's log, one in `every`, into a line of ours.
+
+    `done`: the steps of the checkpoint that a run goes on from.
+    """
+    steps = count(done + 1)
 
     def status(line: str) -> str | None:
         values = {name: float(value) for name, value in re.findall(r"'([\w/]+)': '?(-?[\d.]+(?:e-?\d+)?)", line)}

@@ -26,6 +26,8 @@ def test_a_stage_reports_what_status_makes_of_its_output(tmp_path: Path, capsys:
     Stages(tmp_path / "logs", tmp_path).run("work", script, status=training_status(5))
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
     assert len(lines) == 1 and lines[0].endswith("step   5: reward 0.25, 1.5 searches a question, noise 0.12")
+    resumed = training_status(5, done=3)
+    assert resumed(entry) is None and "step   5" in (resumed(entry) or "")
 
 
 def test_results_count_every_query_to_an_engine_that_is_not_the_simulator(recipe: ModuleType, tmp_path: Path) -> None:
