@@ -83,9 +83,6 @@ def test_the_coin_counts_not_the_odds_at_which_it_was_tossed(tmp_path: Path) -> 
     rain = Rain()
     searched(CachedEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
     assert len(rain.asked) == 1
-    rain = Rain(coin="document")  # several coins: the odds decide how many fall on useful
-    searched(CachedEngine(tmp_path / "c.sqlite", rain), REQUEST, replace(REQUEST, p_noise=0.0))
-    assert len(rain.asked) == 2
 
 
 def test_a_real_engine_reads_the_query_alone(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -79,27 +78,6 @@ def test_the_seed_is_the_keys(server: ChatServer) -> None:
         searched(SimulatedEngine(server.url, "sim-3b"), request)
     first, second, third = (request["seed"] for request in server.requests)
     assert first == third != second
-
-
-def test_a_coin_for_each_document_mixes_two_replies(server: ChatServer) -> None:
-    def by_quality(place: int) -> Reply:
-        quality = "noisy" if "Noisy Output" in prompt_of(server.requests[place]) else "useful"
-        return reply_of(*(f"{quality} {number}" for number in range(1, 6)))
-
-    server.answer = by_quality
-    results = searched(SimulatedEngine(server.url, "sim-3b", coin="document"), *requests_of(120, p_noise=0.3))
-    shares = Counter(round(5 * (result.noisy_share or 0.0)) for result in results)
-    assert len(shares) >= 5  # 0 to 4 or 5 of five
-    assert 0.22 < sum(noisy * count for noisy, count in shares.items()) / 600 < 0.38
-    for result in results:
-        qualities = [document.split()[0] for document in result.documents]
-        assert qualities.count("noisy") == 5 * (result.noisy_share or 0.0)
-        assert result.noisy is (qualities.count("noisy") >= 3)
-        for quality in ("noisy", "useful"):  # each reply's documents in their order, none twice
-            written = [document for document in result.documents if document.startswith(quality)]
-            assert written == [f"{quality} {number}" for number in range(1, len(written) + 1)]
-    alike = sum(1 for result in results if result.noisy_share in (0.0, 1.0))
-    assert len(server.requests) == alike + 2 * (120 - alike)  # a second reply only where it is needed
 
 
 def test_a_call_that_fails_is_repeated_counted_and_at_last_an_error_that_names_the_remedy(server: ChatServer) -> None:

@@ -35,7 +35,7 @@ class SearchRequest:
 class SearchResult:
     """The documents, best first; whether they were asked to be noisy (`None`: the engine knows no noise).
 
-    Where each document has a coin of its own, `noisy` is what most of them are and `noisy_share` says how many.
+    Where an engine mixes both, `noisy` is what most of them are and `noisy_share` says how many.
     `short_replies` counts the replies that held too few documents and were asked for again. `titles` are those of the
     documents, "" for one without; an engine that does not tell titles from texts gives an empty tuple.
     """

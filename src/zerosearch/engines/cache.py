@@ -137,10 +137,7 @@ class CachedEngine:
         described: dict[str, Any] = {"engine": self._identity, "query": request.query}
         if not self.reads_query_only:
             described |= {"question": request.question, "golden_answers": request.golden_answers, "key": request.key}
-            if self._identity.get("coin", "query") == "query":
-                described["noisy"] = keyed_uniform(*request.key) < request.p_noise
-            else:  # a coin a document
-                described["p_noise"] = request.p_noise
+            described["noisy"] = keyed_uniform(*request.key) < request.p_noise
         return described
 
     def _known_identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from zerosearch.engines.colocated_simulator import ColocatedSimulator
 from zerosearch.engines.google import GoogleEngine, GoogleProvider, read_key
 from zerosearch.engines.retriever import RetrieverEngine, RetrieverProtocol
 from zerosearch.engines.search_api import SearchAPIEngine, read_api
-from zerosearch.engines.simulated import Coin, SimulatedEngine
+from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.prompts import SimulatorTemplate
 
@@ -36,9 +36,6 @@ class SimulatorOptions:
     simulator_max_tokens: int = field(
         default=600, metadata={"help": "For simulated: longest reply, in tokens.", "min": 1}
     )
-    simulator_coin: Coin = field(
-        default="query", metadata={"help": "For simulated: one coin for noise a query (the paper), or a document."}
-    )
     simulator_ask_leaks_again: bool = field(
         default=False, metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."}
     )
@@ -51,7 +48,6 @@ class SimulatorOptions:
             self.simulator_url,
             self.simulator_model,
             template,
-            coin=self.simulator_coin,
             max_tokens=self.simulator_max_tokens,
             ask_leaks_again=self.simulator_ask_leaks_again,
             num_documents=num_documents,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
@@ -25,8 +24,6 @@ CHECK_TIMEOUT_S = 10.0
 CONCURRENCY_OF_A_SERVER = 64
 NO_TOKENS = any_token(())
 
-Coin = Literal["query", "document"]
-COIN_STREAM = 1_000_033  # keeps the coins of documents apart from those of queries, and from the seeds
 # What servers say for a chat template that refuses a system message, as Gemma's and Mistral's do.
 SYSTEM_REFUSED = re.compile(r"(?i)system (role|message)|roles must alternate|only user and assistant roles")
 
@@ -49,9 +46,8 @@ class SimulatedEngine:
     `template` is the tuned simulator's prompt (the paper's Table 2) or the two of a prompted one,
     `PROMPTED_SIMULATOR`.
 
-    One coin a query, as in the paper's code, so its documents are all useful or all noisy; with `coin="document"` each
-    document has a coin of its own, and a mixed search costs two replies. Coins and sampling seed come from the
-    request's key, so a run that is resumed asks for the same documents.
+    One coin a query, as in the paper's code, so its documents are all useful or all noisy. Coin and sampling seed come
+    from the request's key, so a run that is resumed asks for the same documents.
 
     A reply with fewer than `num_documents` documents is asked for once more, with another seed. The fuller of the two
     is used; without documents in either the search fails. With `ask_leaks_again`, which is not the paper's, so is a
@@ -74,7 +70,6 @@ class SimulatedEngine:
     base_url: str | Sequence[str] = "http://127.0.0.1:6001/v1"
     model: str | None = None
     template: SimulatorTemplate = SIMULATOR_PROMPT
-    coin: Coin = "query"
     temperature: float = 0.8  # this and max_tokens as in the paper's code; its text does not say
     max_tokens: int = 600
     num_documents: int = 5
@@ -120,28 +115,16 @@ class SimulatedEngine:
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it writes none."""
         with self.account.search():
-            coins = self._draw(request)  # (num_documents,)
-            qualities = sorted(set(coins))
-            replies = await asyncio.gather(*(self._write(request, noisy) for noisy in qualities))
-            written = {noisy: iter(reply.documents) for noisy, reply in zip(qualities, replies, strict=True)}
-            pairs = [(document, noisy) for noisy in coins if (document := next(written[noisy], None)) is not None]
-            retries = sum(reply.retries for reply in replies)
-            if not pairs:
+            result = await self._write(request, noisy=keyed_uniform(*request.key) < request.p_noise)
+            if not result.documents:
                 nothing = f"wrote no documents for the query {request.query!r}, asked twice"
                 question = "is the model it serves a simulator, and tuned to this prompt?"
-                raise SearchError(f"the simulator at {self.address} {nothing}; {question}", retries)
-            noisy_share = sum(noisy for _, noisy in pairs) / len(pairs)
-            return SearchResult(
-                documents=tuple(document for document, _ in pairs),
-                noisy=noisy_share > 0.5,
-                retries=retries,
-                noisy_share=noisy_share if self.coin == "document" else None,
-                short_replies=sum(reply.short_replies for reply in replies),
-            )
+                raise SearchError(f"the simulator at {self.address} {nothing}; {question}", result.retries)
+            return result
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, wherever it is served; `model` is `None` before `check`."""
-        settings = ("model", "coin", "temperature", "max_tokens", "num_documents", "ask_leaks_again")
+        settings = ("model", "temperature", "max_tokens", "num_documents", "ask_leaks_again")
         template_sha256 = hashlib.sha256(repr(self.template).encode()).hexdigest()
         named = {name: getattr(self, name) for name in settings}
         return {"engine": self.name, "template_sha256": template_sha256, **named}
@@ -149,15 +132,8 @@ class SimulatedEngine:
     async def aclose(self) -> None:
         await self.client.aclose()
 
-    def _draw(self, request: SearchRequest) -> tuple[bool, ...]:
-        """Return whether each document is to be noisy."""
-        if self.coin == "query":
-            return (keyed_uniform(*request.key) < request.p_noise,) * self.num_documents
-        places = range(self.num_documents)
-        return tuple(keyed_uniform(*request.key, COIN_STREAM, place) < request.p_noise for place in places)
-
     async def _write(self, request: SearchRequest, noisy: bool) -> SearchResult:
-        """Return documents of one quality; `retries` are the calls beyond the first."""
+        """Return the documents, none where neither reply held any; `retries` are the calls beyond the first."""
         messages = simulator_messages(
             question=request.question,
             golden_answers=request.golden_answers,
@@ -181,7 +157,7 @@ class SimulatedEngine:
         documents = min(replies, key=lambda reply: (not reply, leaks(reply), -len(reply)))
         short_replies = sum(len(reply) < self.num_documents for reply in replies)
         self.counts.short_replies += short_replies
-        return SearchResult(documents, retries=retries, short_replies=short_replies)
+        return SearchResult(documents, noisy, retries, short_replies=short_replies)
 
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
