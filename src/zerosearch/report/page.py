@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from zerosearch import __version__
 from zerosearch.evaluation.tables import NOT_A_NUMBER, interval, is_finite, matrix_table, number
 from zerosearch.files import write_text
@@ -25,8 +27,6 @@ def write_report(run_dir: Path) -> Path:
 
     Raises `UserError` if the folder holds no run, or a file in it is malformed.
     """
-    import jinja2
-
     run = read_run(run_dir)
     examples = read_examples(run.folder, run.engine)
     environment = jinja2.Environment(

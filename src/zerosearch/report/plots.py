@@ -165,9 +165,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 def curves_plot(logs: Mapping[str, Sequence[LogEntry]], keys: Sequence[str]) -> str:
     """Draw the running means of logged values over steps, a panel a key, a line a run; return an SVG file's text."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
+    figure = _figure(4.2 * len(keys), 3.2)
     styles = [(colour, dash) for dash in ("-", "--", ":") for colour in ("blue", "orange", "green", "grey")]
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for (name, log), (colour, dash) in zip(logs.items(), cycle(styles), strict=False):
@@ -184,9 +182,7 @@ def rows_plot(rows: Sequence[Mapping[str, Any]]) -> str:
 
     A row has `table`, `name`, `em` as `{mean, low, high}`, and `differs`, whether from the first row of its kind.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.6 + 0.26 * len(rows)), layout="constrained")
+    figure = _figure(8, 0.6 + 0.26 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
         mean, low, high = (row["em"][key] for key in ("mean", "low", "high"))
@@ -205,9 +201,7 @@ def outcome_plot(rows: Sequence[Mapping[str, Any]]) -> str:
 
     A row has `name`, `em` as `{mean, low, high}`, and `fidelity`: the rates of `FIDELITY`, a panel each.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    figure = _figure(8.4, 3.2)
     panels = figure.subplots(1, len(FIDELITY), sharey=True)
     for axes, (rate, words) in zip(panels, FIDELITY.items(), strict=True):
         for row, (colour, marker) in zip(rows, cycle(zip(("blue", "orange", "green", "grey"), "os^D", strict=True))):
@@ -227,10 +221,8 @@ def _words(text: str) -> str:
 
 def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
     """Draw a fidelity card's rates and realised against requested noise to `prefix`.svg, and return the path."""
-    from matplotlib.figure import Figure
-
     shown = {name: words.replace(" that ", "\nthat ") for name, words in RATES[:3] if name in card}
-    figure = Figure(figsize=(10, 1.2 + 0.4 * len(shown) + 1.4 * ("noise" in card)), layout="constrained")
+    figure = _figure(10, 1.2 + 0.4 * len(shown) + 1.4 * ("noise" in card))
     rates, *more = figure.subplots(1, 1 + ("noise" in card), squeeze=False)[0]
     rates.barh(range(len(shown)), [card[name] for name in shown], height=0.5, color=COLOURS["blue"])
     for row, name in enumerate(shown):
@@ -251,10 +243,17 @@ def write_fidelity_plot(card: Mapping[str, Any], prefix: Path) -> Path:
     return path
 
 
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure, of so many inches, whose panels leave room for each other's labels."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), layout="constrained")
+
+
 def _panel() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 2.9), facecolor="none")  # inches of 72 CSS pixels: about a card's width on the page
+    figure = Figure((5, 2.9), facecolor="none")  # inches of 72 CSS pixels: about a card's width on the page
     return figure, figure.add_axes((0.11, 0.12, 0.87, 0.83))
 
 

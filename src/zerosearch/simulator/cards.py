@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
 from zerosearch.errors import UserError
 from zerosearch.files import LOCK, write_text
 from zerosearch.generation.loading import base_of_adapter
@@ -22,9 +25,6 @@ def create_repository(repo_id: str, kind: Literal["model", "dataset"], private: 
 
     The token is that of `hf auth login` or HF_TOKEN. Raises `UserError` for a wrong name, no token or no permission.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
     try:
         return HfApi().create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
@@ -33,9 +33,6 @@ def create_repository(repo_id: str, kind: Literal["model", "dataset"], private: 
 
 def push_folder(folder: Path, repo_id: str, kind: Literal["model", "dataset"], message: str) -> str:
     """Upload a folder, its card included, in one commit, and return its address. Raises `UserError`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         commit = HfApi().upload_folder(
             repo_id=repo_id,
@@ -56,8 +53,6 @@ def write_dataset_card(
 
     `found` is its `statistics`, `about` what it was made with, `example` as text what is learnt from one row.
     """
-    from huggingface_hub import DatasetCard, DatasetCardData
-
     files = [{"split": split, "path": f"{split}.jsonl"} for split in SPLITS if found["sets"][split]["questions"]]
     header = DatasetCardData(
         task_categories=["text-generation"],
@@ -84,8 +79,6 @@ def write_simulator_card(
 
     `made` says how it was made, `base_model` included; `fidelity` is its measurement as Markdown.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     is_adapter = base_of_adapter(str(folder)) is not None
     serve = [f"python recipes/serve_simulator.py --model {repository or folder}"]
     if repository and is_adapter:  # vLLM serves an adapter from a folder
