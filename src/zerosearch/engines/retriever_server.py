@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from queue import SimpleQueue
 from threading import Lock
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -48,7 +48,6 @@ SHUTDOWN_S = 10
 
 QueryText = Annotated[str, Field(max_length=LARGEST_QUERY)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Retrieval(BaseModel):
@@ -78,30 +77,27 @@ class Retrieval(BaseModel):
             raise ValueError("the body needs either queries, a list of texts, or query, a text")
         return self
 
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """Read the JSON in a request. Raises what FastAPI answers with a 4xx."""
-    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].partition(";")[0].strip(' "')
-    coding = request.headers.get("content-encoding", "").lower()
-    if charset not in ("", "utf-8", "utf8") or coding not in ("", "identity"):
-        raise HTTPException(415, "the body must be JSON in UTF-8, not compressed")
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > LARGEST_BODY_BYTES:
-                raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
-        return model.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
-    except ValidationError as error:  # the input, which may be long or not encodable, is not sent back
-        details = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
-    except (ValueError, RecursionError, ClientDisconnect) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
-
-
-async def read_retrieval(request: Request) -> Retrieval:
-    """Read what a request to an index asks for."""
-    return await read_body(request, Retrieval)
+    @classmethod
+    async def from_request(cls, request: Request) -> Self:
+        """Read the JSON in a request. Raises what FastAPI answers with a 4xx."""
+        charset = (
+            request.headers.get("content-type", "").lower().partition("charset=")[2].partition(";")[0].strip(' "')
+        )
+        coding = request.headers.get("content-encoding", "").lower()
+        if charset not in ("", "utf-8", "utf8") or coding not in ("", "identity"):
+            raise HTTPException(415, "the body must be JSON in UTF-8, not compressed")
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > LARGEST_BODY_BYTES:
+                    raise HTTPException(413, f"the body exceeds {LARGEST_BODY_BYTES:,} bytes")
+            return cls.model_validate(clean_json(json.loads(body.decode("utf-8-sig"))))
+        except ValidationError as error:  # the input, which may be long or not encodable, is not sent back
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
+        except (ValueError, RecursionError, ClientDisconnect) as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from None
 
 
 @dataclass
@@ -125,7 +121,7 @@ class RetrieverServer:
         self.application.post("/retrieve")(self.retrieve)
         self.application.get("/health")(self.health)
 
-    def retrieve(self, retrieval: Annotated[Retrieval, Depends(read_retrieval)]) -> Response:
+    def retrieve(self, retrieval: Annotated[Retrieval, Depends(Retrieval.from_request)]) -> Response:
         """Answer POST /retrieve; FastAPI calls it in a thread."""
         is_search_r1 = retrieval.queries is not None
         queries = retrieval.texts

@@ -30,14 +30,14 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zerosearch.data import text_number
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.engines.bm25 import BM25Index
 from zerosearch.engines.corpus import Found
-from zerosearch.engines.retriever_server import QueryText, Retrieval, read_body
+from zerosearch.engines.retriever_server import QueryText, Retrieval
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.http import ServiceError
@@ -82,11 +82,6 @@ class SimulatedRetrieval(Retrieval):
         if self.step is not None and self.p_noise is not None:
             raise ValueError("the noise comes from p_noise, or from step and total_steps")
         return self
-
-
-async def read_simulated(request: Request) -> SimulatedRetrieval:
-    """Read what a request to a simulator asks for."""
-    return await read_body(request, SimulatedRetrieval)
 
 
 class Schedule(BaseModel):
@@ -183,7 +178,9 @@ class SimulatedRetriever:
         for engine in self.engines:
             await engine.aclose()
 
-    async def retrieve(self, retrieval: Annotated[SimulatedRetrieval, Depends(read_simulated)]) -> Any:
+    async def retrieve(
+        self, retrieval: Annotated[SimulatedRetrieval, Depends(SimulatedRetrieval.from_request)]
+    ) -> Any:
         """Answer POST /retrieve. A query whose reply holds no documents gets none; a simulator that fails, 503."""
         rows = await asyncio.to_thread(self.lookup.find, retrieval.texts) if self.lookup else []
         requests = self._requests(retrieval, rows)
