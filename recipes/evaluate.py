@@ -21,13 +21,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.data import BENCHMARKS, FLASHRAG, load_question_sets
 from zerosearch.engines import SearchEngine, SearchError
 from zerosearch.engines.account import LimitReached, Limits, cost_table
-from zerosearch.engines.options import EngineOptions, make_engine
+from zerosearch.engines.options import EngineKind, EngineOptions, make_engine
 from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import GreedySettings, check_samples
 from zerosearch.evaluation.matrix import claim_evaluation_dir, plan_evaluations, run_evaluations
@@ -82,7 +82,7 @@ class EvaluationEngines(EngineOptions):
     """The engines to evaluate with: by default one that is real and costs nothing."""
 
     engine: list[str] = field(  # type: ignore[assignment]
-        default_factory=lambda: ["bm25"], metadata={"help": "The search engines."}
+        default_factory=lambda: ["bm25"], metadata={"help": "The search engines.", "choices": get_args(EngineKind)}
     )
 
     def __post_init__(self) -> None:

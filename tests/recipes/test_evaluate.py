@@ -81,7 +81,7 @@ def test_a_full_folder_is_overwritten_when_asked_to(arguments: dict[str, str]) -
         ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
         ({"corpus": ""}, "--engine bm25 needs --corpus"),
         ({"agent": "nobody"}, "the agent 'nobody' is unknown; there are policy, direct, cot, rag"),
-        ({"engine": "bing"}, "engine is 'bing': it must be one of"),
+        ({"engine": "bing"}, "argument --engine: invalid choice: 'bing'"),
         ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
         ({"engine": "simulated", "simulator_url": "http://127.0.0.1:9/v1"}, "--model SIMULATOR --port 9"),
         ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: it must be at most 1"),

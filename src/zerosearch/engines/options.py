@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchEngine
 from zerosearch.engines.bm25 import BM25Engine
 from zerosearch.engines.cache import CachedEngine
@@ -112,9 +111,6 @@ class EngineOptions(SimulatorOptions):
     )
 
     def __post_init__(self) -> None:
-        if self.engine not in get_args(EngineKind):
-            raise UserError(f"engine is {self.engine!r}: it must be one of {', '.join(get_args(EngineKind))}")
-        check_bounds(self)
         if self.search_cache_only and self.search_cache is None:
             raise UserError("--search_cache_only needs --search_cache, the file to answer from")
 
@@ -130,11 +126,6 @@ class TrainingEngineOptions(EngineOptions):
             "an adapter over the same base."
         },
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.simulator not in get_args(SimulatorPlace):
-            raise UserError(f"simulator is {self.simulator!r}: it must be served or colocated")
 
     def make_simulator(
         self, template: SimulatorTemplate, num_documents: int, kind: type[SimulatedEngine] = SimulatedEngine
