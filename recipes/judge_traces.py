@@ -18,7 +18,7 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.engines.cache import Cache
 from zerosearch.errors import UserError
 from zerosearch.files import sole_writer, write_json, write_jsonl
@@ -26,7 +26,6 @@ from zerosearch.http import redacted_url
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.simulator.judge import RULE, Judge, JudgeOptions, Verdict, compare, judge_traces, rule_verdicts
 from zerosearch.simulator.traces import read_traces
-from zerosearch.text import printable
 
 
 @dataclass
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     for names, found in results["agreement"].items():
         share, kappa = ("not defined" if found[name] is None else f"{found[name]:.3f}" for name in ("share", "kappa"))
         lines.append(f"{names} agree on {share} of {found['num_documents']:,} documents; Cohen's kappa {kappa}")
-    print(printable("\n".join([*lines, f"judged searches: {judged}"])))
+    say("\n".join([*lines, f"judged searches: {judged}"]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
 from zerosearch.http import redacted_url
@@ -33,7 +33,6 @@ from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, mea
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import read_held_out
 from zerosearch.simulator.server import exit_on_signals, simulator_server
-from zerosearch.text import printable
 
 HEADLINE = ("useful_answer_rate", "noisy_leak_rate", "answer_rate", "max_noise_error")  # the last line printed
 
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             url = recipe.simulator_url
             if recipe.model is not None:
                 exit_on_signals()
-                print(printable(f"starting {recipe.model} ..."), flush=True)
+                say(f"starting {recipe.model} ...")
                 settings = {name: getattr(recipe, name) for name in ("max_model_len", "dtype")}
                 url = stack.enter_context(simulator_server(recipe.model, recipe.port, **settings)).base_url
             asked = {name: getattr(recipe, name) for name in ("temperature", "max_tokens", "num_documents")}

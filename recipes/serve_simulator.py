@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zerosearch.command_line import exit_on_user_error, parse
+from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.simulator.server import exit_on_signals, simulator_server
-from zerosearch.text import printable
 
 
 @dataclass
@@ -34,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     """Serve until a signal comes (exit 128 + its number) or the server dies (exit 2, with its last lines)."""
     arguments, vllm_arguments = parse(ServeArguments, argv=argv, rest=True)
     exit_on_signals()
-    print(printable(f"starting {arguments.model} ..."), flush=True)
+    say(f"starting {arguments.model} ...")
     with simulator_server(**vars(arguments), vllm_arguments=vllm_arguments) as server:
-        print(f"simulator ready at {server.base_url} (Ctrl-C ends it)", flush=True)
+        say(f"simulator ready at {server.base_url} (Ctrl-C ends it)")
         server.wait()
 
 

@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions, read_passages
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, user_mistakes
+from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir, write_json, write_jsonl
 from zerosearch.metrics import holds_answer
 from zerosearch.tinyworld.world import World, question_rows
 
@@ -58,12 +59,10 @@ class BenchArguments:
 def tinyworld_files(directory: Path) -> tuple[Path, Path]:
     """Write TinyWorld's evaluation corpus and 300 questions."""
     world = World.draw(0, 400, held_out=True)
-    written = []
-    for name, rows in (("corpus", world.passages()), ("questions", question_rows(world, 300, 0))):
-        path = directory / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        written.append(path)
-    return written[0], written[1]
+    corpus, questions = directory / "corpus.jsonl", directory / "questions.jsonl"
+    write_jsonl(corpus, world.passages())
+    write_jsonl(questions, question_rows(world, 300, 0))
+    return corpus, questions
 
 
 def random_passages(corpus: Path, count: int, seed: int = 0) -> Iterator[str]:
@@ -134,9 +133,8 @@ def measure(corpus: Path, questions: Path, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Measure each size and write and print what was found."""
     (arguments,) = parse(BenchArguments, argv=argv)
-    with user_mistakes():
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     results = []
     with TemporaryDirectory() as directory:
         if arguments.corpus is None:
@@ -160,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         "sizes": results,
         "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores",
     }
-    output.write_text(json.dumps({**results[0], **about}, indent=2) + "\n", encoding="utf-8")
+    write_json(output, {**results[0], **about})
     print(output)
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
 from zerosearch.engines.simulated_retriever import MARGIN, QuestionLookup
-from zerosearch.errors import user_mistakes
-from zerosearch.files import read_jsonl, write_json
+from zerosearch.files import claim_output_dir, read_jsonl, write_json
 
 
 @dataclass
@@ -46,10 +45,9 @@ def main(argv: list[str] | None = None) -> None:
             share, right = len(taken) / len(places), sum(taken) / max(len(taken), 1)
             rows.append({"searches": kind, "n": len(places), "margin": margin, "taken": share, "right": right})
             print(f"{kind:<20} {len(places):>6} margin {margin}: taken {share:.3f}, of them right {right:.3f}")
-    with user_mistakes():
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, {"questions": len(questions), "rows": rows})
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
+    write_json(output, {"questions": len(questions), "rows": rows})
 
 
 if __name__ == "__main__":

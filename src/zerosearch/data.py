@@ -53,8 +53,6 @@ BENCHMARKS = {
     "bamboogle": Benchmark("Bamboogle", "test", 125),
 }
 ALL_BENCHMARKS = "benchmarks"  # names the seven at once
-# The paper scores 500 questions of each set and all 125 of Bamboogle; which 500, nobody has said.
-PAPER_QUESTIONS = 500
 
 # What is read of a question's row; `golden_documents` are texts that lead to the answer, for rewards that want them.
 COLUMNS = ("id", "question", "golden_answers", "dataset", "data_source", "golden_documents")

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from zerosearch.command_line import check_bounds
 from zerosearch.engines import SearchError, SearchRequest
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
@@ -50,9 +49,6 @@ class FidelityOptions:
     )
     num_samples: int = field(default=2, metadata={"min": 1, "help": "Replies to each query, of either quality."})
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 def measure_simulator(
