@@ -17,10 +17,10 @@ import platform
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,11 +68,9 @@ def tinyworld_files(directory: Path) -> tuple[Path, Path]:
 def random_passages(corpus: Path, count: int, seed: int = 0) -> Iterator[str]:
     """Yield texts of the corpus' words, drawn by their frequency, as long as its passages."""
     texts = [WORD.findall(f"{passage.title} {passage.text}") for passage in read_passages(corpus)]
-    frequency: dict[str, int] = {}
-    for word in (word for words in texts for word in words):
-        frequency[word] = frequency.get(word, 0) + 1
+    frequency = Counter(word for words in texts for word in words)
     words, lengths = np.array(list(frequency)), [len(text) for text in texts]
-    shares = np.array(list(accumulate(frequency.values()))) / sum(frequency.values())
+    shares = np.cumsum(list(frequency.values())) / frequency.total()
     rng, chance = np.random.default_rng(seed), random.Random(seed)
     for _ in range(count):
         drawn = words[np.searchsorted(shares, rng.random(chance.choice(lengths)), side="right")]

@@ -96,9 +96,8 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1")
     name = Path(source).stem
-    questions: list[dict[str, Any]] = []
-    for place, row in islice(_rows(source, split, benchmark_source), limit):
-        questions.append(_question(row, place, len(questions), name))
+    rows = islice(_rows(source, split, benchmark_source), limit)
+    questions = [_question(row, place, index, name) for index, (place, row) in enumerate(rows)]
     if not questions:
         raise UserError(f"{source} holds no questions")
     return datasets.Dataset.from_list(questions)

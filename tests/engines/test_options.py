@@ -38,17 +38,8 @@ def test_every_flag_says_what_it_is_for() -> None:
 def test_bm25_by_its_flags_with_a_kept_index_a_cache_and_the_price_of_the_machine(
     corpus: Path, tmp_path: Path
 ) -> None:
-    flags = (
-        "--engine",
-        "bm25",
-        "--corpus",
-        str(corpus),
-        "--num_documents",
-        "2",
-        "--index_dir",
-        str(tmp_path / "index"),
-    )
-    more = ("--engine_usd_per_hour", "1.5", "--search_cache", str(tmp_path / "c.sqlite"))
+    flags = ("--engine", "bm25", "--corpus", str(corpus), "--index_dir", str(tmp_path / "index"))
+    more = ("--num_documents", "2", "--engine_usd_per_hour", "1.5", "--search_cache", str(tmp_path / "c.sqlite"))
     engine = make_engine(parsed(*flags, *more), "")
     assert isinstance(engine, CachedEngine) and isinstance(engine.engine, BM25Engine)
     assert (tmp_path / "index/zerosearch.json").is_file() and engine.account.usd_per_hour == 1.5

@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 BLOCK_PASSAGES = 8192  # passages in memory at once while they are encoded
 TRAINING_VECTORS = 200_000  # a compressed index learns its codes from so many at most
 RECALL_QUERIES, RECALL_DEPTH = 500, 5  # the depth is that of a search (Section 4)
-RECALL_PROBES = [
-    2**power for power in range(15)
-]  # numbers of probes to measure recall with, as far as there are cells
+RECALL_PROBES = [2**power for power in range(15)]  # to measure recall with, as far as there are cells
 SEED = 0  # of the passages that recall is measured with
 
 
