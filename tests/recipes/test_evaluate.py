@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,19 +72,13 @@ def test_a_full_folder_is_overwritten_when_asked_to(arguments: dict[str, str]) -
     [
         ({"output_dir": "FULL"}, "the output folder FULL is not empty; name another, or pass --overwrite_output_dir"),
         ({"model": "FULL"}, "there is no model 'FULL'"),
-        ({"model": "FULL/cut"}, "the weights FULL/cut/model.safetensors cannot be read: "),
-        ({"output_dir": "a\0b"}, "the output folder a\\x00b cannot be used"),
         ({"dataset": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
-        ({"dataset": "FULL/rows.jsonl"}, "FULL/rows.jsonl line 1 lacks 'golden_answers'; it has question"),
-        ({"corpus": "FULL/none.jsonl"}, "there is no file FULL/none.jsonl"),
-        ({"corpus": "FULL/rows.jsonl"}, 'FULL/rows.jsonl line 1 needs "contents"'),
         ({"corpus": ""}, "--engine bm25 needs --corpus"),
         ({"agent": "nobody"}, "the agent 'nobody' is unknown; there are policy, direct, cot, rag"),
         ({"engine": "bing"}, "argument --engine: invalid choice: 'bing'"),
         ({"generator": "endpoint"}, "an endpoint needs its address: --endpoint_url"),
         ({"engine": "simulated", "simulator_url": "http://127.0.0.1:9/v1"}, "--model SIMULATOR --port 9"),
         ({"engine": "simulated", "p_noise": "1.5"}, "p_noise is 1.5: it must be at most 1"),
-        ({"seed": "-1"}, "seed is -1: it must be at least 0"),
         ({"model": ""}, "the following arguments are required: --model"),
     ],
 )
@@ -94,9 +87,7 @@ def test_a_mistake_gets_one_sentence(
 ) -> None:
     full = tmp_path / "full"
     full.mkdir()
-    shutil.copytree(arguments["model"], full / "cut")
-    (full / "cut/model.safetensors").write_bytes(b"cut")
-    (full / "rows.jsonl").write_text('{"question": "Why?"}\n')
+    (full / "notes.txt").write_text("mine")
     changed = {name: value.replace("FULL", str(full)) for name, value in (arguments | change).items() if value}
     assert message.replace("FULL", str(full)) in refusal("evaluate", as_flags(changed))
     assert not (tmp_path / "out" / "results.json").exists()
@@ -114,35 +105,6 @@ def endpoint(chat_server: ChatServer, corpus: Path, questions: Path, tmp_path: P
     chat_server.write = write
     flags = {"dataset": str(questions), "corpus": str(corpus), "output_dir": str(tmp_path / "out")}
     return as_flags(flags | {"generator": "endpoint", "endpoint_url": chat_server.url})
-
-
-@pytest.mark.slow
-def test_one_command_compares_models_and_agents(
-    endpoint: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    matrix = ["--model", "small", "org/large", "--agent", "policy", "direct", "rag"]
-    load_recipe("evaluate").main([*endpoint, *matrix])
-    names = ["small policy", "small direct", "small rag", "large policy", "large direct", "large rag"]
-    printed = capsys.readouterr().out
-    table = printed[printed.index("evaluation  ") :].splitlines()
-    assert [line[:12].strip() for line in table[1:7]] == names
-    assert "bm25" in printed and "USD at Google" in printed
-    out = tmp_path / "out"
-    found = json.loads((out / "results.json").read_text())["evaluations"]
-    assert list(found) == names
-    assert {name: results["engine"] for name, results in found.items() if "small" in name} == {
-        "small policy": "bm25",
-        "small direct": "none",
-        "small rag": "bm25",
-    }
-    assert [found[name]["searches"] for name in names] == [1.0, 0.0, 1.0] * 2
-    assert {results["em"]["mean"] for results in found.values()} == {1 / 3}
-    assert found["large rag"]["model"] == "org/large"
-    for name in names:
-        folder = out / name.replace(" ", "-")
-        assert json.loads((folder / "results.json").read_text()) == found[name]
-        assert len((folder / "trajectories.jsonl").read_text().splitlines()) == 3
-    assert (out / "table.md").read_text().count("| large rag |") == 2
 
 
 def test_it_goes_on_where_it_stopped_and_asks_nothing_twice(
