@@ -131,12 +131,6 @@ def test_other_encodings_are_refused(address: str, header: dict[str, str]) -> No
     assert post(address, b'{"queries": []}', Content_Type='application/json; charset="UTF-8"; a=b')[0] == 200
 
 
-def test_other_pages_and_methods_are_refused_as_json(address: str) -> None:
-    assert post(address.replace("/retrieve", "/search"), {}) == (404, {"detail": "Not Found"})
-    reply = requests.get(address, timeout=30)
-    assert (reply.status_code, reply.json()) == (405, {"detail": "Method Not Allowed"})
-
-
 def test_half_a_character_is_replaced_where_it_enters(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"id": float("nan"), "contents": "caf\ud83d \0 bar"}) + "\n")

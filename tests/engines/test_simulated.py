@@ -177,12 +177,6 @@ def test_a_thought_is_not_a_document(server: ChatServer, content: Any) -> None:
     assert engine.counts.well_formed_replies == 1
 
 
-def test_a_thought_cut_off_holds_no_documents_and_is_asked_for_again(server: ChatServer) -> None:
-    server.answer = in_turn(completion(f"<think>\n{THOUGHT}"), reply_of(*FIVE))
-    (result,) = searched(SimulatedEngine(server.url, "sim-3b"), REQUEST)
-    assert (result.documents, result.short_replies) == (FIVE, 1)
-
-
 def test_check_takes_the_first_model_and_refuses_one_that_is_not_served(server: ChatServer) -> None:
     server.models = (200, {"data": [{"id": "sim-3b"}, {"id": "other"}]})
     engine = SimulatedEngine(server.url)
@@ -211,13 +205,6 @@ def test_added_tokens_that_a_server_names_are_plain_text(server: ChatServer, inf
     prompt = prompt_of(server.requests[0])
     assert f"Query: Emma{end}\n" in prompt and f'"Who wrote {end} Emma?" whose answer is Jane{end}.' in prompt
     assert prompt.count("im_end|>") == 3
-
-
-@pytest.mark.parametrize("models", [(404, "no such page"), (200, "hello"), (200, []), (200, {"data": 5})])
-def test_check_refuses_a_server_of_another_kind(server: ChatServer, models: Reply) -> None:
-    server.models = models
-    with pytest.raises(UserError, match=f"no simulator answers at {server.url}"):
-        SimulatedEngine(server.url).check()
 
 
 @pytest.mark.parametrize(

@@ -314,15 +314,6 @@ def test_a_failure_before_the_budget_is_spent_stays_a_failure(paid_search: PaidS
     assert outcomes.count("failed_search") == 1 and outcomes.count("answered") == len(outcomes) - 1
 
 
-def test_a_refusal_ends_an_evaluation_that_cannot_go_on(paid_search: PaidSearch, tmp_path: Path) -> None:
-    paid_search.refuses = lambda query: 401
-    with pytest.raises(SearchError, match=r"of 12 questions lost a search.*check the key in SERPAPI_API_KEY"):
-        run(tmp_path, engine=paid_search.engine())
-    assert len(paid_search.queries) <= 4  # those under way, and not all twelve
-    paid_search.refuses = lambda query: 200
-    assert run(tmp_path, engine=paid_search.engine(), resume=True)["n"] == 12
-
-
 def test_several_samples_of_a_question_have_seeds_of_their_own(tmp_path: Path) -> None:
     writer = Writer(lambda context: f"<answer> {number_in(context)} </answer>")
     direct = {"generator": writer, "agent": PAPER.agents["direct"], "count": 3, "settings": {"temperature": 1.0}}
