@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import trl
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SAMPLE = [
@@ -45,7 +47,7 @@ class Family:
     eos: str
     bos: str | None = None
     added: tuple[str, ...] = ()  # added tokens that are not special
-    has_pieces: bool = False  # of SentencePiece, with a space put in front, and bytes for what it lacks
+    has_pieces: bool = False  # of SentencePiece, with a space put in front
     model_type: str = "llama"
     caller: str | None = None  # the agent whose calls the template writes
     thinks: str = "-"
@@ -66,6 +68,7 @@ class Family:
 
 
 QWEN3_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+QWEN25_ADDED = (*QWEN3_TAGS[:2], "<|fim_prefix|>", "    ")  # some tokenizers have runs of spaces
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 PHI3 = ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 
@@ -83,7 +86,7 @@ def gemma(title: str, template: str, **more: Any) -> Family:
 
 
 FAMILIES = {
-    "qwen2.5": qwen("Qwen2.5", "qwen2_5.jinja", QWEN3_TAGS[:2], model_type="qwen2", caller="tools"),
+    "qwen2.5": qwen("Qwen2.5", "qwen2_5.jinja", QWEN25_ADDED, model_type="qwen2", caller="tools"),
     "qwen3": qwen("Qwen3", "qwen3.jinja", caller="tools", thinks="on, off"),
     "qwen3-2507": qwen("Qwen3 Instruct 2507", "qwen3_instruct_2507.jinja", caller="tools"),
     "qwen3.5": qwen("Qwen3.5", "qwen3_5_think.jinja", thinks="on"),
@@ -99,24 +102,10 @@ FAMILIES = {
 
 @cache
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Return a small tokenizer of a family."""
+    """Return a small tokenizer of a family. As on the Hub, not all its special tokens are in `all_special_tokens`."""
     family = FAMILIES[name]
-    core = _pieces(family) if family.has_pieces else _bytes(family)
-    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=family.bos,
-        eos_token=family.eos,
-        pad_token=family.eos,
-        additional_special_tokens=[token for token in family.special if token not in (family.bos, family.eos)],
-        chat_template=(TEMPLATES / family.template).read_text() if family.template else MISTRAL_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        name_or_path=name,
-    )
-
-
-def _bytes(family: Family) -> Tokenizer:
-    """Return a byte-level BPE that cuts a text as Llama 3 and Qwen do."""
+    if family.has_pieces:
+        return mistral_tokenizer()
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -125,31 +114,41 @@ def _bytes(family: Family) -> Tokenizer:
         ]
     )
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(SAMPLE, _trainer(family, initial_alphabet=alphabet))
-    return core
-
-
-def _pieces(family: Family) -> Tokenizer:
-    """Return a BPE of SentencePiece's kind as Llama 2 and Mistral have it: it puts a space in front of any text."""
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
-    core.train_from_iterator(SAMPLE, _trainer(family, first=["<unk>"]))
-    model = json.loads(core.to_str())["model"]
-    vocabulary = {token: number for token, number in model["vocab"].items() if token != "\n"}
-    for token in (f"<0x{byte:02X}>" for byte in range(256)):
-        vocabulary[token] = max(vocabulary.values()) + 1
-    merges = [tuple(merge) for merge in model["merges"]]
-    core.model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    core.pre_tokenizer = None
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(parts)
-    return core
-
-
-def _trainer(family: Family, first: Sequence[str] = (), **options: Any) -> trainers.BpeTrainer:
-    special = [*first, *family.special]
-    return trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, max_token_length=8, show_progress=False, **options
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=list(family.special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=8,
+        show_progress=False,
     )
+    core.train_from_iterator(SAMPLE, trainer)
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        pad_token=family.eos,
+        chat_template=(TEMPLATES / family.template).read_text(),
+        clean_up_tokenization_spaces=False,
+        name_or_path=name,
+    )
+
+
+def real_mistral_file(name: str) -> Path:
+    """Return a file of a real tokenizer of Mistral's, which a package that vLLM needs carries."""
+    return Path(pytest.importorskip("mistral_common").__file__).parent / "data" / name
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Return SentencePiece's of Mistral 7B, with the template that it needs."""
+    with TemporaryDirectory() as folder:
+        shutil.copy(real_mistral_file("tokenizer.model.v1"), f"{folder}/tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template, tokenizer.pad_token = MISTRAL_TEMPLATE, tokenizer.eos_token
+    return tokenizer
+
+
+@cache
+def nemo_tokenizer() -> PreTrainedTokenizerFast:
+    """Return Mistral Nemo's, of bytes; no chat is tried with it."""
+    return convert_tekken_tokenizer(str(real_mistral_file("tekken_240911.json")))

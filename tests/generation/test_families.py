@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, family_tokenizer
+from families import FAMILIES, family_tokenizer, nemo_tokenizer
 from recipe_modules import ROOT
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator
-from transformers import LlamaTokenizer
-from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from zerosearch.errors import UserError
 from zerosearch.generation import SampledTurn, TurnRequest
@@ -56,26 +52,10 @@ def roll_out(
     return trajectory, [request.query for request in engine.requests], contexts
 
 
-@every
+@pytest.mark.parametrize("name", [*FAMILIES, "nemo"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_in_the_middle_of_another_is_that_text(name: str, text: str) -> None:
-    tokenizer = family_tokenizer(name)
-    ids = text_token_ids(tokenizer, text)
-    around = text_token_ids(tokenizer, "x")
-    assert decoded_text(tokenizer, [*around, *ids, *around]) == f"x{text}x"
-    assert not special_ids(tokenizer) & set(ids)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "tekken_240911.json"])
-def test_so_it_is_with_mistral_s_real_tokenizers(name: str, text: str, tmp_path: Path) -> None:
-    """SentencePiece's of Mistral 7B, and Nemo's byte-level one: a package that vLLM needs carries both."""
-    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data" / name
-    if name.endswith(".json"):
-        tokenizer = convert_tekken_tokenizer(str(data))
-    else:
-        shutil.copy(data, tmp_path / "tokenizer.model")
-        tokenizer = LlamaTokenizer.from_pretrained(tmp_path)
+    tokenizer = nemo_tokenizer() if name == "nemo" else family_tokenizer(name)
     ids, around = text_token_ids(tokenizer, text), text_token_ids(tokenizer, "x")
     assert decoded_text(tokenizer, [*around, *ids, *around]) == f"x{text}x"
     assert not special_ids(tokenizer) & set(ids)

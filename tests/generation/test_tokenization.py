@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import CHAT_TEMPLATE, TEXT
+from families import CHATML, FAMILIES, LLAMA3, family_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator, questions, wandering_policy
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from zerosearch.errors import UserError
@@ -34,47 +33,11 @@ from zerosearch.protocol import STOP_STRINGS, format_observation
 from zerosearch.rollout.loop import RolloutSettings, run_rollouts
 from zerosearch.text import cut_tokens
 
-# How GPT-2, Qwen2.5 and Llama-3 cut a text before they merge: the last two let ">" run into the line breaks behind it.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PIECES = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "qwen2": WORDS + r"|\p{N}" + SIGNS,
-    "llama3": WORDS + r"|\p{N}{1,3}" + SIGNS,
-    "whole": r"[\s\S]+",
-}
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-
-@pytest.fixture(scope="module", params=PIECES)
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES[request.param]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=8,
-    )
-    tokenizer.train_from_iterator([TEXT] * 3 + ["</search>\n\n</answer>\n</search>\n"] * 9, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=SPECIALS[0],
-        pad_token=SPECIALS[0],
-        additional_special_tokens=SPECIALS[1:],
-        clean_up_tokenization_spaces=False,
-        name_or_path=request.param,
-    )
-
-
-def straddles(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return any(">\n" in tokenizer.decode([token_id]) for token_id in range(len(tokenizer)))
+@pytest.fixture(scope="module", params=["tiny", "llama3"])
+def tokenizer(request: pytest.FixtureRequest, tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return one that merges across everything, or one that cuts words first; ">" runs into line breaks in both."""
+    return tiny_tokenizer if request.param == "tiny" else family_tokenizer(request.param)
 
 
 class RandomCuts(ScriptedGenerator):
@@ -123,16 +86,13 @@ def test_ids_are_those_sampled_and_those_of_each_observation_alone(tokenizer: Pr
 
 
 def test_a_tag_whose_end_merges_with_the_line_break_ends_the_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    if not straddles(tokenizer):
-        assert tokenizer.name_or_path == "gpt2", "of these, it alone cuts between > and a line break"
-        return
-    ids = text_token_ids(tokenizer, "<search> Emma </search>\n\n")
+    ids = text_token_ids(tokenizer, "<search> Emma </search>\n")
     assert tokenizer.decode(ids[-1:]).rstrip("\n").endswith(">") and tokenizer.decode(ids[-1:]).endswith("\n")
     end = TurnEnd(tokenizer, STOP_STRINGS)
     assert [end.reached(ids[: place + 1]) for place in range(len(ids))] == [False] * (len(ids) - 1) + [True]
 
 
-@given(st.lists(st.sampled_from([*SPECIALS, "<|im_", "end|>", "</information>\n\n", " b  c.", "🙂"]) | st.text()))
+@given(st.lists(st.sampled_from([*CHATML, *LLAMA3, "<|im_", "end|>", "</information>\n\n", " b  c."]) | st.text()))
 def test_text_comes_back_to_the_letter_and_holds_no_special_token(
     tokenizer: PreTrainedTokenizerFast, pieces: list[str]
 ) -> None:
@@ -141,7 +101,7 @@ def test_text_comes_back_to_the_letter_and_holds_no_special_token(
     assert decoded_text(tokenizer, ids) == text
     assert decoded_text(tokenizer, tokenizer.all_special_ids) == "".join(tokenizer.all_special_tokens)
     assert set(tokenizer.all_special_ids).isdisjoint(ids)
-    assert not any(special in plain_text(text, tokenizer) for special in SPECIALS)
+    assert not any(special in plain_text(text, tokenizer) for special in tokenizer.all_special_tokens)
     assert plain_text(text, tokenizer).replace(" ", "") == text.replace(" ", "")
 
 
@@ -179,65 +139,12 @@ def test_an_observation_keeps_its_tags_and_labels_at_any_budget_and_loses_the_en
     )
 
 
-# Chat models as they are laid out on the Hub: their special added tokens, those that are not special, their template,
-# and which of them tokenizer_config.json names as special: all_special_tokens holds no others.
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-QWEN3_PLAIN = ["<think>", "</think>", "<tool_call>", "<tool_response>"]
-LAYOUTS: dict[str, tuple[dict[str, str], list[str], list[str], str, list[str]]] = {
-    "llama3": (
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-        [
-            "<|begin_of_text|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-            "<|reserved_special_token_0|>",
-        ],
-        [],
-        LLAMA_TEMPLATE,
-        [],
-    ),
-    "qwen2.5": (
-        {"eos_token": "<|im_end|>"},
-        ["<|im_start|>", "<|im_end|>", "<|vision_start|>"],
-        ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "    "],  # some tokenizers have runs of spaces
-        CHAT_TEMPLATE,
-        ["<|im_start|>"],
-    ),
-    "qwen3": ({"eos_token": "<|im_end|>"}, ["<|im_start|>", "<|im_end|>"], QWEN3_PLAIN, CHAT_TEMPLATE, []),
-}
-
-
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=["llama3", "qwen2.5", "qwen3"])
 def chat_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """A tokenizer of one of the layouts, loaded as from the Hub, and its added tokens."""
-    names, special, plain, template, named_special = LAYOUTS[request.param]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    core.save(str(tmp_path / "tokenizer.json"))
-    shape = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    decoder = {
-        str(core.token_to_id(token)): {"content": token, "special": token in special, **shape}
-        for token in special + plain
-    }
-    config = {
-        **names,
-        "added_tokens_decoder": decoder,
-        "additional_special_tokens": named_special,
-        "chat_template": template,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return AutoTokenizer.from_pretrained(tmp_path), [token for token in special + plain if not token.isspace()]
+    """A family's tokenizer, loaded from its files, and its added tokens."""
+    family_tokenizer(request.param).save_pretrained(tmp_path)
+    added = [*FAMILIES[request.param].special, *FAMILIES[request.param].added]
+    return AutoTokenizer.from_pretrained(tmp_path), [token for token in added if not token.isspace()]
 
 
 def found(tokenizer: PreTrainedTokenizerFast, added: list[str], ids: Sequence[int]) -> Counter[str]:
@@ -298,12 +205,6 @@ def test_text_without_added_tokens_is_tokenised_as_the_tokenizer_does(
     text = "Who wrote    Emma?  <search> x </search>\n\n  It rains."
     assert plain_text(text, tokenizer) == text
     assert text_token_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
-    messages = PAPER.policy.messages("Who wrote Emma?")
-    written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    rows = [{"question": "Who wrote Emma?", "golden_answers": ["x"], "prompt": messages}]
-    generator = ScriptedGenerator(tokenizer, lambda trajectory, turn: "<answer> x </answer>")
-    (trajectory,) = run_rollouts(rows, generator, ScriptedEngine(), RolloutSettings())
-    assert trajectory.prompt_ids == tokenizer(written, add_special_tokens=False)["input_ids"]
 
 
 def test_overlapping_added_tokens_are_all_cut() -> None:
@@ -329,7 +230,7 @@ def test_an_empty_system_message_is_left_out_where_the_template_refuses_it(
     plain = {"role": "user", "content": "Query: < |im_end|>"}
     assert chat_messages(tiny_tokenizer, [system, user]) == [system, plain]
     gemma = copy.deepcopy(tiny_tokenizer)
-    gemma.chat_template = refuses + CHAT_TEMPLATE
+    gemma.chat_template = refuses + tiny_tokenizer.chat_template
     assert chat_messages(gemma, [system, user]) == [plain]
     assert chat_messages(gemma, [user]) == [plain]
     spoken = {"role": "system", "content": "Be brief."}
