@@ -33,7 +33,7 @@ REQUIRES = [
     "torch",
     "tqdm",
     "transformers",
-    "trl~=1.16.0",  # SearchTrainer overrides a private method of this version's GRPOTrainer
+    "trl~=1.16.0",  # SearchTrainer overrides private methods of this version's: read them again before this moves
     "uvicorn",
 ]
 

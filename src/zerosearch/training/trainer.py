@@ -1,7 +1,7 @@
 """`SearchTrainer`: TRL's GRPOTrainer with search rollouts, keyed noise and the paper's algorithms.
 
-It uses TRL 1.16's `rollout_func` and `env_mask`. Beyond TRL's public interface it overrides or reads the following,
-and tests hold the names:
+It uses TRL 1.16's `rollout_func` and `env_mask`. Beyond TRL's public interface it overrides or reads the following;
+read them again when the pin of TRL moves:
 
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
