@@ -39,6 +39,7 @@ from zerosearch.engines import SearchEngine, SearchRequest, SearchResult
 from zerosearch.engines.colocated_simulator import ColocatedSimulator
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.evaluation.evaluate import versions
+from zerosearch.files import claim_output_dir, read_json, write_json
 from zerosearch.generation.adapter_weights import merged_weights
 from zerosearch.generation.loading import model_config
 from zerosearch.prompts import TINYWORLD
@@ -320,10 +321,10 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(arguments)))
         return
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(output.read_text()) if output.exists() else {}
+    claim_output_dir(output.parent, overwrite=True)
+    kept = read_json(output) if output.exists() else {}
     result = main_rows(arguments)
-    output.write_text(json.dumps({**kept, "versions": versions(), **result}, indent=1) + "\n")
+    write_json(output, {**kept, "versions": versions(), **result})
     for one in result["rows"]:
         print(f"{one['what']:<60}{one['ours']:>12}{one['theirs']:>12}  {one['ratio']}")
     print(output)

@@ -11,10 +11,8 @@ rolls out trajectories of the same shape; weights are pushed as ever.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +22,11 @@ from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rollout_parts.world import CONTEXT_TOKENS, World, cues_are_read, save_counting_policy
+from rollout_parts.world import CONTEXT_TOKENS, DelayedEngine, World, cues_are_read, save_counting_policy
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.engines import SearchRequest, SearchResult
-from zerosearch.errors import user_mistakes
 from zerosearch.evaluation.evaluate import versions
+from zerosearch.files import claim_output_dir, write_json
 from zerosearch.simulator.server import exit_on_signals, simulator_server
 
 GROUP = 4
@@ -45,24 +42,6 @@ class BenchArguments:
     trajectories: int = field(default=64, metadata={"help": "Of a step; a multiple of 8."})
     searches: int = field(default=3, metadata={"min": 1, "help": "Of a trajectory."})
     output: str = field(default="outputs/bench/overlap.json", metadata={"help": "What was measured."})
-
-
-class SlowEngine:
-    """Return the documents of a question, after a while."""
-
-    name, max_concurrency = "slow", 4096
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        await asyncio.sleep(self.seconds)
-        found = re.search(r"number (\d+) of run", request.question)
-        assert found is not None
-        return SearchResult(World("none", 0).documents(int(found[1]), request.key[-1]))
-
-    async def aclose(self) -> None:
-        pass
 
 
 @contextmanager
@@ -111,11 +90,12 @@ def train(policy: Path, url: str, arguments: BenchArguments, overlap_steps: int,
         report_to="none",
         disable_tqdm=True,
     )
-    rows = [{"id": str(row), **World("none", 0).row(row)} for row in range(arguments.trajectories // GROUP * 3)]
+    world = World("constant", 0, search_s)
+    rows = [{"id": str(row), **world.row(row)} for row in range(arguments.trajectories // GROUP * 3)]
     trainer = SearchTrainer(
         model=str(policy),
         args=config,
-        engine=SlowEngine(search_s),
+        engine=DelayedEngine(world),
         reward_funcs=f1_reward,
         train_dataset=Dataset.from_list(rows),
         callbacks=[Watch()],
@@ -154,9 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     """Serve the policy, find the latency, measure by turns, write after each round, show."""
     (arguments,) = parse(BenchArguments, argv=argv)
     exit_on_signals()
-    with user_mistakes():
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     runs: list[dict[str, Any]] = []
     with TemporaryDirectory() as directory, cues_are_read():
         policy = Path(directory)
@@ -169,8 +148,7 @@ def main(argv: list[str] | None = None) -> None:
                 for overlap_steps in (0, 1) if place % 2 == 0 else (1, 0):
                     runs.append(train(policy, url, arguments, overlap_steps, search_s))
                 one_by_one = next(run for run in reversed(runs) if not run["overlap_steps"])
-                found = {**summary(runs), "versions": versions(), "runs": runs}
-                output.write_text(json.dumps(found, indent=2) + "\n")
+                write_json(output, {**summary(runs), "versions": versions(), "runs": runs})
     print(json.dumps(summary(runs)))
 
 

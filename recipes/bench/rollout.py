@@ -25,7 +25,6 @@ its searches alone take longer than `max_search_s`; the output says so.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +39,9 @@ from rollout_parts.world import LATENCIES, Cell, World, cues_are_read, save_coun
 from tqdm.auto import tqdm
 
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.errors import user_mistakes
+from zerosearch.errors import UserError
 from zerosearch.evaluation.evaluate import versions
+from zerosearch.files import claim_output_dir, write_json
 
 CELLS = (
     "none-1-128 none-3-320 none-5-32 constant-1-320 constant-3-32 constant-5-128 lognormal-1-32 lognormal-3-128 "
@@ -64,10 +64,10 @@ class BenchArguments:
 
 
 def read_cell(text: str) -> Cell:
-    """Read "lognormal-3-128". Raises `ValueError`."""
+    """Read "lognormal-3-128". Raises `UserError`."""
     found = re.fullmatch(rf"({'|'.join(LATENCIES)})-([1-9]\d*)-([1-9]\d*)", text)
     if found is None:
-        raise ValueError(f"cells is {text!r}: it must be such as lognormal-3-128, of {', '.join(LATENCIES)}")
+        raise UserError(f"cells is {text!r}: it must be such as lognormal-3-128, of {', '.join(LATENCIES)}")
     return Cell(found[1], int(found[2]), int(found[3]))
 
 
@@ -162,10 +162,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Make the policy, start the engine, measure, write after each run, show."""
     (arguments,) = parse(BenchArguments, argv=argv)
-    with user_mistakes():
-        planned = plan([read_cell(text) for text in arguments.cells], arguments.max_search_s)
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    planned = plan([read_cell(text) for text in arguments.cells], arguments.max_search_s)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as directory, cues_are_read():
         save_counting_policy(Path(directory))
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             arms.measure(arm, Cell("none", 1, 32), run=-1)  # first calls are slow
         for measured in measure_cells(arms, planned, arguments.runs):
             rows = rows_of(measured)
-            output.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+            write_json(output, {"versions": versions(), "rows": rows})
     print_rows(rows)
     print(output)
 

@@ -10,7 +10,6 @@ other four documents state the same relation about somebody else. A last row lea
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.engines.bm25 import BM25Engine
-from zerosearch.errors import UserError, user_mistakes
+from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir, write_json, write_jsonl
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.prompts import TINYWORLD
 from zerosearch.protocol import format_observation
@@ -69,9 +69,8 @@ def continuations(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerBas
 def main(argv: list[str] | None = None) -> None:
     """Search for facts of the evaluation world, have the policy quote them, count, write, print."""
     (arguments,) = parse(BenchArguments, argv=argv)
-    with user_mistakes():
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     world = World.draw(0, 400, held_out=True)
     if not 1 <= arguments.n_facts <= len(world.facts):
         raise UserError(f"n_facts is {arguments.n_facts}: choose 1 to {len(world.facts)}, all that the world has")
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     with TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps(passage) + "\n" for passage in world.passages()))
+        write_jsonl(corpus, world.passages())
         engine = BM25Engine(corpus, num_documents=6)
 
     cases = defaultdict(list)  # row -> (text, what is right)
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         right = sum(text.startswith(expected) for text, (_, expected) in zip(found, cases[row], strict=True))
         rows.append({"documents": row, "n": len(found), "right": right / len(found)})
         print(f"{row:<24} {len(found):>5} cases  right {right / len(found):.3f}")
-    output.write_text(json.dumps({"model": arguments.model, "rows": rows}, indent=2) + "\n")
+    write_json(output, {"model": arguments.model, "rows": rows})
 
 
 if __name__ == "__main__":

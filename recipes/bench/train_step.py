@@ -38,7 +38,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import zerosearch.training.overlap
 from zerosearch.command_line import exit_on_user_error, parse
-from zerosearch.errors import UserError, user_mistakes
+from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir, write_json
 from zerosearch.generation.loading import load_tokenizer
 from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.config import SearchConfig
@@ -54,6 +55,7 @@ SHAPES = {
     "qwen2.5-3b": dict(zip(SIZES, (VOCABULARY, 2048, 11_008, 36, 16), strict=True)),
 }
 GROUP = 5  # Table 8
+TINYWORLD_POLICY = str(Path(__file__).resolve().parents[2] / "data/tinyworld/policy")
 
 
 @dataclass
@@ -70,7 +72,6 @@ class BenchArguments:
         default=0, metadata={"min": 0, "help": "Steps a process that are not timed; on a GPU, 1 at least."}
     )
     steps: int = field(default=1, metadata={"min": 1, "help": "Timed steps a process."})
-    tokenizer: str = field(default="data/tinyworld/policy", metadata={"help": "Any; no text is made of the ids."})
     output: str = "outputs/bench/train_step.json"
     child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
 
@@ -144,7 +145,7 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
         "model": model,
         "reward_funcs": f1_reward,
         "train_dataset": datasets.Dataset.from_list(rows),
-        "processing_class": load_tokenizer(arguments.tokenizer),
+        "processing_class": load_tokenizer(TINYWORLD_POLICY),  # any: no text is made of the ids
     }
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     if arguments.child != "ours":
@@ -295,14 +296,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.num_questions * GROUP % arguments.micro_batch:
         total = arguments.num_questions * GROUP
         raise UserError(f"micro_batch is {arguments.micro_batch}: it must divide a step's {total} trajectories")
-    with user_mistakes():
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     if arguments.child is not None:
         print(json.dumps(measure(arguments)))
         return
     result = compare(arguments)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output, result)
     print(json.dumps(result, indent=2))
 
 

@@ -38,4 +38,4 @@ def test_a_search_returns_the_documents_of_its_question(bench: ModuleType) -> No
     world = bench.World("none", 0)
     question = world.row(17)["question"]
     request = SearchRequest("query", question, ("?",), 0.0, key=(42, 3, 999, 0, 2))
-    assert asyncio.run(bench.SlowEngine(0.0).search(request)).documents == world.documents(17, 2)
+    assert asyncio.run(bench.DelayedEngine(world).search(request)).documents == world.documents(17, 2)

@@ -25,7 +25,6 @@ from zerosearch.noise import keyed_uniform
 from zerosearch.prompts import PAPER, POLICY_PROMPT
 
 LATENCIES = ("none", "constant", "lognormal")
-CONSTANT_S = 0.05
 MEDIAN_S, SIGMA = 0.3, 0.8  # log-normal: 5 % above 1.1 s, 1 % above 1.9 s
 TURN_TOKENS = (6, 14)  # shortest and longest turn, tags included
 CONTEXT_TOKENS = 2048
@@ -64,12 +63,13 @@ class World:
 
     latency: str
     run: int
+    constant_s: float = 0.05
 
     def latency_s(self, row: int, turn: int) -> float:
         if self.latency == "none":
             return 0.0
         if self.latency == "constant":
-            return CONSTANT_S
+            return self.constant_s
         return MEDIAN_S * exp(SIGMA * NormalDist().inv_cdf(keyed_uniform(0, self.run, row, turn)))
 
     def turn_tokens(self, row: int, turn: int) -> int:
@@ -100,7 +100,9 @@ class DelayedEngine:
     max_concurrency: int = 4096
 
     async def search(self, request: SearchRequest) -> SearchResult:
-        _, _, row, _, turn = request.key
+        found = re.search(r"number (\d+) of run", request.question)  # a key may have another number of the row
+        assert found is not None
+        row, turn = int(found[1]), request.key[-1]
         if seconds := self.world.latency_s(row, turn):
             await asyncio.sleep(seconds)
         return SearchResult(self.world.documents(row, turn))
