@@ -78,7 +78,7 @@ def roll_out_real(generator: Generator) -> list[Trajectory]:
 def float32(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The model in float32, in which the order of sums hardly ever moves a greedy choice."""
     folder = tmp_path_factory.mktemp("float32")
-    load_model(str(SMOLLM), dtype=torch.float32).save_pretrained(folder)
+    load_model(str(SMOLLM)).float().save_pretrained(folder)
     AutoTokenizer.from_pretrained(SMOLLM).save_pretrained(folder)
     yield folder
     shutil.rmtree(folder)

@@ -101,7 +101,7 @@ class EndpointGenerator:
 
     max_context_tokens = 1_000_000
 
-    def __init__(self, options: EndpointOptions, model: str | None = None, max_retries: int = 5) -> None:
+    def __init__(self, options: EndpointOptions, model: str | None = None) -> None:
         if options.endpoint_url is None:
             raise UserError('an endpoint needs its address: --endpoint_url, up to "/v1"')
         check_bounds(options)
@@ -126,7 +126,6 @@ class EndpointGenerator:
             remedy="check its address, model and key, and resume the run",
             api_key=api_key,
             timeout_s=TIMEOUT_S,
-            max_retries=max_retries,
             max_concurrency=self.max_concurrency,
             trust_env=True,
         )

@@ -162,14 +162,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
         raise UserError(f"the chat template of {model} leaves out what the user says")
 
 
-def load_model(
-    model: str, revision: str = "main", trust_remote_code: bool = False, dtype: Any = "auto"
-) -> PreTrainedModel:
+def load_model(model: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal language model; an adapter comes merged into its base."""
     from transformers import AutoModelForCausalLM
 
     base = base_of_adapter(model, revision)
-    options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    options = {"trust_remote_code": trust_remote_code, "dtype": "auto"}
     if base is None:
         return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     from peft import PeftModel
@@ -253,7 +251,7 @@ def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) ->
     """Return the ids that end a sequence: the tokenizer's and the generation config's, as in vLLM and TRL."""
     ends = generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    return sorted({*ends, tokenizer.eos_token_id})
 
 
 def _vllm_generator(model: str, tokenizer: PreTrainedTokenizerBase, max_context_tokens: int, dtype: str) -> Generator:

@@ -11,16 +11,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from zerosearch.errors import UserError
 from zerosearch.generation import FinishReason, SampledTurn, Sampling, TurnRequest
 from zerosearch.generation.tokenization import decoded_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TurnEnd:
@@ -278,20 +276,12 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     else:
         logprobs = (logits.float() / sampling.temperature).log_softmax(-1)
         if sampling.top_p < 1.0:
-            logprobs = keep_top_p(logprobs, sampling.top_p)
+            logprobs = TopPLogitsWarper(sampling.top_p)(None, logprobs).log_softmax(-1)
         cumulative = logprobs.exp().double().cumsum(-1)  # in float32, 150,000 additions would lose the tail
         threshold = (uniform.to(cumulative.device) * cumulative[:, -1]).unsqueeze(-1)
         # The first id whose cumulative probability exceeds the threshold; rounding must not lead past the last one.
         token_ids = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
     return token_ids, logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-
-
-def keep_top_p(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Renormalise log-probabilities (B, V) over the fewest tokens whose probabilities reach `top_p`."""
-    ordered, order = logprobs.sort(-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-    return logprobs.masked_fill(dropped, float("-inf")).log_softmax(-1)
 
 
 def check_full_attention(model: PreTrainedModel) -> None:

@@ -179,7 +179,8 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             everyone = gather_object([[row["trajectories"], *(row[name] for name in columns)] for row in inputs])
             trajectories, *values = map(list, zip(*everyone, strict=True))
             by_name = dict(zip(columns, values, strict=True)) | {"log_likelihoods": partial(log_likelihoods, self)}
-            custom = custom_advantages(self.advantages, rewards, trajectories, self._group, own, **by_name)
+            group = self.num_generations
+            custom = custom_advantages(self.advantages, rewards, trajectories, group, own, **by_name)
             width = batch["completion_ids"].shape[1]
             batch["advantages"] = custom if custom.ndim == 1 else pad(custom, (0, width - custom.shape[1]))
         else:
@@ -201,19 +202,13 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         """Return the engine that answers now: in an evaluation it may be another."""
         return self.engine if self.model.training else self.eval_engine
 
-    @property
-    def _group(self) -> int:
-        """Return how many consecutive trajectories answer one question."""
-        return self.num_generations if self.model.training else self.num_generations_eval
-
     def _algorithm_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Return the advantages (N,) of the trajectories of all ranks from their rewards (N,)."""
-        group = self._group
         if self.args.algorithm == "rloo":
-            return leave_one_out(rewards, group)
+            return leave_one_out(rewards, self.num_generations)
         if self.args.algorithm == "grpo":
-            return group_normalized(rewards, group, scale=self.args.scale_rewards)
-        return raw_return(rewards, group, self.args.baseline)
+            return group_normalized(rewards, self.num_generations, scale=self.args.scale_rewards)
+        return raw_return(rewards, self.num_generations, self.args.baseline)
 
     @torch.no_grad()
     def _ppo_advantages(self, batch: dict[str, Any], rewards: torch.Tensor, critic: Critic) -> dict[str, torch.Tensor]:
@@ -343,7 +338,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
 
     def _keys(self, rows: Sequence[Mapping[str, Any]], ahead: int = 0) -> list[tuple[int, ...]]:
         """Return (seed, step, row, sample) for each row of this rank, the same however many ranks share the batch."""
-        group = self._group
+        group = self.num_generations if self.model.training else self.num_generations_eval
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step + 1 + ahead
         return [(self.args.seed, step, row_number(row), (first + place) % group) for place, row in enumerate(rows)]
