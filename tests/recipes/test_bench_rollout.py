@@ -94,7 +94,6 @@ def test_ratios_are_taken_run_by_run_and_idle_time_is_that_outside_the_engine(be
         (["--cells", "gamma-1-32"], "cells is 'gamma-1-32': it must be such as lognormal-3-128"),
         (["--cells", "none-0-32"], "cells is 'none-0-32'"),
         (["--cells", "none"], "cells is 'none'"),
-        (["--runs", "0"], "runs is 0: it must be at least 1"),
     ],
 )
 def test_a_mistake_gets_one_sentence(bench: ModuleType, flags: list[str], message: str, refusal: Refusal) -> None:

@@ -34,15 +34,6 @@ def test_both_trainers_take_the_same_step(tmp_path: Path, monkeypatch: pytest.Mo
         assert result[name]["min"] == result[name]["median"] > 0, "of one round"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--rounds", "0"], "rounds is 0: it must be at least 1"),
-        (["--warmup_steps", "-1"], "warmup_steps is -1: it must be at least 0"),
-        (["--micro_batch", "3"], "micro_batch is 3: it must divide a step's 5 trajectories"),
-        (["--shape", "huge"], "invalid choice: 'huge'"),
-        (["--output", "/dev/null/bench/file.json"], "Not a directory: '/dev/null/bench'"),
-    ],
-)
-def test_mistakes_get_one_sentence(refusal: Refusal, flags: list[str], message: str) -> None:
-    assert message in refusal("bench/train_step", flags)
+def test_a_micro_batch_that_does_not_divide_a_step_is_refused(refusal: Refusal) -> None:
+    said = refusal("bench/train_step", ["--micro_batch", "3"])
+    assert "micro_batch is 3: it must divide a step's 5 trajectories" in said

@@ -48,20 +48,6 @@ def test_the_seed_decides_the_weights(corpus: Path, tmp_path: Path) -> None:
     assert weights("c", seed=2) != first
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--vocab_size", "256"], "vocab_size is 256: it must be at least 257"),
-        (["--seed", "-1"], "seed is -1: it must be at least 0"),
-    ],
-)
-def test_a_size_that_cannot_be_is_refused(
-    refusal: Refusal, corpus: Path, tmp_path: Path, flags: list[str], message: str
-) -> None:
-    error = refusal("random_model", ["--corpus", str(corpus), "--output_dir", str(tmp_path / "out"), *flags])
-    assert error == f"error: {message}"
-
-
 def test_a_full_folder_is_left_alone_and_so_is_one_in_use(refusal: Refusal, corpus: Path, tmp_path: Path) -> None:
     flags = ["--corpus", str(corpus), "--output_dir", str(tmp_path)]
     with sole_writer(tmp_path):

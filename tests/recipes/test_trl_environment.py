@@ -11,32 +11,14 @@ import torch
 from chat_server import ChatServer
 from families import family_tokenizer
 from recipe_modules import as_flags, load_recipe
+from scripted_rollouts import ScriptedEngine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from zerosearch.engines import SearchError, SearchRequest, SearchResult
+from zerosearch.engines import SearchError
 from zerosearch.environment import Curriculum, SearchEnvironment, answer_reward
 from zerosearch.noise import NoiseSchedule
 
 ROW = {"id": "1", "question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]}
-
-
-class Engine:
-    """Finds two documents, or fails."""
-
-    name, max_concurrency = "engine", 1
-
-    def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
-        self.requests: list[SearchRequest] = []
-
-    async def search(self, request: SearchRequest) -> SearchResult:
-        self.requests.append(request)
-        if self.fails:
-            raise SearchError("the engine is gone")
-        return SearchResult(("It rains.", "Emma is by Jane Austen."))
-
-    async def aclose(self) -> None:
-        pass
 
 
 def said(text: str) -> list[dict[str, Any]]:
@@ -44,7 +26,8 @@ def said(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_search_carries_its_row_and_the_noise_of_its_step() -> None:
-    engine, curriculum = Engine(), Curriculum(NoiseSchedule(0.0, 1.0), seed=7)
+    engine = ScriptedEngine(lambda request: ["It rains.", "Emma is by Jane Austen."])
+    curriculum = Curriculum(NoiseSchedule(0.0, 1.0), seed=7)
     curriculum.on_step_begin(None, type("State", (), {"global_step": 4, "max_steps": 10})(), None)  # type: ignore[arg-type]
     first, second = SearchEnvironment(engine, curriculum), SearchEnvironment(engine, curriculum)
     for environment in (first, second):
@@ -53,11 +36,8 @@ def test_a_search_carries_its_row_and_the_noise_of_its_step() -> None:
     for environment in (first, second):
         environment.search("Emma author")
     request = engine.requests[0]
-    assert (request.query, request.question, request.golden_answers) == (
-        "Emma author",
-        *list(ROW.values())[1:2],
-        ("Jane Austen",),
-    )
+    assert (request.query, request.question) == ("Emma author", "Who wrote Emma?")
+    assert request.golden_answers == ("Jane Austen",)
     assert request.p_noise == pytest.approx(1 / 3)  # step 5 of 10: (4^0.5 - 1) / 3
     assert len({request.key for request in engine.requests}) == 3 and request.key[:2] == (7, 5)
     first.reset(**ROW)
@@ -66,7 +46,8 @@ def test_a_search_carries_its_row_and_the_noise_of_its_step() -> None:
 
 
 def test_the_reward_reads_the_last_message_alone_and_stops_the_run_after_a_failed_search() -> None:
-    environments = [SearchEnvironment(Engine(fails), Curriculum(NoiseSchedule(0.0, 0.0))) for fails in (False, True)]
+    engines = ScriptedEngine(), ScriptedEngine(lambda request: SearchError("the engine is gone"))
+    environments = [SearchEnvironment(engine, Curriculum(NoiseSchedule(0.0, 0.0))) for engine in engines]
     for environment in environments:
         environment.reset(**ROW)
     good = environments[:1]
@@ -93,13 +74,8 @@ SMALL = {
 def flags(model: Path, questions: Path, url: str, output_dir: Path, *more: str) -> list[str]:
     given = {"model_name_or_path": model, "dataset": questions, "simulator_url": url, "output_dir": output_dir}
     given |= {"max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 4, "report_to": "none"}
-    given |= {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "dtype": "float32",
-    }
+    given |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+    given |= {"dtype": "float32"}
     return [*as_flags(given), *more]
 
 

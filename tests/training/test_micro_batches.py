@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zerosearch.training.micro_batches import sort_micro_batches, trimmed_parts
+from zerosearch.training.micro_batches import trimmed_parts
 
 # Prompts of up to 3 tokens on the left, completions of up to 4 on the right.
 ATTENTION = torch.tensor(
@@ -30,20 +30,3 @@ def test_a_part_ends_at_its_last_scored_token_and_starts_at_its_first_token() ->
 
 def test_a_part_without_a_scored_token_keeps_one_row_of_two_tokens() -> None:
     assert parts_of(1) == [([2], 2, 4), ([1], 0, 4), ([3], 1, 5), ([0], 1, 6)]
-
-
-def test_sorting_keeps_rows_together_and_numbers_as_they_are() -> None:
-    first, second = sort_micro_batches(
-        [
-            {
-                "prompt_mask": ATTENTION[rows, :3],
-                "completion_mask": ATTENTION[rows, 3:],
-                "advantages": torch.tensor(rows),
-                "num_items_in_batch": torch.tensor(9),
-            }
-            for rows in ([0, 1], [2, 3])
-        ]
-    )
-    assert [first["advantages"].tolist(), second["advantages"].tolist()] == [[2, 1], [3, 0]]
-    assert torch.equal(torch.cat([second["prompt_mask"], second["completion_mask"]], 1), ATTENTION[[3, 0]])
-    assert first["num_items_in_batch"] == 9
