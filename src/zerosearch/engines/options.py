@@ -39,11 +39,13 @@ class SimulatorOptions:
         default=False, metadata={"help": "For simulated: ask once more for noisy documents that hold a golden answer."}
     )
 
-    def make_simulator(
-        self, template: SimulatorTemplate, num_documents: int, kind: type[SimulatedEngine] = SimulatedEngine
-    ) -> SimulatedEngine:
+    def simulator_class(self) -> type[SimulatedEngine]:
+        """Return the kind of engine that asks the simulator."""
+        return SimulatedEngine
+
+    def make_simulator(self, template: SimulatorTemplate, num_documents: int) -> SimulatedEngine:
         """Return the simulator, asked in the words of `template` (zerosearch.prompts) for so many documents."""
-        return kind(
+        return self.simulator_class()(
             self.simulator_url,
             self.simulator_model,
             template,
@@ -127,11 +129,8 @@ class TrainingEngineOptions(EngineOptions):
         },
     )
 
-    def make_simulator(
-        self, template: SimulatorTemplate, num_documents: int, kind: type[SimulatedEngine] = SimulatedEngine
-    ) -> SimulatedEngine:
-        colocated = self.simulator == "colocated"
-        return super().make_simulator(template, num_documents, ColocatedSimulator if colocated else kind)
+    def simulator_class(self) -> type[SimulatedEngine]:
+        return ColocatedSimulator if self.simulator == "colocated" else SimulatedEngine
 
 
 def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -> SearchEngine:
