@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +50,11 @@ def arguments(
     ]
 
 
-@pytest.fixture
-def collect() -> Callable[[list[str]], None]:
-    return load_recipe("collect_traces").main
+def collect(arguments: list[str]) -> None:
+    load_recipe("collect_traces").main(arguments)
 
 
 def test_every_search_is_kept_with_what_became_of_it(
-    collect: Callable[[list[str]], None],
     arguments: list[str],
     chat_server: ChatServer,
     paid_search: PaidSearch,
@@ -101,7 +98,6 @@ def test_every_search_is_kept_with_what_became_of_it(
     ],
 )
 def test_a_limit_stops_it_and_the_same_command_goes_on(
-    collect: Callable[[list[str]], None],
     arguments: list[str],
     paid_search: PaidSearch,
     tmp_path: Path,
@@ -128,7 +124,6 @@ def test_a_limit_stops_it_and_the_same_command_goes_on(
     ],
 )
 def test_a_wrong_key_or_an_empty_balance_ends_the_run_in_one_sentence(
-    collect: Callable[[list[str]], None],
     arguments: list[str],
     chat_server: ChatServer,
     paid_search: PaidSearch,
@@ -155,7 +150,6 @@ def test_a_wrong_key_or_an_empty_balance_ends_the_run_in_one_sentence(
 
 
 def test_searches_that_fail_one_by_one_are_counted_and_tried_again_next_time(
-    collect: Callable[[list[str]], None],
     arguments: list[str],
     paid_search: PaidSearch,
     tmp_path: Path,

@@ -36,13 +36,6 @@ def test_a_search_becomes_prompt_and_documents() -> None:
     assert simulator_example(SEARCH, TEMPLATE) == EXAMPLE
 
 
-@pytest.mark.parametrize("column", list(SEARCH))
-def test_an_empty_column_of_a_search_is_named(tmp_path: Path, column: str) -> None:
-    row = SEARCH | {column: None}
-    with pytest.raises(UserError, match=f"line 2: '{column}' must be a"):
-        load_examples(write(tmp_path / "s.jsonl", SEARCH, row))
-
-
 TEXTS = {"user": PROMPT, "assistant": DOCUMENTS}
 
 
@@ -112,6 +105,9 @@ def test_files_of_every_kind(tmp_path: Path, suffix: str) -> None:
             '{"question": "Q?", "text": "t"}',
             r"line 1 has the columns question, text; .* \{prompt, completion\}",
         ),
+        ("s.jsonl", json.dumps(SEARCH | {"useful": None}), "line 1: 'useful' must be a boolean"),
+        ("s.jsonl", json.dumps(SEARCH | {"documents": []}), "line 1: 'documents' must be a list that is not empty"),
+        ("s.jsonl", json.dumps(SEARCH | {"query": None}), "line 1: 'query' must be a text"),
         ("s.jsonl", '{"prompt": "p", "completion": ""}', "line 1 is not a prompt with one reply"),
         ("s.jsonl", '{"messages": [{"role": "user", "content": "p"}]}', "is not a prompt with one reply"),
         ("s.jsonl", '{"messages": 5}', "is not a prompt with one reply"),
