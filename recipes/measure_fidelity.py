@@ -16,7 +16,6 @@ Writes OUTPUT.json, OUTPUT.md and OUTPUT.svg.
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,8 +32,6 @@ from zerosearch.simulator.fidelity import FidelityOptions, measure_recorded, mea
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import read_held_out
 from zerosearch.simulator.server import exit_on_signals, simulator_server
-
-HEADLINE = ("useful_answer_rate", "noisy_leak_rate", "answer_rate", "max_noise_error")  # the last line printed
 
 
 @dataclass
@@ -100,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
             card = measure_simulator(engine, queries, options, about)
     paths = [*write_card(card, Path(recipe.output)), write_fidelity_plot(card, Path(recipe.output))]
     print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
-    print(json.dumps({name: round(card[name], 4) for name in HEADLINE if name in card}))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_recipe_measures_any_endpoint(
     flags = ["--queries", str(queries), "--output", str(tmp_path / "card"), "--num_queries", "20"]
     load_recipe("measure_fidelity").main([*flags, "--simulator_url", chat_server.url])
     assert json.loads((tmp_path / "card.json").read_text())["useful_answer_rate"] == 1.0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["noisy_leak_rate"] == 0.0
+    assert "| noisy replies that leak the answer | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
     error = refusal("measure_fidelity", [*flags, "--simulator_url", "http://127.0.0.1:9/v1"])
     assert "start one with: python recipes/serve_simulator.py" in error
     assert "of 0 held-out queries" in refusal("measure_fidelity", [*flags, "--engine", "recorded"])
