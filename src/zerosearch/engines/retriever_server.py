@@ -114,7 +114,7 @@ class RetrieverServer:
 
     def __init__(self, index: PassageIndex, default_count: int = 3) -> None:  # 3 as in Search-R1's server
         self.index, self.default_count = index, default_count
-        self.num_queries = self.num_batches = 0
+        self.num_queries = 0
         self._waiting: SimpleQueue[Waiting] = SimpleQueue()
         self._searching = Lock()
         self.application = FastAPI(openapi_url=None)
@@ -157,7 +157,6 @@ class RetrieverServer:
             "index": identity,
             "passages": self.index.manifest["num_passages"],
             "queries": self.num_queries,
-            "batches": self.num_batches,
         }
 
     def _found(self, mine: Waiting) -> list[Found]:
@@ -192,7 +191,6 @@ class RetrieverServer:
         for one, share in zip(batch, shares, strict=True):
             one.found.set_result(share)
         self.num_queries += sum(len(one.queries) for one in batch)
-        self.num_batches += 1
 
     def _document(self, start: int, score: float, retrieval: Retrieval) -> str:
         """Return the JSON of one document: as objects, those of a large reply would take several times as much."""
