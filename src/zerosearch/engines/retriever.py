@@ -9,6 +9,7 @@ recipes/serve_retriever.py serves both.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urljoin
@@ -79,11 +80,10 @@ class RetrieverEngine:
         address = redacted_url(self.url)
         try:
             await self._ask("test", max_retries=0)
-            health = urljoin(self.url, "health")
-            try:
-                self.index, _ = await self.client.request("GET", health, read=_read_index, max_retries=0)
-            except ServiceError:
-                self.index = {"url": address}
+            index, health = None, urljoin(self.url, "health")
+            with suppress(ServiceError):
+                index, _ = await self.client.request("GET", health, read=lambda reply: reply["index"], max_retries=0)
+            self.index = index or {"url": address}
         except ServiceError as error:
             raise UserError(
                 f"no retriever answers at {address} in the protocol {self.protocol} ({error.reason}); "
@@ -105,9 +105,3 @@ class RetrieverEngine:
             return SearchResult(tuple(filter(None, texts)))
         (found,) = reply["result"]
         return result_of([passage_of(one.get("document", one), "a document") for one in found[: self.num_documents]])
-
-
-def _read_index(reply: Any) -> Any:
-    if not reply["index"]:
-        raise ValueError("the server names no index")
-    return reply["index"]
