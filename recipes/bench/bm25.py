@@ -151,12 +151,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"built in {result['build_s']:.1f} s, peak {result['peak_mib']:,.0f} MiB, "
                 f"then {result['search_mib']:,.0f} MiB of its own"
             )
-    about = {
-        "corpus": arguments.corpus or "TinyWorld",
-        "sizes": results,
-        "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores",
-    }
-    write_json(output, {**results[0], **about})
+    machine = f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores"
+    write_json(output, {"corpus": arguments.corpus or "TinyWorld", "sizes": results, "machine": machine})
     print(output)
 
 
