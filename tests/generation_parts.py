@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -76,6 +77,22 @@ def sample_remotely(
 
     with generator.session(sampling or Sampling()):
         return {turn.trajectory: turn for turn in run_in_background(all_at_once(), 60)}
+
+
+def turn_difference(model: Any, context: list[int], turn: SampledTurn) -> float:
+    """Return by how much a turn's log-probabilities differ from the model's at most."""
+    ids = torch.tensor([context + turn.token_ids])
+    with torch.no_grad():
+        logprobs = model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    return (logprobs[len(context) - 1 :] - torch.tensor(turn.logprobs)).abs().max().item()
+
+
+def move_adapter(model: Any) -> None:
+    """Add noise to an adapter, so that it says something else."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
 
 
 def roll_out(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_parts import sample
+from generation_parts import move_adapter, sample, turn_difference
 from peft import IA3Config, LoraConfig
 from rain import RainEngine, rain_trainer
 
@@ -61,10 +61,7 @@ def engine_weights(trainer: SearchTrainer) -> dict[str, torch.Tensor]:
 def difference(trainer: SearchTrainer, context: list[int], seed: int) -> float:
     """Sample a turn; return by how much its log-probabilities differ from the trainer's at most."""
     turn = sample(trainer.generator, [TurnRequest(0, context, 24, seed)])[0]  # type: ignore[arg-type]
-    ids = torch.tensor([context + turn.token_ids])
-    with torch.no_grad():
-        logprobs = trainer.model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-    return (logprobs[len(context) - 1 :] - torch.tensor(turn.logprobs)).abs().max().item()
+    return turn_difference(trainer.model, context, turn)
 
 
 @pytest.mark.slow
@@ -80,10 +77,7 @@ def test_a_sync_leaves_the_base_and_no_turn_reads_keys_and_values_of_an_earlier_
     before, context = engine_weights(trainer), [5 + place % 90 for place in range(200)]
     assert difference(trainer, context, seed=1) < 1e-4
     assert difference(trainer, context, seed=2) < 1e-4, "from the prefix cache"
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.05 * torch.randn_like(parameter)
+    move_adapter(trainer.model)
     assert difference(trainer, context, seed=3) > 1e-2, "the engine still has the step before"
     trainer.vllm_generation.sync_weights()
     assert difference(trainer, context, seed=3) < 1e-4

@@ -20,9 +20,19 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from generation_parts import largest_difference, listens_beyond_loopback, load, roll_out, sample_remotely
+from generation_parts import (
+    largest_difference,
+    listens_beyond_loopback,
+    load,
+    move_adapter,
+    roll_out,
+    sample_remotely,
+    turn_difference,
+)
 from http_servers import Server, free_ports, response_of
+from peft import LoraConfig
 from rain import RainEngine, rain_trainer
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from zerosearch.generation import GenerationError, RemoteGenerator, SampledTurn, Sampling, TurnRequest
@@ -193,12 +203,13 @@ rain_trainer(
 
 @contextmanager
 def policy_server(policy: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Start a server as the error messages say to, and yield its address once it answers."""
+    """Start a server of policies with and without LoRA as the messages say to; yield its address once it answers."""
     url = f"http://127.0.0.1:{free_ports()}"
-    arguments = serve_arguments(str(policy), url.rpartition(":")[2], gpu=False)
+    arguments = serve_arguments(str(policy), url.rpartition(":")[2], gpu=False, lora_rank=8)
     environment = {
         **os.environ,
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -261,6 +272,50 @@ def test_a_real_server_samples_one_step_ahead_with_older_weights(
 
 
 @pytest.mark.slow
+def test_a_real_server_gets_a_base_once_and_an_adapter_each_step(
+    real_server: Any, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    lora = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+    settings: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": real_server[0]}
+    settings |= {"overlap_steps": 1, "max_steps": 4, "learning_rate": 0.05}
+    trainer = rain_trainer(tiny_policy_dir, tmp_path, RainEngine(), lora, **settings)
+    model, generator, sync = trainer.model, trainer.generator, trainer.vllm_generation.sync_weights
+    assert isinstance(generator, VLLMServerGenerator) and generator.adapter is not None
+    session, posted = trainer.vllm_generation.vllm_client.session, []
+    post = session.post
+    session.post = lambda url, **content: posted.append(url.rpartition("/")[2]) or post(url, **content)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert [entry["sampling/staleness"] for entry in log] == [0, 1, 1, 1]
+    first, *others = (entry["sampling/sampling_logp_difference/max"] for entry in log)
+    assert first < 1e-3 and min(others) > 1e-2, "one step at this learning rate moves it so far"
+    later = ["load_lora_adapter", "unload_lora_adapter"]
+    assert posted == ["collective_rpc", "reset_prefix_cache", "load_lora_adapter", *later * 3]
+
+    def difference(seed: int) -> float:
+        context = [5 + place % 90 for place in range(200)]
+        turn = sample_remotely(generator, [TurnRequest(0, tuple(context), 24, seed)])[0]
+        return turn_difference(model, context, turn)
+
+    sync()
+    assert difference(seed=1) < 1e-4
+    assert difference(seed=2) < 1e-4, "from the prefix cache"
+    move_adapter(model)
+    assert difference(seed=3) > 1e-2, "the server still has the step before"
+    sync()
+    assert difference(seed=3) < 1e-4
+    folder = Path(generator.adapter.name or "")
+    assert list(folder.parent.iterdir()) == [folder], "vLLM may read it again"
+    sent = sum(weight.numel() for weight in load_file(folder / "adapter_model.safetensors").values())
+    assert sent == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with urllib.request.urlopen(f"{real_server[0]}/v1/models") as reply:
+        assert [one["id"] for one in json.load(reply)["data"]] == [str(tiny_policy_dir), str(folder)]
+    generator.adapter = None
+    with model.disable_adapter():
+        assert difference(seed=4) < 1e-4, "the base is the trainer's, whatever runs have pushed before"
+
+
+@pytest.mark.slow
 def test_training_in_server_mode_pushes_the_weights_and_stops_with_a_checkpoint_when_the_server_ends(
     real_server: Any, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
@@ -292,3 +347,10 @@ def test_the_command_for_a_server_binds_loopback_alone(gpu: bool) -> None:
     """Whoever reaches a server in vLLM's development mode can call its workers without a password."""
     command = serve_command("http://policy.example:8000", gpu=gpu)
     assert "VLLM_SERVER_DEV_MODE=1" in command and " --host 127.0.0.1 --port 8000 " in command
+    assert "LORA" not in command and "lora" not in command
+
+
+def test_the_command_for_a_server_that_loads_adapters() -> None:
+    command = serve_command("http://localhost:8000", lora_rank=16)
+    assert command.startswith("VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.")
+    assert " --enable-lora --max-lora-rank 16 " in command

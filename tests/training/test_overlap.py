@@ -1,6 +1,6 @@
 """Rollouts one step ahead: which weights sample which step, what a resumed run trains on, and what fails when.
 
-The policy's server is a fake that writes turns by seed and by the weights that were pushed to it last.
+The policy's server is a fake (`policy_server`).
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +20,17 @@ import datasets
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from aiohttp import web
-from http_servers import Server, free_ports, response_of
+from http_servers import free_ports
 from jsonl_files import rows_of
+from peft import LoraConfig
+from policy_server import PolicyServer
 from rain import ROWS, RainEngine
-from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from zerosearch.engines import SearchError, SearchRequest, SearchResult
 from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError
-from zerosearch.generation.tokenization import text_token_ids
 from zerosearch.rollout.trajectory import Trajectory, Turn
 from zerosearch.training import sentinel
 from zerosearch.training.overlap import NEXT_STEP
@@ -42,44 +40,6 @@ from zerosearch.training.trainer import SearchTrainer
 pytestmark = pytest.mark.slow  # TRL imports vLLM for its server mode
 MakeTrainer = Callable[..., SearchTrainer]
 ROOT = Path(__file__).parents[2]
-WORDS = "Emma Jane Austen rain novel".split()
-
-
-@dataclass
-class PolicyServer(Server):
-    """As much of a policy's server as a trainer without a GPU talks to; `pushes` counts the weights that it got."""
-
-    tokenizer: Any = None
-    weights: float = 0.0
-    pushes: int = 0
-    turns: int = 0  # in flight
-    refused: set[int] = field(default_factory=set)  # turns asked for after so many pushes
-    takes_pushes: int = 1000
-    reads_weights: bool = True  # else turns depend on `pushes`
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        if request.path == "/v1/models":
-            return response_of(200, {"data": [{"id": "policy", "max_model_len": 2048}]})
-        if request.path == "/server_info":
-            return response_of(200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}})
-        body = await request.json() if request.can_read_body else {}
-        if request.path == "/collective_rpc":
-            assert self.turns == 0, "weights under a trajectory"
-            if self.pushes == self.takes_pushes:
-                return response_of(400, "no room")
-            self.weights = load_file(body["kwargs"]["path"])["lm_head.weight"].double().sum().item()
-            self.pushes += 1
-        return self.turn(body["seed"]) if request.path == "/v1/completions" else response_of(200, {})
-
-    def turn(self, seed: int) -> web.Response:
-        if self.pushes in self.refused:
-            return response_of(400, "out of memory")
-        draw = random.Random(f"{seed} {self.weights if self.reads_weights else self.pushes}")
-        tag = draw.choice(("search", "search", "answer"))
-        ids = text_token_ids(self.tokenizer, f"<{tag}> {draw.choice(WORDS)} {draw.choice(WORDS)} </{tag}>")
-        logprobs = {"token_logprobs": [-draw.random() for _ in ids]}
-        choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": f"</{tag}>"}
-        return response_of(200, {"choices": [choice]})
 
 
 class Sent:
@@ -119,6 +79,10 @@ def server(tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[PolicyServer]:
         yield running
 
 
+def lora() -> dict[str, Any]:
+    return {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+
+
 def overlapped(make_trainer: MakeTrainer, engine: WatchedEngine, **settings: Any) -> SearchTrainer:
     """Return a trainer whose epochs, of twelve questions, have three steps of two micro-batches."""
     arguments = settings.pop("arguments", None)
@@ -131,20 +95,30 @@ def logged(trainer: SearchTrainer, *names: str) -> list[tuple[Any, ...]]:
     return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "reward" in entry]
 
 
+@pytest.mark.parametrize("max_lora_rank", [0, 8])
 def test_each_step_but_the_first_is_sampled_with_the_weights_of_the_step_before(
-    server: PolicyServer, make_trainer: MakeTrainer
+    max_lora_rank: int, server: PolicyServer, make_trainer: MakeTrainer
 ) -> None:
+    server.max_lora_rank = max_lora_rank
+    arguments, first = (lora(), 2) if max_lora_rank else ({}, 1)  # an adapter comes after its base
     engine = WatchedEngine(server)
-    trainer = overlapped(make_trainer, engine, logged_trajectories=16)
+    trainer = overlapped(make_trainer, engine, arguments=arguments, logged_trajectories=16)
     trainer.train()
-    assert engine.searched == {1: {1}, 2: {1}, 3: {2}, 4: {3}, 5: {4}}, "and nothing for a sixth step"
+    expected = {1: {first}, 2: {first}, 3: {first + 1}, 4: {first + 2}, 5: {first + 3}}
+    assert engine.searched == expected, "and nothing for a sixth step"
+    assert len(server.adapters) == bool(max_lora_rank)
     assert logged(trainer, "sampling/staleness") == [(0,), (1,), (1,), (1,), (1,)]
     assert min(logged(trainer, "sampling/importance_sampling_ratio/max")) > (0.0,)
     output = trainer.args.output_dir
     assert json.loads(Path(output, "engine_queries.json").read_text()) == {"rain": len(engine.requests)}
 
     one_by_one = overlapped(
-        make_trainer, WatchedEngine(server), overlap_steps=0, logged_trajectories=16, output_dir=f"{output}-0"
+        make_trainer,
+        WatchedEngine(server),
+        arguments=arguments,
+        overlap_steps=0,
+        logged_trajectories=16,
+        output_dir=f"{output}-0",
     )
     one_by_one.train()
     assert "sampling/staleness" not in one_by_one.state.log_history[0]
@@ -221,15 +195,52 @@ def test_a_rollout_that_fails_fails_the_step_that_would_train_on_it(
     assert not (tmp_path / "policy/checkpoint-3" / NEXT_STEP).exists()
 
 
-@pytest.mark.parametrize(("overlap_steps", "step"), [(0, 2), (1, 3)])
+@pytest.mark.parametrize(("overlap_steps", "step", "max_lora_rank"), [(0, 2, 0), (1, 3, 0), (1, 3, 8)])
 def test_weights_that_the_server_does_not_take_fail_the_step_that_they_would_sample(
-    overlap_steps: int, step: int, server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
+    overlap_steps: int, step: int, max_lora_rank: int, server: PolicyServer, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    server.takes_pushes = 1
-    trainer = overlapped(make_trainer, WatchedEngine(server), overlap_steps=overlap_steps)
+    server.max_lora_rank = max_lora_rank
+    arguments, server.takes_pushes = (lora(), 2) if max_lora_rank else ({}, 1)
+    trainer = overlapped(make_trainer, WatchedEngine(server), arguments=arguments, overlap_steps=overlap_steps)
     with pytest.raises(GenerationError, match=rf"step {step} could not .* did not take the policy's weights.*no room"):
         trainer.train()
     assert (tmp_path / f"policy/checkpoint-{step - 1}/trainer_state.json").exists()
+
+
+def test_a_server_that_was_started_again_fails_the_next_step(server: PolicyServer, make_trainer: MakeTrainer) -> None:
+    class Restart(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            server.adapters.clear()  # and its base is what it has read
+
+    server.max_lora_rank = 8
+    arguments = {**lora(), "callbacks": [Restart()]}
+    trainer = overlapped(make_trainer, WatchedEngine(server), arguments=arguments, overlap_steps=0)
+    with pytest.raises(GenerationError, match=r"step 2 could not .* did not take the policy.*no such adapter"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("sync_adapter", "max_lora_rank"), [(False, 8), (None, 0), (None, 1)])
+def test_an_adapter_is_merged_for_a_server_that_does_not_load_it(
+    sync_adapter: bool | None, max_lora_rank: int, server: PolicyServer, make_trainer: MakeTrainer
+) -> None:
+    server.max_lora_rank = max_lora_rank
+    trainer = overlapped(make_trainer, WatchedEngine(server), arguments=lora(), sync_adapter=sync_adapter)
+    assert trainer.generator.adapter is None
+    trainer.vllm_generation.sync_weights()
+    assert server.pushes == 1 and not server.adapters
+    client = trainer.vllm_generation.vllm_client
+    client.directory = None  # as with a GPU
+    assert client.reads_files(), "on this machine"
+    client.base_url = "http://policy.example:8000"
+    assert not client.reads_files()
+
+
+def test_a_server_that_does_not_load_the_adapter_that_is_asked_for_is_refused(
+    server: PolicyServer, make_trainer: MakeTrainer
+) -> None:
+    command = "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 .* --enable-lora --max-lora-rank 8 "
+    with pytest.raises(UserError, match=f"a vLLM server that loads adapters of rank 8; start it with: {command}"):
+        overlapped(make_trainer, WatchedEngine(server), arguments=lora(), sync_adapter=True)
 
 
 def test_a_rollback_goes_to_a_checkpoint_whose_policy_showed_no_sign(
@@ -287,12 +298,18 @@ def test_a_rank_knows_its_rows_of_the_next_step(rank: int, make_trainer: MakeTra
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
+from peft import LoraConfig
 from rain import RainEngine, rain_trainer
+from zero3_ranks import shard_small_parameters
 
 policy, output, url, checkpoint = sys.argv[1:]
 ranks = int(os.environ.get("WORLD_SIZE", 1))
+lora = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+if output.endswith("lora"):
+    shard_small_parameters()
 trainer = rain_trainer(
-    policy, output, RainEngine(), use_vllm=True, vllm_mode="server", vllm_server_base_url=url, overlap_steps=1,
+    policy, output, RainEngine(), lora if output.endswith("lora") else None,
+    use_vllm=True, vllm_mode="server", vllm_server_base_url=url, overlap_steps=1,
     per_device_train_batch_size=8 // ranks, gradient_accumulation_steps=2, max_steps=4, save_strategy="steps",
     save_steps=2,
 )
@@ -312,8 +329,11 @@ def test_two_ranks_sample_ahead_as_one_does(server: PolicyServer, tiny_policy_di
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     ranks = (*ZERO3, "--main_process_port", str(free_ports()))
     logs = []
-    for name, launcher, resumed in (("one", (), ""), ("two", ranks, ""), ("again", ranks, "two/checkpoint-2")):
+    runs = (("one", (), ""), ("two", ranks, ""), ("again", ranks, "two/checkpoint-2"), ("lora", ranks, ""))
+    for name, launcher, resumed in runs:
         server.pushes = 2 if resumed else 0
+        if name == "lora":
+            server.pushes, server.max_lora_rank = -1, 8  # its base comes first
         command = [*launcher, script, tiny_policy_dir, tmp_path / name, server.url, resumed and tmp_path / resumed]
         done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -321,7 +341,8 @@ def test_two_ranks_sample_ahead_as_one_does(server: PolicyServer, tiny_policy_di
         logs.append([(one["step"], one["reward"], one["sampling/staleness"]) for one in log if "reward" in one])
         sent = json.loads((tmp_path / name / "engine_queries.json").read_text())["rain"]
         assert resumed or sent == 2 * sum(16 * one["search/searches"] for one in log if "reward" in one)
-    assert logs[0] == logs[1] == logs[2]
+    assert logs[0] == logs[1] == logs[2] == logs[3]
+    assert server.pushes == 4 and len(server.adapters) == 1
     assert [staleness for *_, staleness in logs[0]] == [0, 1, 1, 1]
     kept = [rows_of(tmp_path / name / "checkpoint-2" / NEXT_STEP) for name in ("one", "two")]
     assert [[one["key"], one["trajectory"]["completion_ids"]] for one in kept[0]] == [

@@ -1,6 +1,7 @@
-"""The policy's LoRA adapter in a colocated vLLM engine: the engine keeps the base, and a sync moves the adapter alone.
+"""The policy's LoRA adapter in a vLLM engine: the engine keeps the base, and a sync moves the adapter alone.
 
-What vLLM cannot serve so (DoRA, trained copies of modules, a base in 4 bits) is pushed merged: `adapter_weights`.
+That of a colocated engine is here, that of a server in `vllm_server`. What vLLM cannot serve so (DoRA, trained copies
+of modules, a base in 4 bits) is pushed merged: `adapter_weights`.
 """
 
 from __future__ import annotations
@@ -49,28 +50,27 @@ def adapter_options(ranks: Sequence[int]) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": max(ranks)}
 
 
-def sync_policy(generation: VLLMGeneration) -> PolicyAdapter | None:
-    """Have TRL sync the policy's adapter if the engine takes adapters, and merged weights otherwise."""
-    if generation.mode == "colocate" and generation.llm.llm_engine.vllm_config.lora_config is not None:
-        return PolicyAdapter(generation)
+def sync_policy(generation: VLLMGeneration) -> ColocatedAdapter | None:
+    """Have TRL sync the policy's adapter if the colocated engine takes adapters, and merged weights otherwise."""
+    if generation.llm.llm_engine.vllm_config.lora_config is not None:
+        return ColocatedAdapter(generation)
     push_merged_copies(generation)
     return None
 
 
 class PolicyAdapter:
-    """The policy's adapter in an engine, by `request`.
+    """The policy's adapter, whose sync takes the place of TRL's.
 
     The first sync pushes the trainer's base, too: what the engine has read may differ (another revision, a base that
-    PEFT has changed), and TRL's sleep has dropped it. From then on the engine's base is never written.
+    PEFT has changed), an earlier run may have written to a server's, and TRL's sleep has dropped a colocated one's.
+    From then on the engine's base is never written.
 
     Each sync loads the adapter under a new name. vLLM keys its prefix cache by that name, so no turn is served from
     keys and values of an earlier step, and those of other adapters stay.
     """
 
-    request: LoRARequest | None = None
-
     def __init__(self, generation: VLLMGeneration) -> None:
-        """Take the place of TRL's sync, on each rank: each has an engine, and a folder, of its own."""
+        """Take the place of TRL's sync, on each rank, with a folder of its own."""
         self.generation = generation
         self.push: Callable[[], None] = generation.sync_weights
         self.numbers = count(SIMULATOR_NUMBER + 1)
@@ -79,12 +79,31 @@ class PolicyAdapter:
         generation.sync_weights = self.sync
 
     def sync(self) -> None:
-        """Wake the weights if they sleep, and replace the adapter. Under ZeRO-3 every rank must call this."""
+        """Replace the adapter in the engine. Under ZeRO-3 every rank must call this."""
+        raise NotImplementedError
+
+    def save(self, number: int, accelerator: Any) -> str:
+        """Save the adapter on the main process of `accelerator`, and return its folder; collective, as `sync` is."""
         from trl.experimental.async_grpo.async_grpo_trainer import save_lora_adapter
+
+        model, path = self.generation.model, f"{self.folder.name}/policy-{number}"
+        adapters = [parameter for name, parameter in model.named_parameters() if model.prefix in name]
+        with self.generation._dist.gather_params(adapters):
+            save_lora_adapter(model, accelerator, model.active_adapters[0], path)
+        return path
+
+
+class ColocatedAdapter(PolicyAdapter):
+    """The policy's adapter in the engine of each rank, by `request`."""
+
+    request: LoRARequest | None = None
+
+    def sync(self) -> None:
+        """Wake the weights if they sleep, and replace the adapter."""
         from trl.generation.vllm_generation import empty_cache
         from vllm.lora.request import LoRARequest
 
-        generation, model = self.generation, self.generation.model
+        generation = self.generation
         engine = generation.llm.llm_engine
         if self.request is None:
             self.push()
@@ -96,11 +115,8 @@ class PolicyAdapter:
                 generation._llm_weights_sleeping = False
             engine.remove_lora(self.request.lora_int_id)
         number = next(self.numbers)
-        path = f"{self.folder.name}/policy-{number}"
-        rank = SimpleNamespace(device=generation.accelerator.device, is_main_process=True)  # each rank saves its own
-        adapters = [parameter for name, parameter in model.named_parameters() if model.prefix in name]
-        with generation._dist.gather_params(adapters):
-            save_lora_adapter(model, rank, model.active_adapters[0], path)
+        each_rank = SimpleNamespace(device=generation.accelerator.device, is_main_process=True)
+        path = self.save(number, each_rank)
         self.request = LoRARequest(f"policy-{number}", number, path)
         engine.add_lora(self.request)
         shutil.rmtree(path)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
     from vllm import LLM, RequestOutput
 
-    from zerosearch.generation.vllm_adapters import PolicyAdapter
+    from zerosearch.generation.vllm_adapters import ColocatedAdapter
 
 
 # Of every turn that vLLM samples, in this process or behind its server.
@@ -35,7 +35,7 @@ class VLLMGenerator:
         llm: LLM,
         tokenizer: PreTrainedTokenizerBase,
         colocated: VLLMGeneration | None = None,
-        adapter: PolicyAdapter | None = None,
+        adapter: ColocatedAdapter | None = None,
     ) -> None:
         """Take the engine and, in training, TRL's owner of it, which knows about sleep and weights.
 

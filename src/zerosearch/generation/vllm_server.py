@@ -5,12 +5,14 @@ requests are under way, at any token. So each turn of each trajectory is a reque
 ids in and sampled ids out, and a later turn finds its beginning in the server's prefix cache.
 
 TRL pushes weights over NCCL, for which trainer and server each need a GPU. Without one they go through a file here, so
-that server mode runs, and is tested, on any machine.
+that server mode runs, and is tested, on any machine. Of a policy with LoRA, a server that was started to load adapters
+gets the base so, once, and from then on the adapter alone, through a folder: `ServedAdapter`.
 """
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,11 +22,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
+from zerosearch.errors import UserError
 from zerosearch.generation import GenerationError, SampledTurn, Sampling, TurnRequest
+from zerosearch.generation.adapter_weights import push_merged_copies
+from zerosearch.generation.vllm_adapters import PolicyAdapter, adapter_rank
 from zerosearch.generation.vllm_colocated import TURN_OPTIONS, finish_of
 from zerosearch.generation.vllm_workarounds import cpu_server_arguments
 from zerosearch.http import CLOSE_TIMEOUT_S, CallFailed, HTTPClient, ServiceError, redacted_url, run_in_background
@@ -39,6 +45,7 @@ Content = TypeVar("Content")
 
 CHECK_TIMEOUT_S, SESSION_TIMEOUT_S = 60.0, 900.0
 HEALTH_TIMEOUT_S, CALL_TIMEOUT_S = 60.0, 1800.0  # of TRL's client
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 # Without these the server takes some from the model's generation_config.json: Qwen's has top_k 20 and a penalty.
 WHOLE_DISTRIBUTION = {
     "top_k": 0,
@@ -50,7 +57,7 @@ WHOLE_DISTRIBUTION = {
 
 
 class VLLMServerGenerator:
-    """Sample turns on a vLLM server, a request for each.
+    """Sample turns on a vLLM server, a request for each, from `adapter` where the server holds the policy's apart.
 
     `max_context_tokens` is cut to what the server takes. `timeout_s` bounds one request; one that fails on its
     way is repeated, with the same seed, at most `max_retries` times.
@@ -61,6 +68,7 @@ class VLLMServerGenerator:
         base_url: str,
         tokenizer: PreTrainedTokenizerBase,
         max_context_tokens: int,
+        adapter: ServedAdapter | None = None,
         *,
         timeout_s: float = 1200.0,
         max_retries: int = 5,
@@ -69,7 +77,7 @@ class VLLMServerGenerator:
         self.base_url = base_url.rstrip("/")
         self.name = f"the vLLM server at {redacted_url(self.base_url)}"
         self.tokenizer = tokenizer
-        self.max_context_tokens = max_context_tokens
+        self.max_context_tokens, self.adapter = max_context_tokens, adapter
         self.max_concurrency = max_concurrency
         self.client = HTTPClient(
             "the vLLM server",
@@ -81,7 +89,8 @@ class VLLMServerGenerator:
 
     def start_command(self) -> str:
         """Return the command that starts a server where this generator looks for one."""
-        return serve_command(self.base_url, gpu=torch.cuda.is_available())
+        rank = self.adapter.rank if self.adapter else 0
+        return serve_command(self.base_url, gpu=torch.cuda.is_available(), lora_rank=rank)
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[None]:
@@ -95,7 +104,7 @@ class VLLMServerGenerator:
 
     async def sample(self, request: TurnRequest) -> SampledTurn:
         body = {
-            "model": self.model,
+            "model": self.adapter.name if self.adapter else self.model,
             "prompt": list(request.context_ids),
             "max_tokens": request.max_new_tokens,
             "temperature": self.sampling.temperature,
@@ -155,22 +164,26 @@ def server_url(config: GRPOConfig) -> str:
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
 
 
-def serve_command(base_url: str, model: str = "POLICY", gpu: bool = True) -> str:
+def serve_command(base_url: str, model: str = "POLICY", gpu: bool = True, lora_rank: int = 0) -> str:
     """Return the command that starts a server which the trainer can push weights to.
 
     With a GPU they come over NCCL, and the server needs one of its own; without, they come by a file. The server's
     log-probabilities must be those of the distribution sampled from ("processed"), and in the trainer's number format:
     by itself vLLM turns float32 into bfloat16. It listens on loopback alone: whoever reaches a server in vLLM's
-    development mode can call any method of its workers, without a password.
+    development mode can call any method of its workers, without a password. With `lora_rank` it loads adapters of up
+    to that rank while it runs.
     """
     port = str(urlsplit(base_url).port or 8000)
-    return f"VLLM_SERVER_DEV_MODE=1 python {shlex.join(serve_arguments(model, port, gpu))}"
+    variables = "VLLM_SERVER_DEV_MODE=1" + (" VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if lora_rank else "")
+    return f"{variables} python {shlex.join(serve_arguments(model, port, gpu, lora_rank))}"
 
 
-def serve_arguments(model: str, port: str, gpu: bool) -> list[str]:
+def serve_arguments(model: str, port: str, gpu: bool, lora_rank: int = 0) -> list[str]:
     """Return the arguments of that command, for Python."""
     shared = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", port]
     shared += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    if lora_rank:
+        shared += ["--enable-lora", "--max-lora-rank", str(lora_rank)]
     if gpu:
         return [*shared, "--weight-transfer-config", '{"backend": "nccl"}']
     by_file = ["--worker-extension-cls", "zerosearch.generation.vllm_worker.PolicyWeights", "--dtype", "float32"]
@@ -217,6 +230,40 @@ class PolicyServerClient(VLLMClient):
             except Exception as error:  # as broad as what TRL raises
                 self._remember(error)
 
+    def loads_adapters(self, rank: int) -> bool:
+        """Say whether the server was started to load adapters of this rank while it runs."""
+        info = self._get(f"{self.base_url}/server_info", params={"config_format": "json"})
+        lora = info["vllm_config"]["lora_config"]
+        room = lora["max_lora_rank"] if lora and info["vllm_env"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] else 0
+        return room >= rank
+
+    def reads_files(self) -> bool:
+        """Say whether the server surely reads the files of this process."""
+        return self.directory is not None or urlsplit(self.base_url).hostname in THIS_MACHINE
+
+    def replace_adapter(self, save: Callable[[], str], previous: str | None) -> str | None:
+        """Load the adapter that `save` saves under the name of its folder; return that, or None if it failed.
+
+        A server that does not know the previous one was started again, and its base is not the trainer's: that fails.
+        """
+        try:
+            path = save()
+            if self.failure is None:  # it took the base
+                self._adapter("load", lora_name=path, lora_path=path)
+                if previous is not None:
+                    self._adapter("unload", lora_name=previous)
+                    shutil.rmtree(previous)
+                return path
+        except Exception as error:  # as broad as what TRL raises
+            self._remember(error)
+        return None
+
+    def _adapter(self, action: str, **content: str) -> None:
+        url = f"{self.base_url}/v1/{action}_lora_adapter"
+        response = self.session.post(url, json=content, timeout=CALL_TIMEOUT_S)
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP status {response.status_code}: {response.text}")
+
     def _send_by_file(self, named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
         assert self.directory is not None
         path = Path(self.directory.name) / "policy.safetensors"
@@ -237,6 +284,56 @@ class PolicyServerClient(VLLMClient):
 
     def _post(self, url: str, **kwargs: Any) -> dict[str, Any]:
         return super()._post(url, **{"timeout": CALL_TIMEOUT_S, **kwargs})
+
+
+class ServedAdapter(PolicyAdapter):
+    """The policy's adapter on a vLLM server, by `name`: that of its folder, which no other run has.
+
+    vLLM may read the folder again for any turn, so it stays until the next sync.
+    """
+
+    name: str | None = None
+
+    def __init__(self, generation: VLLMGeneration, rank: int) -> None:
+        super().__init__(generation)
+        self.rank = rank
+
+    def sync(self) -> None:
+        """Replace the adapter on the server; as after a failed push, the main process remembers a failure."""
+        generation = self.generation
+        if self.name is None:
+            self.push()
+        save = partial(self.save, next(self.numbers), generation.accelerator)
+        if generation.accelerator.is_main_process:
+            self.name = generation.vllm_client.replace_adapter(save, self.name)
+        else:
+            save()
+        [self.name] = broadcast_object_list([self.name])
+
+
+def sync_to_server(generation: VLLMGeneration, url: str, sync_adapter: bool | None) -> ServedAdapter | None:
+    """Have TRL sync the policy's adapter if the server loads adapters, and merged weights otherwise; on every rank.
+
+    Raises `UserError` if `sync_adapter` asks for the adapter, and the server was not started to load it.
+    """
+    model = generation.model
+    is_plain = not generation._dist.is_fsdp and not getattr(model, "is_quantized", False)
+    rank = adapter_rank(model.peft_config[model.active_adapters[0]]) if is_plain else None
+    if rank and sync_adapter is not False:
+        loads = False
+        if generation.accelerator.is_main_process:
+            client = generation.vllm_client
+            loads = (sync_adapter or client.reads_files()) and client.loads_adapters(rank)
+        [loads] = broadcast_object_list([loads])
+        if loads:
+            return ServedAdapter(generation, rank)
+        if sync_adapter:
+            raise UserError(
+                f"sync_adapter true needs a vLLM server that loads adapters of rank {rank}; start it with: "
+                f"{serve_command(url, gpu=torch.cuda.is_available(), lora_rank=rank)}"
+            )
+    push_merged_copies(generation)
+    return None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from zerosearch.generation.vllm_adapters import PolicyAdapter
+    from zerosearch.generation.vllm_adapters import ColocatedAdapter
 
 REST_S = 0.002  # between two looks, while every rank waits for searches
 
@@ -82,7 +82,7 @@ class TensorParallelGenerator(VLLMGenerator):
         ranks: Ranks,
         colocated: VLLMGeneration,
         tokenizer: PreTrainedTokenizerBase,
-        adapter: PolicyAdapter | None = None,
+        adapter: ColocatedAdapter | None = None,
     ) -> None:
         super().__init__(colocated.llm, tokenizer, colocated, adapter)
         self.ranks = ranks

@@ -10,9 +10,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from zerosearch.generation.vllm_workarounds import multiply_by_weights_in_place
+from zerosearch.generation.vllm_workarounds import multiply_by_adapters_in_groups, multiply_by_weights_in_place
 
 multiply_by_weights_in_place()
+multiply_by_adapters_in_groups()
 
 
 class PolicyWeights:
@@ -23,3 +24,4 @@ class PolicyWeights:
     def load_policy_weights(self, path: str) -> None:
         """Replace the weights by those of a safetensors file, under the names of the checkpoint."""
         self.model_runner.model.load_weights(iter(load_file(path).items()))
+        self.model_runner.reset_lora_state()

@@ -76,8 +76,9 @@ class SearchConfig(RolloutSettings, GRPOConfig):
     sync_adapter: bool | None = field(
         default=None,
         metadata={
-            "help": "With LoRA and a colocated vLLM: push the adapter alone each step, not merged weights, which "
-            "decode a little faster. Default: with an accelerator; beside a colocated simulator, always."
+            "help": "With LoRA and vLLM: push the adapter alone each step, not merged weights, which decode a little "
+            "faster. Default: with an accelerator; beside a colocated simulator, always; vllm_mode server, where the "
+            "server was started to load adapters, and on this machine."
         },
     )
 
@@ -144,7 +145,7 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         fit_to_cpu(self)
         if not torch.accelerator.is_available():
             self.vllm_enable_sleep_mode = False  # there is no device memory to hand back
-        if self.sync_adapter is None:
+        if self.sync_adapter is None and self.vllm_mode != "server":  # a server is asked
             self.sync_adapter = torch.accelerator.is_available()
         if self.max_completion_length is None:
             self.max_completion_length = self.max_trajectory_tokens

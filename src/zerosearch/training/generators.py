@@ -18,7 +18,7 @@ from zerosearch.generation.loading import base_of_adapter, longest_context, mode
 from zerosearch.generation.transformers_engine import TransformersGenerator
 from zerosearch.generation.vllm_adapters import adapter_options, adapter_rank, sync_policy
 from zerosearch.generation.vllm_colocated import VLLMGenerator
-from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url
+from zerosearch.generation.vllm_server import VLLMServerGenerator, server_url, sync_to_server
 from zerosearch.generation.vllm_tensor_parallel import Ranks, TensorParallelGenerator
 from zerosearch.generation.vllm_two_adapters import TwoAdapterGenerator
 from zerosearch.training.config import SearchConfig, is_fsdp
@@ -45,15 +45,17 @@ def policy_generator(trainer: SearchTrainer) -> Generator | RemoteGenerator:
 
         longest = longest_context(trainer.model.config, limit)
         return TransformersGenerator(load, tokenizer, trainer.eos_token_ids, longest)
-    adapter = sync_policy(trainer.vllm_generation) if is_peft_model(trainer.model) else None
+    generation, is_peft = trainer.vllm_generation, is_peft_model(trainer.model)
     if args.vllm_mode == "server":
+        served = sync_to_server(generation, server_url(args), args.sync_adapter) if is_peft else None
         if args.overlap_steps:  # a fast tokenizer may refuse to work in two threads at once
             tokenizer = deepcopy(tokenizer)
-        return VLLMServerGenerator(server_url(args), tokenizer, limit, timeout_s=args.turn_timeout_s)
+        return VLLMServerGenerator(server_url(args), tokenizer, limit, served, timeout_s=args.turn_timeout_s)
+    adapter = sync_policy(generation) if is_peft else None
     if args.vllm_tensor_parallel_size > 1:
         ranks = Ranks(args.vllm_tensor_parallel_size, args.turn_timeout_s)
-        return TensorParallelGenerator(ranks, trainer.vllm_generation, tokenizer, adapter)
-    driven = (trainer.vllm_generation.llm, tokenizer, trainer.vllm_generation, adapter)
+        return TensorParallelGenerator(ranks, generation, tokenizer, adapter)
+    driven = (generation.llm, tokenizer, generation, adapter)
     simulators = colocated_simulators([trainer.engine, trainer.eval_engine])
     if not simulators:
         return VLLMGenerator(*driven)
