@@ -533,6 +533,18 @@ def test_an_engine_that_blocks_is_named(
         roll_out(tiny_tokenizer, ["<search> q </search>"], engine, search_timeout_s=0.1)
 
 
+def test_an_engine_that_blocks_while_a_turn_is_sampled_elsewhere_is_named_too(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "GRACE_S", 0.1)
+    delays = iter([0.0, 60.0])  # the first trajectory searches while the second's turn is under way
+    generator = ScriptedRemoteGenerator(tiny_tokenizer, lambda *_: "<search> q </search>", lambda: next(delays))
+    engine: Any = Odd(lambda: time.sleep(1.5))
+    settings = RolloutSettings(search_timeout_s=0.1, turn_timeout_s=0.8)
+    with pytest.raises(SearchError, match="the engine mine or the scripted server did not come back within its time"):
+        run_rollouts(questions(2), generator, engine, settings)
+
+
 def test_searches_run_together_within_the_limit_of_the_engine(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     engine = ScriptedEngine(delay=lambda: 0.02, max_concurrency=7)
     generator = writer_of(tiny_tokenizer, *ONE_SEARCH)

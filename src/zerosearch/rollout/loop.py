@@ -264,10 +264,12 @@ class _Rollout:
             try:
                 return self.in_flight.wait()
             except TimedOut:
-                name = self.remote.name if self.remote and self.num_generating else f"the engine {self.engine.name}"
+                asked = [f"the engine {self.engine.name}"] if self.num_searching else []
+                if self.remote and self.num_generating:
+                    asked.append(self.remote.name)
                 raise SearchError(
-                    f"{name} did not come back within its time limit: does it block? A search must await what it "
-                    "waits for (asyncio.to_thread runs what blocks)"
+                    f"{' or '.join(asked)} did not come back within its time limit: does it block? A search must "
+                    "await what it waits for (asyncio.to_thread runs what blocks)"
                 ) from None
 
     def _start_turn(self, index: int) -> None:
