@@ -130,9 +130,11 @@ def test_what_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypatch: py
         (b'{"a": "\xed\xa0\xbd"}', "line 2 is not JSON in UTF-8: 'utf-8' codec"),  # half a character as bytes
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2 is not JSON in UTF-8: maximum recursion depth"),
         (b'{"a": ' + b"[" * 700 + b'"\\u0000"' + b"]" * 700 + b"}", "line 2 is not JSON in UTF-8: maximum recursion"),
+        (b'{"a": 1, "b": 2, "b": 2}', "line 2 gives 'b' twice in one object"),
+        (b'{"a": [{"b": {}}, {"\\u0062": 1, "b": 2}]}', "line 2 gives 'b' twice in one object"),
     ],
 )
-def test_a_line_that_is_not_json_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n" + line + b"\n")
     with pytest.raises(UserError, match=message) as caught:
         rows_of(tmp_path / "rows.jsonl")
@@ -216,6 +218,7 @@ def test_a_line_is_an_object_or_one_sentence_of_refusal(line: bytes) -> None:
     try:
         row = json_object(line, "rows.jsonl line 1")
     except UserError as error:
-        assert str(error).startswith("rows.jsonl line 1 is not ") and "\n" not in str(error)
+        assert str(error).startswith(("rows.jsonl line 1 is not ", "rows.jsonl line 1 gives "))
+        assert "\n" not in str(error)
     else:
         assert isinstance(row, dict) and json.dumps(row).encode() and repr(row).encode()

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,20 @@ from zerosearch.text import clean_json
 logger = logging.getLogger(__name__)
 
 PROGRESS_BAR_BYTES = 50_000_000  # below this a file is read in about a second, and a bar would only flicker
-DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is not JSON, but common: it reads as null
 LOCK = "_lock"  # no Trainer pushes what begins with an underscore
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its names and values. Raises `UserError` for a name that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise UserError(f"gives {twice[:60]!r} twice in one object")
+    return found
+
+
+# NaN is not JSON, but common: it reads as null.
+DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=_object)
 
 
 @contextmanager
@@ -145,10 +158,12 @@ def read_yaml(path: Path) -> Any:
 def json_object(content: bytes, place: str) -> dict[str, Any]:
     """Return a JSON object in UTF-8, its texts cleaned.
 
-    Raises `UserError`, with the place, for anything else.
+    Raises `UserError`, with the place, for anything else, and for an object that gives a name twice.
     """
     try:
         row = clean_json(DECODER.decode(content.decode("utf-8-sig")))
+    except UserError as error:
+        raise UserError(f"{place} {error}") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{place} is not JSON in UTF-8: {error}") from None
     if not isinstance(row, dict):
