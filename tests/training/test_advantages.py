@@ -23,7 +23,7 @@ NAN = math.nan
 
 
 def test_reinforce_takes_the_reward_as_it_is() -> None:
-    assert raw_return(torch.tensor([0.0, 0.5, 1.0, NAN])).tolist() == [0.0, 0.5, 1.0, 0.0]
+    assert raw_return(torch.tensor([0.0, 0.5, 1.0, NAN]), 2, "none").tolist() == [0.0, 0.5, 1.0, 0.0]
 
 
 def test_a_baseline_is_the_mean_of_the_known_rewards_of_group_or_batch() -> None:
@@ -96,7 +96,7 @@ def test_an_observation_is_one_transition_for_gae() -> None:
 def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_rewards_to_come() -> None:
     rewards = torch.tensor([[-0.25, 0.5, 7.0, 7.0, 1.0]])
     values = torch.tensor([[3.0, 0.5, 9.0, 9.0, -2.0]])
-    advantages, returns = masked_gae(rewards, values, MASK[:1])
+    advantages, returns = masked_gae(rewards, values, MASK[:1], gamma=1.0, lam=1.0)
     assert returns.tolist() == [[1.25, 1.5, 0.0, 0.0, 1.0]]
     assert advantages.tolist() == [[-1.75, 1.0, 0.0, 0.0, 3.0]]
 
@@ -106,14 +106,15 @@ def test_whitening_looks_at_policy_tokens_only() -> None:
     advantages = torch.tensor([[1.0, 2.0, 99.0, 99.0, 3.0], [6.0, 99.0, 99.0, 99.0, 99.0]])
     deviation = math.sqrt(14 / 3)
     expected = torch.tensor([[-2.0, -1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0]]) / deviation
-    torch.testing.assert_close(whiten(advantages, MASK), expected)
+    torch.testing.assert_close(whiten(advantages, MASK, torch.tensor([1.0, 2.0, 3.0, 6.0])), expected)
     # With another rank's 0 and 0: mean 2, variance (1 + 0 + 1 + 16 + 4 + 4) / 5 = 5.2.
     everyone = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 0.0])
     torch.testing.assert_close(whiten(advantages, MASK, everyone)[1, 0].item(), 4 / math.sqrt(5.2))
-    assert whiten(advantages[1:], MASK[1:]).tolist() == [[0.0] * 5], "one token has no deviation"
-    two = torch.ones(1, 2)
-    torch.testing.assert_close(whiten(torch.tensor([[1.0, 3.0]]), two), torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
-    assert whiten(torch.tensor([[2.0, 2.0]]), two).tolist() == [[0.0, 0.0]], "epsilon keeps what is alike quiet"
+    assert whiten(advantages[1:], MASK[1:], torch.tensor([6.0])).tolist() == [[0.0] * 5], "one token has no deviation"
+    two = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(whiten(two[None], torch.ones(1, 2), two)[0], torch.tensor([-1.0, 1.0]) / math.sqrt(2))
+    same = torch.tensor([2.0, 2.0])
+    assert whiten(same[None], torch.ones(1, 2), same).tolist() == [[0.0, 0.0]], "epsilon keeps what is alike quiet"
 
 
 TURNS = [

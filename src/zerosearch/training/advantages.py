@@ -26,7 +26,7 @@ Baseline = Literal["none", "group", "batch"]
 Scale = Literal["group", "batch", "none"]
 
 
-def raw_return(rewards: torch.Tensor, num_generations: int = 1, baseline: Baseline = "none") -> torch.Tensor:
+def raw_return(rewards: torch.Tensor, num_generations: int, baseline: Baseline) -> torch.Tensor:
     """Return r - b, (N,) to (N,): REINFORCE. b is 0, the mean of the group, or the mean of the batch.
 
     Without a baseline, as in the code of the paper, it is never below 0 for rewards in [0, 1]: good trajectories are
@@ -84,7 +84,7 @@ def token_rewards(
 
 
 def masked_gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 1.0
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return generalised advantages and returns along the tokens under `mask`, each (N, T); 0 elsewhere.
 
@@ -106,18 +106,15 @@ def masked_gae(
     return advantages, (advantages + values).where(mask, 0.0)
 
 
-def whiten(
-    advantages: torch.Tensor, mask: torch.Tensor, everyone: torch.Tensor | None = None, epsilon: float = 1e-8
-) -> torch.Tensor:
+def whiten(advantages: torch.Tensor, mask: torch.Tensor, everyone: torch.Tensor) -> torch.Tensor:
     """Return (A - mean) / sqrt(variance + epsilon), (N, T) to (N, T); 0 outside the mask.
 
-    The statistics are those of `everyone` (M,), the advantages of all ranks' policy tokens; by default, those under
-    this mask. The variance divides by M - 1; `epsilon` is that of the paper's code.
+    The statistics are those of `everyone` (M,), the advantages of all ranks' policy tokens. The variance divides by
+    M - 1; epsilon is that of the paper's code.
     """
-    everyone = advantages[mask.bool()] if everyone is None else everyone
     if everyone.numel() < 2:
         return torch.zeros_like(advantages)
-    whitened = (advantages - everyone.mean()) * (everyone.var() + epsilon).rsqrt()
+    whitened = (advantages - everyone.mean()) * (everyone.var() + 1e-8).rsqrt()
     return whitened.where(mask.bool(), 0.0)
 
 
