@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def test_search_o1_goes_on_with_notes_on_the_documents() -> None:
     assert trajectory.reading_tokens == 2 * len(writer.tokenizer(note)["input_ids"]) and writer.released == [1, 1, 0]
     record = trajectory.to_record(ROW, "PROMPT")["segments"]
     assert record[2]["text"] == notes and record[2]["documents"] == ["Emma: Found for Emma", "Rain: It rains."]
+    assert record[4]["text"] == notes and record[4]["documents"] == ["Emma: Found for her", "Rain: It rains."]
 
 
 def test_notes_go_to_the_trajectory_whose_documents_were_read() -> None:
@@ -211,6 +213,9 @@ def test_tinyworlds_cot_agent_thinks_once_and_must_answer_then() -> None:
     ]
     policy_tokens = sum(trajectory.env_mask)
     assert policy_tokens == trajectory.policy_tokens  # the opening is the environment's
+    trajectory, *_ = roll_out(replace(TINYWORLD.agents["cot"], max_turns=2), write)
+    openings = [text.endswith("<answer>") for source, text in texts(trajectory) if source == "documents"]
+    assert openings == [False, True], "of the last turn alone"
 
 
 def test_agents_do_not_mix_under_a_limit_of_live_trajectories() -> None:

@@ -42,6 +42,14 @@ def test_what_takes_too_long_or_fails_arrives_as_what_it_raised() -> None:
     assert not in_flight.tasks, "a run of days keeps no task that has ended"
 
 
+def test_the_longest_time_limit_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zerosearch.rollout.in_flight.GRACE_S", 0.05)
+    in_flight = InFlight({"search": (1, 0.05), "turn": (1, 30.0)})
+    in_flight.start("turn", 0, partial(after, 0.5, "a long turn"))
+    in_flight.send_off()
+    assert [arrival.outcome for arrival in arrived(in_flight, 1)] == ["a long turn"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_nothing_goes_on_after_a_cancel() -> None:
     in_flight, log = InFlight({"search": (2, 5.0)}), []

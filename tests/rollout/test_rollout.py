@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +38,36 @@ from zerosearch.protocol import Grammar, format_observation
 from zerosearch.rollout import in_flight, loop
 from zerosearch.rollout.in_flight import search_outcome
 from zerosearch.rollout.loop import RolloutClock, RolloutSettings, Trajectory, run_rollouts
+from zerosearch.rollout.watchdog import Watchdog
 
 ONE_SEARCH = ("<search> q </search>", "<answer> x </answer>")
 HOSTILE = "</information> <information> <answer> </answer> <search> </search> <think> <|im_end|> <|endoftext|>".split()
+
+
+def test_budgets_and_time_limits_by_default() -> None:
+    budgets = {"max_turns": 2, "max_turn_tokens": 500, "max_observation_tokens": 500, "max_trajectory_tokens": 4096}
+    assert asdict(RolloutSettings()) == {
+        **budgets,
+        **{"temperature": 1.0, "top_p": 1.0, "search_timeout_s": 1800.0, "turn_timeout_s": 3600.0},
+        **{"noise_per_group": False, "chat_template_kwargs": None},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_turns": -1}, "max_turns is -1: it must be at least 0"),
+        ({"max_turn_tokens": 0}, "max_turn_tokens is 0: it must be at least 1"),
+        ({"max_observation_tokens": 0}, "max_observation_tokens is 0: it must be at least 1"),
+        ({"max_trajectory_tokens": 0}, "max_trajectory_tokens is 0: it must be at least 1"),
+        ({"search_timeout_s": 0.0}, r"search_timeout_s is 0.0: it must be above 0"),
+        ({"turn_timeout_s": 1e9 + 1}, "turn_timeout_s is 1000000001.0: it must be at most"),
+    ],
+)
+def test_budgets_and_time_limits_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RolloutSettings(**changes)
+    RolloutSettings(0, 1, 1, 1, search_timeout_s=0.5, turn_timeout_s=1e9)
 
 
 def test_one_trajectory_to_the_letter(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -215,22 +243,66 @@ def test_the_time_limit_of_a_turn_runs_from_the_last_that_ended_and_not_during_s
         now += seconds
 
     class Slow(ScriptedGenerator):
-        """Ends a turn at every second step, each of 4 s."""
+        """Ends the oldest turn at every second step, each of 4 s."""
 
         steps = 0
 
         def step(self) -> list[SampledTurn]:
             advance(4.0)
             self.steps += 1
-            return super().step() if self.steps % 2 == 0 else []
+            return [] if self.steps % 2 else [self.write(self.waiting.pop(0))]
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
     turns = ["Hm.", "<search> q </search>", "<answer> x </answer>"]
     engine = ScriptedEngine(lambda request: advance(100.0) or ["It rains."])
     generator = Slow(tiny_tokenizer, lambda trajectory, turn: turns[turn])
-    (trajectory,) = run_rollouts(questions(1), generator, engine, RolloutSettings(turn_timeout_s=9.0))
+    settings = RolloutSettings(turn_timeout_s=7.0)  # at 8 s a turn has ended
+    (trajectory,) = run_rollouts(questions(1), generator, engine, settings)
     assert trajectory.outcome == "answered"
     assert [turn.generation_s for turn in trajectory.turns] == [8.0, 8.0, 8.0]
+    two = run_rollouts(questions(2), Slow(tiny_tokenizer, lambda *_: turns[2]), engine, settings)
+    assert [trajectory.turns[0].generation_s for trajectory in two] == [8.0, 16.0]
+
+
+def test_the_inference_engine_is_timed_and_watched_and_attended_while_only_searches_go_on(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[bool] = []
+
+    class Watching(Watchdog):
+        @contextmanager
+        def watching(self) -> Iterator[None]:
+            watched.append(True)
+            yield
+            watched.pop()
+
+    class Slow(ScriptedGenerator):
+        """Its engine also writes what the search engine waits for, as a simulator in the policy's engine does."""
+
+        attended = 0
+
+        def step(self) -> list[SampledTurn]:
+            assert watched, "a step that never ends would go unnoticed"
+            time.sleep(0.05)
+            return super().step()
+
+        def attend(self) -> None:
+            assert watched
+            self.attended += 1
+
+    class Waiting(ScriptedEngine):
+        async def search(self, request: SearchRequest) -> SearchResult:
+            while generator.attended < 3:
+                await asyncio.sleep(0.001)
+            return await super().search(request)
+
+    monkeypatch.setattr(loop, "Watchdog", Watching)
+    clock = RolloutClock()
+    generator = Slow(tiny_tokenizer, lambda trajectory, turn: ONE_SEARCH[turn])
+    settings = RolloutSettings(search_timeout_s=20.0)
+    (trajectory,) = run_rollouts(questions(1), generator, Waiting(), settings, clock=clock)
+    assert trajectory.outcome == "answered" and not watched
+    assert 0.1 <= clock.generating_s < clock.rollout_s
 
 
 def test_the_generator_is_told_how_to_sample(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -370,12 +442,21 @@ def test_a_turn_cut_by_its_own_limit_is_invalid_and_one_cut_by_the_context_ends_
     generator.max_context_tokens = 25
     (shorter,) = run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings())
     assert (shorter.outcome, len(shorter.prompt_ids) + len(shorter.completion_ids)) == ("truncated", 25)
+    search, engine = "<search> q </search>", ScriptedEngine()
+    prompt, turn = (len(text_token_ids(tiny_tokenizer, text)) for text in ("Question 0?\n", search))
+    budgets = {"max_turn_tokens": turn, "max_trajectory_tokens": prompt + turn}
+    full = roll_out(tiny_tokenizer, [f"{search}xxx"], engine, **budgets)
+    assert (full.outcome, full.turns[0].kind, full.searches) == ("truncated", "search", 0), "there is no room to read"
 
 
 def test_a_prompt_that_fills_the_context_is_truncated_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    trajectory = roll_out(tiny_tokenizer, [], max_trajectory_tokens=1)
-    assert (trajectory.outcome, trajectory.turns) == ("truncated", [])
-    assert (trajectory.completion_ids, trajectory.env_mask) == ([tiny_tokenizer.eos_token_id], [0])
+    length = len(tiny_tokenizer("Question 0?\n")["input_ids"])
+    for limit in (1, length):
+        trajectory = roll_out(tiny_tokenizer, [], max_trajectory_tokens=limit)
+        assert (trajectory.outcome, trajectory.turns) == ("truncated", [])
+        assert (trajectory.completion_ids, trajectory.env_mask) == ([tiny_tokenizer.eos_token_id], [0])
+    one_token = roll_out(tiny_tokenizer, ["Hm."], max_trajectory_tokens=length + 1)
+    assert (one_token.outcome, one_token.policy_tokens, one_token.env_mask) == ("truncated", 1, [1])
 
 
 def test_an_observation_that_does_not_fit_the_context_ends_the_trajectory(

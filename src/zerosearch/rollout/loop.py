@@ -344,7 +344,7 @@ class _Rollout:
         turn = Turn(text, action.kind, action.content, len(sampled.token_ids), is_cut, generation_s)
         trajectory.turns.append(turn)
         self.watch(index, trajectory, "turn")
-        cut_by_context = is_cut and self.context_limit - used < self.settings.max_turn_tokens
+        cut_by_context = is_cut and self.context_limit - used <= self.settings.max_turn_tokens
         if action.kind == "answer":
             trajectory.answer = action.content
             self._end(index, "answered")
@@ -419,7 +419,7 @@ class _Rollout:
         """Append an observation, and start the next turn."""
         trajectory = self.trajectories[index]
         text, token_ids = observation.text, observation.token_ids
-        if len(trajectory.turns) == self.max_turns and self.agent.last_turn_opening:
+        if len(trajectory.turns) == self.max_turns:
             text += self.agent.last_turn_opening
             token_ids = token_ids + self.writer.encode(self.agent.last_turn_opening)
         used = len(trajectory.prompt_ids) + len(trajectory.completion_ids)
