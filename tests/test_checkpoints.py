@@ -16,9 +16,10 @@ import pytest
 import torch
 from huggingface_hub import get_token
 from jsonl_files import rows_of
+from peft import LoraConfig, get_peft_model
 from recipe_modules import ROOT, as_flags
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from zerosearch.checkpoints import checkpoint_to_resume, training_run
 from zerosearch.errors import UserError
@@ -80,6 +81,24 @@ def test_nothing_is_removed_where_the_user_stands(
     with refused, training_run(training_arguments(Path(output_dir)), overwrite=True):
         pass
     assert readme.exists()
+    readme.unlink()
+    with training_run(training_arguments(Path(output_dir)), overwrite=True) as checkpoint:
+        assert checkpoint is None, "there is nothing to remove"
+
+
+def test_what_trainers_write_is_cleared(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    config, model = training_arguments(tmp_path), AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    with training_run(config, overwrite=False):
+        trainer = Trainer(model, config, processing_class=AutoTokenizer.from_pretrained(tiny_policy_dir))
+        trainer.save_model()
+        trainer.save_state()
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        get_peft_model(model, LoraConfig(r=1, target_modules="all-linear")).save_pretrained(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {"model.safetensors", "model.safetensors.index.json", "chat_template.jinja", *adapter} <= left
+    with training_run(config, overwrite=True):
+        assert [path.name for path in tmp_path.iterdir()] == ["_lock"]
 
 
 def test_a_folder_has_one_run_at_a_time_and_one_of_its_ranks_holds_it(tmp_path: Path) -> None:

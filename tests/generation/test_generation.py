@@ -331,6 +331,14 @@ class SleepyEngine:
     def sleep(self, level: int) -> None:
         self.told.append(f"sleep {level}")
 
+    def add_request(self, number: str, *_: object, **__: object) -> None:
+        self.told.append(f"turn {number}")
+        output = SimpleNamespace(token_ids=[], logprobs=[], finish_reason="stop", stop_reason=None)
+        self.under_way = [SimpleNamespace(request_id=number, finished=True, outputs=[output])]
+
+    def step(self) -> list[SimpleNamespace]:
+        return self.under_way
+
     def abort_request(self, numbers: list[str]) -> None:
         assert numbers == []
 
@@ -340,11 +348,14 @@ def test_a_sleeping_engine_wakes_once_and_sleeps_once_a_rollout(
     weights_sleeping: bool, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     engine = SleepyEngine(weights_sleeping)
-    with VLLMGenerator(engine, tiny_tokenizer, engine).session(Sampling()):  # type: ignore[arg-type]
-        engine.told.append("rollout")
+    generator = VLLMGenerator(engine, tiny_tokenizer, engine)  # type: ignore[arg-type]
+    with generator.session(Sampling()):
+        for turn in range(2):
+            generator.submit(TurnRequest(0, [1], 8, seed=turn))
+            assert [sampled.finish for sampled in generator.step()] == ["eos"]
     # TRL syncs before a rollout if a step was made; else the weights that went to sleep with the last one are gone.
     synced = ["sync weights"] if weights_sleeping else []
-    assert engine.told == [*synced, "wake up ['kv_cache']", "rollout", "sleep 2"]
+    assert engine.told == [*synced, "wake up ['kv_cache']", "turn 0", "turn 1", "sleep 2"], "no sync between turns"
     assert engine._llm_weights_sleeping
 
 
