@@ -132,3 +132,8 @@ def test_a_mistake_gets_one_sentence(mistake: str, monkeypatch: pytest.MonkeyPat
     flags, message = MISTAKES[mistake]
     with pytest.raises(UserError, match=message):
         make_engine(parsed(*flags), "")
+
+
+def test_an_engine_of_another_name_is_not_taken_for_a_simulator() -> None:
+    with pytest.raises(UserError, match="engine is 'bing': it must be one of simulated, bm25"):
+        make_engine(EngineOptions(engine="bing"), "")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from zerosearch.engines import SearchEngine
 from zerosearch.engines.bm25 import BM25Engine
@@ -162,8 +162,10 @@ def make_engine(options: EngineOptions, simulator_template: SimulatorTemplate) -
             raise UserError("--engine api needs --api, a YAML file that describes the service (recipes/engines)")
         api = read_api(options.api)
         engine = SearchAPIEngine(api, "" if options.search_cache_only else api.key(), options.num_documents)
-    else:
+    elif options.engine == "simulated":
         engine = options.make_simulator(simulator_template, options.num_documents)
+    else:
+        raise UserError(f"engine is {options.engine!r}: it must be one of {', '.join(get_args(EngineKind))}")
     engine.account.usd_per_hour = options.engine_usd_per_hour
     if options.engine in ("simulated", "retriever") and not options.search_cache_only:
         engine.check()
