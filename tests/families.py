@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 import trl
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -132,6 +133,16 @@ def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         name_or_path=name,
     )
+
+
+def save_small_model(model_type: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a model of random weights for a tokenizer, without it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096, "vocab_size": len(tokenizer)}
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ids))
+    model.save_pretrained(folder)
 
 
 def real_mistral_file(name: str) -> Path:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from chat_server import ChatServer
-from families import family_tokenizer
+from families import family_tokenizer, save_small_model
 from recipe_modules import as_flags, load_recipe
 from scripted_rollouts import ScriptedEngine
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from zerosearch.engines import SearchError
 from zerosearch.environment import Curriculum, SearchEnvironment, answer_reward
@@ -65,10 +64,6 @@ def test_the_reward_reads_the_last_message_alone_and_stops_the_run_after_a_faile
 
 
 FIVE = "\n".join(f"Doc {number}: Emma is by Jane Austen." for number in range(1, 6))
-SMALL = {
-    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096},
-}
 
 
 def flags(model: Path, questions: Path, url: str, output_dir: Path, *more: str) -> list[str]:
@@ -84,9 +79,7 @@ def test_a_stock_trainer_runs_two_steps_with_a_chat_model(
     chat_server: ChatServer, questions: Path, tmp_path: Path
 ) -> None:
     tokenizer, model = family_tokenizer("qwen3"), tmp_path / "model"
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SMALL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    save_small_model("llama", tokenizer, model)
     tokenizer.save_pretrained(model)
     output_dir = tmp_path / "policy"
     more = ("--max_completion_length", "48")

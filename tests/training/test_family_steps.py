@@ -8,23 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, family_tokenizer
+from families import FAMILIES, family_tokenizer, save_small_model
 from rain import RainEngine, rain_trainer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from zerosearch.generation.tokenization import decoded_text
 from zerosearch.prompts import PAPER
 from zerosearch.rollout.trajectory import Trajectory
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-}
 TRIED = [(name, agent) for name, family in FAMILIES.items() for agent in family.agents]
 
 
@@ -32,11 +22,7 @@ TRIED = [(name, agent) for name, family in FAMILIES.items() for agent in family.
 @pytest.mark.parametrize(("family", "agent"), TRIED)
 def test_one_step(family: str, agent: str, tmp_path: Path) -> None:
     tokenizer = family_tokenizer(family)
-    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    config = AutoConfig.for_model(FAMILIES[family].model_type, **SIZES, **ids, vocab_size=len(tokenizer))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
+    save_small_model(FAMILIES[family].model_type, tokenizer, tmp_path / "model")
     rolled_out: list[Trajectory] = []
 
     def length_reward(trajectories: Sequence[Trajectory], **kwargs: Any) -> list[float]:
