@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXJapaneseConfig
 from zerosearch.errors import UserError
 from zerosearch.training.config import SearchConfig
 from zerosearch.training.critic import Critic, value_loss, value_model
+from zerosearch.training.micro_batches import policy_mask, whole
 
 MASK = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
 
@@ -52,10 +53,8 @@ def one_batch() -> dict[str, torch.Tensor]:
 
 
 def values_of(critic: Critic, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     with torch.no_grad():
-        return critic.values(ids, attention_mask, batch["tool_mask"] * batch["completion_mask"])
+        return critic.values(*whole(batch), policy_mask(batch))
 
 
 def test_the_value_loss_by_hand() -> None:

@@ -16,7 +16,7 @@ from rain import ROWS, RainEngine, one_batch
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from zerosearch.training.micro_batches import policy_mask, sort_micro_batches
+from zerosearch.training.micro_batches import policy_mask, sort_micro_batches, whole
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.trainer import SearchTrainer
 
@@ -122,8 +122,7 @@ def test_reinforce_weights_each_policy_token_by_the_raw_return(make_trainer: Mak
 def test_trimming_changes_no_log_probability(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(RainEngine(fails=lambda request: request.key[3] == 1), max_failed_search_share=1.0)
     batch = one_batch(trainer)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    ids, mask = whole(batch)
     assert len(set(mask.sum(1).tolist())) > 3, "rows of several lengths"
     arguments = (trainer.model, ids, mask, batch["completion_ids"].shape[1])
     own = policy_mask(batch).bool()
@@ -223,9 +222,8 @@ def test_with_lora_the_reference_is_the_base_model(quantized: bool, make_trainer
 
     # What the trained model says with its adapters off is what it said before.
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trainer._handed.scored = before["completion_mask"] * before["tool_mask"]
-    ids = torch.cat([before["prompt_ids"], before["completion_ids"]], 1)
-    mask = torch.cat([before["prompt_mask"], before["completion_mask"]], 1)
+    trainer._handed.scored = policy_mask(before)
+    ids, mask = whole(before)
     with torch.no_grad(), model.disable_adapter():
         base, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, trainer._handed.scored.shape[1])
     torch.testing.assert_close(base, before["ref_per_token_logps"], rtol=1e-4, atol=1e-4)
@@ -241,8 +239,7 @@ def test_ppo_charges_the_kl_in_its_reward_not_in_its_loss(make_trainer: MakeTrai
     # The critic starts at 0, so the last token's return is its reward: the trajectory's less beta (log p - log p_ref).
     assert (batch["values"] == 0).all()
     trainer._handed.scored = own
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    ids, mask = whole(batch)
     with torch.no_grad():
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, own.shape[1])
     penalty = 0.5 * (logps - batch["ref_per_token_logps"])
