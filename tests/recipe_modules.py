@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +49,19 @@ def load_recipe(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # where the argument parser looks up its dataclasses' annotations
     spec.loader.exec_module(module)
     return module
+
+
+def run_python(*command: object, **environment: str) -> None:
+    """Run Python with a command, as a user does in the project's folder; if it fails, so does the test."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def as_flags(settings: Mapping[str, object]) -> list[str]:

@@ -1,34 +1,26 @@
-"""The main job as a user runs it: a simulator served by vLLM, training with a colocated vLLM, evaluation with BM25."""
+"""The main job as a user runs it: a simulator served by vLLM, training with a colocated vLLM."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jsonl_files import rows_of
+from recipe_modules import run_python
 
 from zerosearch.simulator.server import SimulatorServer, simulator_server
 
-ROOT = Path(__file__).parent.parent
-POLICY, SIMULATOR = ROOT / "data/tinyworld/policy", ROOT / "data/tinyworld/simulator"
-
 pytestmark = pytest.mark.slow
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def tinyworld(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tinyworld")
-    run("data/make_tinyworld.py", "--output_dir", directory, "--n_test", 40, "--n_train", 64, "--n_searches", 640)
+    run_python(
+        "data/make_tinyworld.py", "--output_dir", directory, "--n_test", 40, "--n_train", 64, "--n_searches", 640
+    )
     return directory
 
 
@@ -38,7 +30,7 @@ def simulator(tinyworld: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     directory = tmp_path_factory.mktemp("simulator")
     config = ("--config", "recipes/configs/sft-tinyworld.yaml", "--searches", tinyworld / "searches.jsonl")
     lora = ("--tuning", "lora", "--merge", "true", "--max_steps", 20, "--overwrite_output_dir", "true")
-    run("recipes/sft_simulator.py", *config, "--output_dir", directory, *lora)
+    run_python("recipes/sft_simulator.py", *config, "--output_dir", directory, *lora)
     with simulator_server(str(directory), 6177, max_model_len=1024, dtype="float32", num_threads=1) as server:
         yield server
 
@@ -47,7 +39,7 @@ def test_training_with_vllm_for_policy_and_simulator(
     tinyworld: Path, simulator: SimulatorServer, tmp_path: Path
 ) -> None:
     output = tmp_path / "policy"
-    run(
+    run_python(
         *("-m", "accelerate.commands.launch", "recipes/grpo.py", "--config", "recipes/configs/tinyworld.yaml"),
         *("--dataset", tinyworld / "train.jsonl", "--simulator_url", simulator.base_url, "--output_dir", output),
         *("--use_vllm", "true", "--max_steps", 2, "--per_device_train_batch_size", 20, "--algorithm", "grpo"),

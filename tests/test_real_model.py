@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,7 +18,7 @@ import datasets
 import pytest
 import torch
 from rain import RainEngine, rain_trainer
-from recipe_modules import as_flags, load_recipe
+from recipe_modules import as_flags, load_recipe, run_python
 from safetensors.torch import load_file
 from scripted_rollouts import ScriptedEngine, ScriptedGenerator
 from searching import searched
@@ -140,15 +139,7 @@ def test_vllm_samples_the_ids_that_transformers_samples(
 ) -> None:
     """In a process of its own: vLLM leaves its mark on torch and the environment."""
     pytest.importorskip("vllm")
-    done = subprocess.run(
-        [sys.executable, "-c", VLLM_SCRIPT, str(float32), str(tmp_path / "result.json")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python("-c", VLLM_SCRIPT, float32, tmp_path / "result.json", PYTHONPATH=os.pathsep.join(sys.path))
     compared = ("prompt_ids", "completion_ids", "env_mask", "outcome", "answer")
     for theirs, ours in zip(json.loads((tmp_path / "result.json").read_text()), rollouts, strict=True):
         assert {name: theirs[name] for name in compared} == {name: asdict(ours)[name] for name in compared}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from types import ModuleType
 
 import pytest
 import torch
-from recipe_modules import Refusal
+from recipe_modules import Refusal, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.generation.tokenization import prompt_token_ids, text_token_ids
@@ -104,10 +102,8 @@ def test_a_mistake_gets_one_sentence(bench: ModuleType, flags: list[str], messag
 def test_the_recipe_measures_every_arm(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     output = tmp_path / "rollout.json"
-    command = [sys.executable, str(BENCH / "rollout.py"), "--cells", "constant-2-3", "--runs", "1"]
     # A process of its own: vLLM leaves its mark on torch and on the environment.
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("recipes/bench/rollout.py", "--cells", "constant-2-3", "--runs", 1, "--output", output)
     rows = {row["arm"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows.keys() == {"lockstep10", "lockstep", "trl_tools", "ours", "floor"}
     for row in rows.values():

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,16 @@ import yaml
 from chat_server import ChatServer
 from generation_parts import save_adapter
 from hub_stub import HubStub
-from recipe_modules import Refusal, as_flags, load_recipe
+from recipe_modules import Refusal, as_flags, load_recipe, run_python
 
 from zerosearch.prompts import POLICY_PROMPT
-
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes/grpo.py"
 
 
 def run(settings: dict[str, Any], tmp_path: Path, *flags: str, launcher: tuple[str, ...] = ()) -> None:
     """Run the recipe as a user does."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    done = subprocess.run(
-        [sys.executable, *launcher, str(RECIPE), "--config", str(config), *flags],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(*launcher, "recipes/grpo.py", "--config", config, *flags, OMP_NUM_THREADS="1")
 
 
 def log_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,7 +122,7 @@ def test_a_run_with_a_colocated_vllm_and_a_simulator(
     settings: dict[str, Any], chat_server: ChatServer, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml"))
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml")
     documents = "\n".join(f"Doc {n}: It rains for {n} days." for n in range(1, 6))
     chat_server.write = lambda messages: 503 if len(chat_server.requests) % 5 == 0 else documents
     settings |= {"engine": "simulated", "simulator_url": chat_server.url, "noise_start": 0.5}

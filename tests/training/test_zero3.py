@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipe_modules import run_python
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml"))
+ZERO3 = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/zero3_cpu.yaml")
 ZERO3 = (*ZERO3, "--main_process_port", "29517")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
 pytestmark = pytest.mark.slow
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # What `zero3_ranks.py` runs on one process and, under ZeRO-3, on two, with a vLLM engine in each; and what is sharded.
@@ -49,7 +36,7 @@ def one_and_two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     pytest.importorskip("deepspeed")
     output = tmp_path_factory.mktemp("zero3-ranks")
     for name, launcher in (("one", ()), ("two", ZERO3)):
-        run([*launcher, str(ROOT / "tests/zero3_ranks.py"), str(tiny_policy_dir), str(output / name), *CASES])
+        run_python(*launcher, "tests/zero3_ranks.py", tiny_policy_dir, output / name, *CASES, **ENVIRONMENT)
     return output / "one", output / "two"
 
 
