@@ -290,6 +290,8 @@ def test_the_seven_benchmarks_come_from_flashrags_layout(tmp_path: Path, caplog:
     assert "nq has 3 questions here, and 3610 in FlashRAG" in caplog.text
     rows = load_question_sets([jsonl(tmp_path, ROW), "musique"], limit=2, benchmark_source=folder)
     assert [row["id"] for row in rows] == ["q1", "dev_0", "dev_1"], "benchmarks and files one after another"
+    with pytest.raises(UserError, match="a dataset is named twice: nq, triviaqa"):
+        load_question_sets(["benchmarks", "nq"], benchmark_source=folder)
 
 
 def test_a_benchmark_comes_from_the_hub_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
