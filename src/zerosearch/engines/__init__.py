@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from zerosearch.data import Passage
+from zerosearch.noise import keyed_uniform
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class SearchRequest:
             raise ValueError(f"p_noise is {self.p_noise}: a probability lies in [0, 1]")
         if 0.0 < self.p_noise < 1.0 and not self.key:
             raise ValueError("p_noise needs a key: without one every search would draw the same")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Say how the coin of this search falls."""
+        return keyed_uniform(*self.key) < self.p_noise
 
 
 @dataclass(frozen=True)

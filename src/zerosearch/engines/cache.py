@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 from zerosearch.engines import SearchEngine, SearchError, SearchRequest, SearchResult, engine_identity
 from zerosearch.engines.account import Account
 from zerosearch.errors import UserError
-from zerosearch.noise import keyed_uniform
 
 FORMAT = 2
 
@@ -137,7 +136,7 @@ class CachedEngine:
         described: dict[str, Any] = {"engine": self._identity, "query": request.query}
         if not self.reads_query_only:
             described |= {"question": request.question, "golden_answers": request.golden_answers, "key": request.key}
-            described["noisy"] = keyed_uniform(*request.key) < request.p_noise
+            described["noisy"] = request.is_noisy
         return described
 
     def _known_identity(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class SimulatedEngine:
     async def search(self, request: SearchRequest) -> SearchResult:
         """Return the documents the simulator writes. Raises `SearchError` when it writes none."""
         with self.account.search():
-            result = await self._write(request, noisy=keyed_uniform(*request.key) < request.p_noise)
+            result = await self._write(request)
             if not result.documents:
                 nothing = f"wrote no documents for the query {request.query!r}, asked twice"
                 question = "is the model it serves a simulator, and tuned to this prompt?"
@@ -132,20 +132,20 @@ class SimulatedEngine:
     async def aclose(self) -> None:
         await self.client.aclose()
 
-    async def _write(self, request: SearchRequest, noisy: bool) -> SearchResult:
+    async def _write(self, request: SearchRequest) -> SearchResult:
         """Return the documents, none where neither reply held any; `retries` are the calls beyond the first."""
         messages = simulator_messages(
             question=request.question,
             golden_answers=request.golden_answers,
             query=request.query,
-            noisy=noisy,
+            noisy=request.is_noisy,
             template=self.template,
         )
         messages[-1]["content"] = " ".join(cut_tokens(self.added_tokens, messages[-1]["content"]))
 
         def leaks(documents: tuple[str, ...]) -> bool:
             """Say whether documents that were to be noisy answer the question, where that is looked at."""
-            is_watched = noisy and self.ask_leaks_again
+            is_watched = request.is_noisy and self.ask_leaks_again
             return is_watched and any(holds_answer(text, request.golden_answers) for text in documents)
 
         documents, retries = await self._ask(messages, request.key, attempt=0)
@@ -157,7 +157,7 @@ class SimulatedEngine:
         documents = min(replies, key=lambda reply: (not reply, leaks(reply), -len(reply)))
         short_replies = sum(len(reply) < self.num_documents for reply in replies)
         self.counts.short_replies += short_replies
-        return SearchResult(documents, noisy, retries, short_replies=short_replies)
+        return SearchResult(documents, request.is_noisy, retries, short_replies=short_replies)
 
     async def _ask(
         self, messages: list[dict[str, str]], key: tuple[int, ...], attempt: int
