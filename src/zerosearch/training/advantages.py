@@ -46,7 +46,7 @@ def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """
     groups = rewards.view(-1, num_generations)  # (N / G, G)
     count = (~groups.isnan()).sum(1, keepdim=True)
-    return (_centered(groups) * count / (count - 1).clamp(min=1)).where(count > 1, 0.0).view(-1)
+    return (_centered(groups) * count / (count - 1)).where(count > 1, 0.0).view(-1)
 
 
 def group_normalized(
@@ -173,6 +173,6 @@ def _centered(groups: torch.Tensor) -> torch.Tensor:
 
 
 def _deviation(groups: torch.Tensor) -> torch.Tensor:
-    """Return the deviation of the known rewards of each row, (R, C) to (R, 1); 0 where fewer than two are known."""
+    """Return the deviation of the known rewards of each row, (R, C) to (R, 1); of fewer than two there is none."""
     count = (~groups.isnan()).sum(1, keepdim=True)
-    return (_centered(groups).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return (_centered(groups).square().sum(1, keepdim=True) / (count - 1)).sqrt()
