@@ -194,8 +194,10 @@ def test_a_prompt_of_the_datasets_own_is_text_from_outside(
     expected = found(tokenizer, added, prompt_token_ids(tokenizer, [{"role": "user", "content": "Who?"}]))
     row = {"question": "Who?", "golden_answers": ["x"], "prompt": [{"role": "user", "content": " ".join(added)}]}
     generator = ScriptedGenerator(tokenizer, lambda trajectory, turn: "<answer> x </answer>")
-    (trajectory,) = run_rollouts([row], generator, ScriptedEngine(), RolloutSettings())
+    agents = [row | {"prompt": PAPER.policy.messages("Who?")}, {"question": "Who?", "golden_answers": ["x"]}]
+    trajectory, *others = run_rollouts([row, *agents], generator, ScriptedEngine(), RolloutSettings())
     assert found(tokenizer, added, trajectory.prompt_ids) == expected
+    assert others[0].prompt_ids == others[1].prompt_ids, "but not the agent's, which a trainer's rows hold"
 
 
 def test_text_without_added_tokens_is_tokenised_as_the_tokenizer_does(

@@ -68,6 +68,12 @@ def test_rag_reads_what_a_search_for_the_question_finds() -> None:
     assert trajectory.prompt_ids == writer.tokenizer(prompt)["input_ids"]  # what the record shows as the prompt
 
 
+def test_documents_are_shown_where_a_row_has_a_prompt_of_its_own() -> None:
+    writer = Writer(lambda context: "<answer> x </answer>")
+    run_rollouts([ROW | {"prompt": "Mine."}], writer, Library(), SETTINGS, agent=PAPER.agents["rag"])
+    assert "Doc 2: Rain: It rains." in writer.contexts[0]
+
+
 def test_rag_may_not_search_again() -> None:
     trajectory, _, engine = roll_out(PAPER.agents["rag"], lambda context: "<search> Emma </search>")
     assert (trajectory.outcome, len(engine.requests)) == ("turns_exhausted", 1)
