@@ -57,6 +57,7 @@ def test_nothing_goes_on_after_a_cancel() -> None:
         in_flight.start("search", number, partial(after, 0.3, str(number), log))
         if number == 5:
             in_flight.send_off()  # two are under way, four wait for the limit, and two are never sent off
+            run_in_background(asyncio.sleep(0), 5.0)
     time.sleep(0.05)
     in_flight.cancel()
     run_in_background(after(0.5, "later"), 5.0)
