@@ -129,6 +129,7 @@ def test_a_title_is_what_an_engine_says_or_up_to_ten_words_before_a_colon() -> N
         f"{ten} eleven: b",
     )
     assert titled_documents(("Emma: a", "Bath: b"), ("Emma",)) == ('(Title: "Emma") a', "Bath: b")
+    assert titled_documents(("Emma: a novel: by Austen", "Rain"), ()) == ('(Title: "Emma") a novel: by Austen', "Rain")
 
 
 FIVE = ("Emma is a novel.", "Austen wrote it.", "It came in 1815.", "Murray printed it.", "It has three volumes.")
@@ -316,6 +317,7 @@ def test_a_search_is_read_as_it_is_written(grammar: Grammar, query: str) -> None
 
 def test_calls_are_written_as_the_models_write_them() -> None:
     assert (TOOL_CALLS.write_search("Emma author"), BARE_CALLS.write_search("Emma author")) == (CALL, BARE)
+    assert '"naïve"' in BARE_CALLS.write_search("naïve")
     assert TOOL_CALLS.stop_strings == ("</tool_call>", "</answer>") and BARE_CALLS.stop_strings == ("</answer>",)
     assert TAGS.tools is None and TOOL_CALLS.tools == BARE_CALLS.tools
     query = {"type": "string", "description": "What to search for."}
@@ -342,12 +344,14 @@ def test_the_tags_of_a_grammar_are_what_its_policy_writes() -> None:
         (CALL.replace("query", "q"), INVALID),
         (CALL.replace('"Emma author"', "[1]"), INVALID),
         (CALL.replace('"Emma author"', '" "'), INVALID),
+        (CALL.replace('{"query": "Emma author"}', '"Emma author"'), INVALID),
         (CALL.replace("}}", "}"), INVALID),
         (CALL.replace("{", "["), INVALID),
         (CALL.replace("<tool_call>", ""), INVALID),
         (CALL.replace("</tool_call>", ""), INVALID),
         ("<tool_call></tool_call>", INVALID),
         ("<tool_call>" + "{" * 100_000 + "</tool_call>", INVALID),
+        ("<tool_call>" + '{"a":' * 100_000 + "</tool_call>", INVALID),
         ("<search> Emma </search>", INVALID),
         (BARE, INVALID),
     ],
