@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import pandas
 import pytest
 import torch
 from jsonl_files import rows_of
@@ -266,21 +265,6 @@ def test_training_logs_and_writes_what_the_report_reads(make_trainer: MakeTraine
     sent = 2 * len(engine.requests)  # each reply says that it took one retry
     assert json.loads((output / "engine_queries.json").read_text()) == {"rain": sent}
     assert {request.key[:2] for request in engine.requests} == {(42, 1), (42, 2)}
-
-
-def test_the_table_of_completions_holds_whole_trajectories(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    """TRL hands the same table to the trackers that show one."""
-    trainer = make_trainer(log_completions=True, num_completions_to_print=1, max_steps=2)
-    trainer.train()
-    table = pandas.read_parquet(tmp_path / "policy/completions/completions_00002.parquet")
-    columns = {"step", "prompt", "completion", "f1_reward", "advantage", "answer", "outcome", "searches"}
-    assert set(table.columns) >= columns and len(table) == 8 and set(table["step"]) == {2}
-    assert set(table["outcome"]) <= {"answered", "turns_exhausted", "truncated"}
-    searched = table[table["searches"] > 0]
-    assert len(searched) and all("<information>" in text for text in map(str, searched["completion"]))
-    answered = table[table["outcome"] == "answered"]
-    assert all(row.answer in str(row.completion) for row in answered.itertuples())
-    assert {row["question"] for row in ROWS} >= {prompt[0]["content"] for prompt in table["prompt"]}
 
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
