@@ -136,7 +136,7 @@ def _documents(
     return list(documents.values())
 
 
-def excerpt(passage: Passage, num_words: int, query: str, answers: Sequence[str] = ()) -> str:
+def excerpt(passage: Passage, num_words: int, query: str, answers: Sequence[str]) -> str:
     """Return about `num_words` words of a passage, title included, at most a fifth more; marks of cuts come on top.
 
     The excerpt is the sentence that holds one of `answers`, or else the one that shares most words with the query,
