@@ -56,7 +56,7 @@ class PolicyServer(Server):
             self.adapters.remove(body["lora_name"])
             return response_of(200, {})
         if self.pushes == self.takes_pushes:
-            return response_of(400, "no room")
+            return response_of(400 if path == "/collective_rpc" else 500, "no room")
         if path == "/collective_rpc":
             changed = [load_file(body["kwargs"]["path"])["lm_head.weight"]]
         else:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from aiohttp import web
 from generation_parts import (
     largest_difference,
@@ -273,7 +274,7 @@ def test_a_real_server_samples_one_step_ahead_with_older_weights(
 
 @pytest.mark.slow
 def test_a_real_server_gets_a_base_once_and_an_adapter_each_step(
-    real_server: Any, tiny_policy_dir: Path, tmp_path: Path
+    real_server: Any, tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
     settings: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": real_server[0]}
@@ -281,9 +282,14 @@ def test_a_real_server_gets_a_base_once_and_an_adapter_each_step(
     trainer = rain_trainer(tiny_policy_dir, tmp_path, RainEngine(), lora, **settings)
     model, generator, sync = trainer.model, trainer.generator, trainer.vllm_generation.sync_weights
     assert isinstance(generator, VLLMServerGenerator) and generator.adapter is not None
-    session, posted = trainer.vllm_generation.vllm_client.session, []
-    post = session.post
-    session.post = lambda url, **content: posted.append(url.rpartition("/")[2]) or post(url, **content)
+    posted, request = [], requests.Session.request
+
+    def recorded(session: requests.Session, method: str, url: str, **content: Any) -> requests.Response:
+        if method.upper() == "POST":
+            posted.append(url.rpartition("/")[2])
+        return request(session, method, url, **content)
+
+    monkeypatch.setattr(requests.Session, "request", recorded)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert [entry["sampling/staleness"] for entry in log] == [0, 1, 1, 1]

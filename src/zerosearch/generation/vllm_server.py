@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+import requests
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
@@ -260,7 +261,7 @@ class PolicyServerClient(VLLMClient):
 
     def _adapter(self, action: str, **content: str) -> None:
         url = f"{self.base_url}/v1/{action}_lora_adapter"
-        response = self.session.post(url, json=content, timeout=CALL_TIMEOUT_S)
+        response = requests.post(url, json=content, timeout=CALL_TIMEOUT_S)  # the session's retries lose the reason
         if response.status_code != 200:
             raise RuntimeError(f"HTTP status {response.status_code}: {response.text}")
 
