@@ -229,7 +229,7 @@ def test_a_generator_elsewhere_that_blocks_is_named(
     monkeypatch.setattr(in_flight, "GRACE_S", 0.1)
     generator = ScriptedRemoteGenerator(tiny_tokenizer, lambda trajectory, turn: "Hm.", lambda: time.sleep(0.6) or 0.0)
     settings = RolloutSettings(search_timeout_s=0.1, turn_timeout_s=0.1)
-    with pytest.raises(SearchError, match="the scripted server did not come back within its time limit"):
+    with pytest.raises(SearchError, match=r"^the scripted server did not come back within its time limit"):
         run_rollouts(questions(1), generator, ScriptedEngine(), settings)
 
 
@@ -610,7 +610,9 @@ def test_an_engine_that_blocks_is_named(
 ) -> None:
     monkeypatch.setattr(in_flight, "GRACE_S", 0.1)
     engine: Any = Odd(lambda: time.sleep(0.6))
-    with pytest.raises(SearchError, match=r"the engine mine did not come back within its time limit: does it block\?"):
+    with pytest.raises(
+        SearchError, match=r"^the engine mine did not come back within its time limit: does it block\?"
+    ):
         roll_out(tiny_tokenizer, ["<search> q </search>"], engine, search_timeout_s=0.1)
 
 

@@ -206,6 +206,10 @@ SPLIT = "a b c d e f g h i j k l one two three. Four words are here. "
             *(Passage("", "One two three. It rains here. And so on, and on, and on it goes then."), 5, "rains", []),
             "One two three. It rains here.",  # back to the first sentence
         ),
+        (
+            *(Passage("", "One two three four five six seven. It rains here. And so on."), 5, "rains", []),
+            "It rains here. And so on.",  # up to the last sentence
+        ),
         # What fits is kept whole, whatever its title. Else a title takes half of the room at most.
         (Passage("A1 B2 C3 D4 E5 F6 G7", "a b c d e"), 10, "q", [], "A1 B2 C3 D4 E5 F6 G7: a b c d e"),
         (Passage("A1 B2 C3 D4 E5 F6", LETTERS), 10, "q", [], "A1 B2 C3 D4 E5 F6: a b c d e f ..."),
