@@ -113,7 +113,7 @@ def test_turns_and_searches_share_batches_and_are_those_of_a_policy_and_a_server
     first, second, _ = trainer.state.log_history
     assert max(entry["sampling/sampling_logp_difference/max"] for entry in (first, second)) < 1e-3
     assert second["kl"] > 1e-3, "the policy has left its base"
-    assert first["search/failed_search"] == 0 and len(found) > 20
+    assert first["search/failed_search"] == 0 and len(found) > 10
     assert 0 < first["search/noisy_share"] < 1
     assert any(turns > 2 and replies > 2 for turns, replies in batches), "decoded in one batch"
     assert not generator.replies and not generator.in_flight
