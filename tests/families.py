@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
@@ -123,6 +123,9 @@ def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(SAMPLE, trainer)
+    if family.bos:  # to every text, as theirs do
+        begins = [(family.bos, core.token_to_id(family.bos))]
+        core.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=begins)
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

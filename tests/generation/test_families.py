@@ -145,6 +145,13 @@ def test_documents_hold_no_special_token_and_are_shortened_to_fit(name: str) -> 
     assert marked == [one for one in empty.token_ids if one in special_ids(tokenizer)]
 
 
+@caller
+def test_notes_on_documents_stand_where_the_documents_would(name: str) -> None:
+    writer = ObservationWriter(family_tokenizer(name), PAPER.agents[CALLERS[name]], 120)
+    documents = writer.documents(["It rains."]).text
+    assert writer.notes("<think> x </think> It rains.").text == documents.replace("Doc 1: It rains.", "It rains.")
+
+
 def test_qwen3_s_thinking_is_switched_off_by_its_template() -> None:
     tokenizer = family_tokenizer("qwen3")
     off = {"chat_template_kwargs": '{"enable_thinking": false}'}

@@ -447,6 +447,10 @@ def test_a_turn_cut_by_its_own_limit_is_invalid_and_one_cut_by_the_context_ends_
     budgets = {"max_turn_tokens": turn, "max_trajectory_tokens": prompt + turn}
     full = roll_out(tiny_tokenizer, [f"{search}xxx"], engine, **budgets)
     assert (full.outcome, full.turns[0].kind, full.searches) == ("truncated", "search", 0), "there is no room to read"
+    found = len(text_token_ids(tiny_tokenizer, "\n\n<information>Doc 1: It rains.</information>\n\n"))
+    budgets["max_trajectory_tokens"] += found + turn
+    full = roll_out(tiny_tokenizer, [search, f"{search}xxx"], engine, **budgets)
+    assert (full.outcome, len(full.turns), full.searches) == ("truncated", 2, 1), "nor is there after a search"
 
 
 def test_a_prompt_that_fills_the_context_is_truncated_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
