@@ -80,13 +80,12 @@ class PlannedConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         self.launched = read_launch(self.launch)
-        asked = {name: getattr(self, name) for name in ("bf16", "vllm_enable_sleep_mode", "sync_adapter")}
+        asked = {name: getattr(self, name) for name in ("bf16", "vllm_enable_sleep_mode")}
         super().__post_init__()
         self.on_gpu = self.gpu_memory_gb is not None or torch.accelerator.is_available()
         if self.on_gpu:  # as the run has them there, not as they were fitted to a machine without one
             self.bf16 = not self.fp16 if asked["bf16"] is None else asked["bf16"]
             self.vllm_enable_sleep_mode = asked["vllm_enable_sleep_mode"]
-            self.sync_adapter = True if asked["sync_adapter"] is None else asked["sync_adapter"]
 
     def _check_vllm(self) -> None:
         if self.gpu_memory_gb is None:
@@ -181,7 +180,7 @@ class Doctor:
         if config.use_vllm and config.vllm_mode == "colocate" and config.on_gpu:
             simulators, longest = int(self.is_colocated), int(config.vllm_max_model_length or 0)
             tokens = memory.engine_cache_tokens(shape, config, there, simulators)
-            by_adapter = shape.adapters and (config.sync_adapter or self.is_colocated)
+            by_adapter = shape.adapters and (config.sync_adapter is not False or self.is_colocated)
             if config.vllm_enable_sleep_mode and by_adapter:  # no sync brings the base back
                 asleep = memory.engine_weight_bytes(shape, config, simulators)
                 self.add("vLLM's base in the host's memory, asleep", f"{asleep / GIB:8.2f}")

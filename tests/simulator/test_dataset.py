@@ -257,6 +257,11 @@ def test_a_long_sentence_is_cut_around_the_answer_and_says_so(answers: list[str]
     assert excerpt(Passage("", sentence), 10, "q", answers) == start + " ".join(f"w{n}" for n in window) + end
 
 
+def test_of_an_answer_that_comes_twice_the_first_place_is_kept() -> None:
+    sentence = " ".join(["Austen", *(f"w{n}" for n in range(20)), "Austen", *(f"w{n}" for n in range(21, 40))])
+    assert excerpt(Passage("", sentence), 10, "q", ["Austen"]).startswith("Austen w0 w1")
+
+
 @pytest.mark.parametrize(
     ("passage", "answer"),
     [

@@ -44,9 +44,28 @@ def test_an_engine_makes_room_for_each_adapter(tiny_policy_dir: Path, simulator:
     assert engine_adapters(config_of(), [engine, engine], model, wide) == room
     alone = config_of(sync_adapter=True)
     assert engine_adapters(alone, [RainEngine()], model, LORA) == room | {"max_loras": 1, "max_lora_rank": 8}
-    assert engine_adapters(alone, [RainEngine()], model, LORA, quantization_config=object()) == {}
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy_dir), LORA)
+    assert engine_adapters(alone, [RainEngine()], trained) == room | {"max_loras": 1, "max_lora_rank": 8}
+    assert engine_adapters(config_of(), [RainEngine()], model, LORA, quantization_config=object()) == {}
     assert engine_adapters(config_of(vllm_mode="server", sync_adapter=True), [RainEngine()], model, LORA) == {}
     assert engine_adapters(config_of(sync_adapter=False), [RainEngine()], model, LORA) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({"use_vllm": False}, {"peft_config": LORA}),
+        ({}, {}),
+        ({}, {"peft_config": LoraConfig(r=4, use_dora=True)}),
+        ({}, {"peft_config": LORA, "quantization_config": object()}),
+        ({"vllm_mode": "server"}, {}),
+    ],
+)
+def test_an_adapter_that_cannot_be_synced_is_refused_where_it_is_asked_for(
+    settings: dict[str, Any], policy: dict[str, Any], tiny_policy_dir: Path
+) -> None:
+    with pytest.raises(UserError, match="sync_adapter true needs a LoRA adapter that vLLM serves: use_vllm true and"):
+        engine_adapters(config_of(sync_adapter=True, **settings), [RainEngine()], str(tiny_policy_dir), **policy)
 
 
 @pytest.mark.parametrize(

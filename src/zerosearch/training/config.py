@@ -145,8 +145,6 @@ class SearchConfig(RolloutSettings, GRPOConfig):
         fit_to_cpu(self)
         if not torch.accelerator.is_available():
             self.vllm_enable_sleep_mode = False  # there is no device memory to hand back
-        if self.sync_adapter is None and self.vllm_mode != "server":  # a server is asked
-            self.sync_adapter = torch.accelerator.is_available()
         if self.max_completion_length is None:
             self.max_completion_length = self.max_trajectory_tokens
         if self.vllm_max_model_length is None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from trl.models import unwrap_model_for_generation
 
@@ -79,13 +80,22 @@ def engine_adapters(
 
     None where it gets merged weights: as `sync_adapter` says, for a base in 4 bits, which is not what the engine has
     read, and for FSDP, whose shards are TRL's to gather.
-    Raises `UserError` for a colocated simulator that cannot work with this policy.
+    Raises `UserError` if `sync_adapter` asks for an adapter that cannot be synced, and for a colocated simulator that
+    cannot work with this policy.
     """
-    is_merged = not args.use_vllm or args.vllm_mode != "colocate" or quantization_config is not None or is_fsdp(args)
-    rank = None if is_merged else adapter_rank(peft_config)
+    is_merged = not args.use_vllm or quantization_config is not None or is_fsdp(args)
+    rank = None if is_merged else adapter_rank(peft_config or getattr(model, "active_peft_config", None))
+    if args.sync_adapter and rank is None:
+        raise UserError(
+            "sync_adapter true needs a LoRA adapter that vLLM serves: use_vllm true and use_peft true, without "
+            "load_in_4bit, DoRA or FSDP; leave it out to push merged weights"
+        )
+    if args.vllm_mode != "colocate":
+        rank = None
     simulators = {one.model for one in colocated_simulators(engines)}
     if not simulators:
-        return adapter_options([rank]) if rank and args.sync_adapter else {}
+        wanted = torch.accelerator.is_available() if args.sync_adapter is None else args.sync_adapter
+        return adapter_options([rank]) if rank and wanted else {}
     if rank is None or args.vllm_tensor_parallel_size > 1 or len(simulators) > 1:
         raise UserError(
             "one colocated simulator lives in the vLLM engine of a policy whose LoRA adapter vLLM serves: it needs "
