@@ -72,8 +72,6 @@ class RecipeArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run's output."})
 
     def __post_init__(self) -> None:
-        if self.leave_out_held_out and not self.measure_fidelity:
-            raise UserError("--leave_out_held_out is for --measure_fidelity true, which names what is held out")
         if self.merge and self.tuning == "full":
             raise UserError("--merge is for --tuning lora or qlora: full tuning has no adapter to merge")
         if self.measure_fidelity and find_spec("vllm") is None:
@@ -102,9 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training.trust_remote_code)
     prompts = PROMPT_SETS[recipe.prompt]
     queries = Path(recipe.held_out or Path(recipe.searches[0], "test.jsonl"))
-    if recipe.measure_fidelity and not queries.is_file():
+    reads_held_out = recipe.measure_fidelity or recipe.leave_out_held_out
+    if reads_held_out and not queries.is_file():
         raise UserError(f"{queries} holds no searches to measure with: see --held_out and --measure_fidelity")
-    held_out = read_held_out(queries, prompts.rule) if recipe.measure_fidelity else []
+    held_out = read_held_out(queries, prompts.rule) if reads_held_out else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
     examples = concatenate_datasets(
         [load_examples(source, recipe.searches_split, prompts.simulator, left_out) for source in recipe.searches]

@@ -201,7 +201,7 @@ def test_the_folder_is_pushed_with_its_card_and_without_the_token(
     [
         ({"tuning": "half"}, "half"),
         ({"merge": True}, "--merge is for --tuning lora or qlora"),
-        ({"leave_out_held_out": True}, "--leave_out_held_out is for --measure_fidelity true"),
+        ({"leave_out_held_out": True, "held_out": "none.jsonl"}, "none.jsonl holds no searches to measure with"),
         ({"use_peft": True}, "say --tuning lora instead of --use_peft"),
         ({"searches": "none.jsonl"}, "there is no file none.jsonl"),
         ({"model_name_or_path": "/none"}, "there is no model '/none'"),

@@ -11,6 +11,7 @@ import pytest
 from jsonl_files import rows_of, write_rows
 from recipe_modules import Refusal, load_recipe
 
+from zerosearch.command_line import parse
 from zerosearch.errors import UserError
 
 
@@ -132,6 +133,46 @@ def test_a_run_that_fails_is_named_at_the_end_and_the_others_are_done(
     with pytest.raises(UserError, match=r"^1 runs failed, the others are done: no-search 0: no-search 0 training"):
         tables.run()
     assert began == ["no-search", "real-engine"]
+
+
+def test_every_command_is_one_that_its_recipe_takes(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Taken(Exception):
+        pass
+
+    def parse_only(*asked: Any, **options: Any) -> None:
+        parse(*asked, **options)
+        raise Taken
+
+    taken: list[str] = []
+
+    def run(title: str, script: object, *command: object, makes: Path) -> None:
+        flags = list(map(str, command))
+        is_variant = "variants" in str(script)
+        module = modules["recipes/grpo.py" if is_variant else str(script)]
+        with pytest.raises(Taken):
+            module.main(flags[flags.index("--config") :] if is_variant else flags)
+        taken.append(title)
+        if title.endswith(" evaluation"):
+            raise Taken  # and left no results
+
+    scripts = ("data/make_tinyworld.py", "recipes/sft_simulator.py", "recipes/grpo.py", "recipes/evaluate.py")
+    modules = {script: load_recipe(f"../{script.removesuffix('.py')}") for script in scripts}
+    for module in modules.values():
+        monkeypatch.setattr(module, "parse", parse_only)
+    tables = recipe.Tables(recipe.TablesArguments(jobs=1), [], tmp_path)
+    monkeypatch.setattr(tables.stages, "run", run)
+    monkeypatch.setattr(recipe, "half_noise", lambda searches: searches)
+    simulators = {run.simulator for run in recipe.RUNS.values()} - {None}
+    for name in simulators:
+        tables.simulator(name)
+    for name in recipe.RUNS:
+        with pytest.raises(Taken):
+            tables.one(name, 0, "http://127.0.0.1:1/v1")
+    assert sum(title.startswith("simulator") for title in taken) == len(simulators) - 1, "the untuned one is there"
+    assert sum(title.endswith("evaluation") for title in taken) == len(recipe.RUNS)
+    assert sum(title.endswith("training") for title in taken) == sum(bool(run.script) for run in recipe.RUNS.values())
 
 
 def test_labels_by_chance_keep_everything_else(recipe: ModuleType, tmp_path: Path) -> None:
