@@ -10,6 +10,7 @@ searches or where it is least certain; that the last steps of training search fo
 from __future__ import annotations
 
 import sys
+from asyncio import Semaphore
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +32,14 @@ class SimulatedThenReal:
 
     def __init__(self, simulated: SearchEngine, real: SearchEngine) -> None:
         self.engines = (simulated, real)
-        self.max_concurrency = min(simulated.max_concurrency, real.max_concurrency)
+        self.limits = [Semaphore(engine.max_concurrency) for engine in self.engines]
+        self.max_concurrency = max(engine.max_concurrency for engine in self.engines)
 
     async def search(self, request: SearchRequest) -> SearchResult:
         _, step, *_ = request.key
-        return await self.engines[step > LAST_SIMULATED_STEP].search(request)
+        is_real = step > LAST_SIMULATED_STEP
+        async with self.limits[is_real]:
+            return await self.engines[is_real].search(request)
 
     async def aclose(self) -> None:
         for engine in self.engines:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from chat_server import ChatServer
 from recipe_modules import RECIPES, TINYWORLD_RUN, Refusal, as_flags, load_recipe
+from scripted_rollouts import ScriptedEngine
 
 from zerosearch.engines import SearchRequest, SearchResult
 from zerosearch.errors import UserError
@@ -183,6 +184,20 @@ def test_the_schedules_have_the_mean_of_the_curriculum(load: Load) -> None:
     log = [{"reward": 0.0}, *({"reward": value} for value in (0.2, 0.4, None, 0.6, 0.8)), {"eval_em": 1.0}]
     assert noise.SCHEDULES["closed-loop"](6, 30, log) == pytest.approx(0.5 * 0.4), "half the mean of the last five"
     assert noise.SCHEDULES["closed-loop"](1, 30, []) == 0.0
+
+
+def test_from_simulated_to_real_each_engine_has_its_own_limit(load: Load) -> None:
+    variant = load("sim_to_real")
+    simulated, real = (ScriptedEngine(delay=lambda: 0.001, max_concurrency=limit) for limit in (5, 1))
+    engine = variant.SimulatedThenReal(simulated, real)
+
+    async def search(*steps: int) -> None:
+        requests = [SearchRequest("q", "Q", ("a",), 0.0, (0, step, row, 0, 0)) for step in steps for row in range(8)]
+        await asyncio.gather(*map(engine.search, requests))
+
+    asyncio.run(search(variant.LAST_SIMULATED_STEP, variant.LAST_SIMULATED_STEP + 1))
+    assert (engine.max_concurrency, simulated.most_in_flight, real.most_in_flight) == (5, 5, 1)
+    assert [request.key[1] for request in real.requests] == [variant.LAST_SIMULATED_STEP + 1] * 8
 
 
 def test_swapped_rows_ask_with_the_question_of_another_row(load: Load) -> None:
