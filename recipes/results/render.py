@@ -3,6 +3,8 @@
     <!-- results/NAME.json -->
     <!-- end -->
 
+and the runs of tables.json into recipes/pictures.
+
 python recipes/results/render.py
 """
 
@@ -13,6 +15,7 @@ import re
 from pathlib import Path
 
 from zerosearch.evaluation.tables import measured_table
+from zerosearch.report.plots import outcome_plot, rows_plot
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -21,15 +24,23 @@ MARKED = re.compile(r"(<!-- results/([\w-]+)\.json -->\n).*?(<!-- end -->)", re.
 
 
 def main() -> None:
-    """Write every table anew."""
+    """Write every table and picture anew."""
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, picture in pictures().items():
+        (ROOT / "recipes/pictures" / name).write_text(picture, encoding="utf-8")
 
 
 def rendered(text: str) -> str:
     """Return a document with the tables between its markers made from the results they name."""
     return MARKED.sub(lambda found: f"{found[1]}{table(FOLDER / f'{found[2]}.json')}\n{found[3]}", text)
+
+
+def pictures() -> dict[str, str]:
+    """Return the pictures of the paper's tables, by the names of their files."""
+    rows = json.loads((FOLDER / "tables.json").read_text(encoding="utf-8"))["rows"]
+    return {"tables.svg": rows_plot(rows), "fidelity.svg": outcome_plot([row for row in rows if row["fidelity"]])}
 
 
 def table(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from recipe_modules import load_recipe
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 render = load_recipe("results/render")
+WORDS = re.compile(r">([^<]+)</text>")  # where it puts them depends on matplotlib's version
 
 
 def test_the_tables_of_the_documents_are_rendered_from_the_results() -> None:
@@ -20,6 +22,11 @@ def test_the_tables_of_the_documents_are_rendered_from_the_results() -> None:
         assert text.count("<!-- results/") == text.count("<!-- end -->") == len(render.MARKED.findall(text))
         shown |= {found[1] for found in render.MARKED.findall(text)}
     assert shown == {path.stem for path in RESULTS.glob("*.json")}
+    for name, picture in render.pictures().items():
+        drawn = (render.ROOT / "recipes/pictures" / name).read_text(encoding="utf-8")
+        assert WORDS.findall(drawn) == WORDS.findall(picture) != [], (
+            f"{name} differs from recipes/results: run `make tables`"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
