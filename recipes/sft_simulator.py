@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     queries = Path(recipe.held_out or Path(recipe.searches[0], "test.jsonl"))
     reads_held_out = recipe.measure_fidelity or recipe.leave_out_held_out
     if reads_held_out and not queries.is_file():
-        raise UserError(f"{queries} holds no searches to measure with: see --held_out and --measure_fidelity")
+        flags = "--held_out, --measure_fidelity and --leave_out_held_out"
+        raise UserError(f"{queries} holds no searches to measure with or to leave out: see {flags}")
     held_out = read_held_out(queries, prompts.rule) if reads_held_out else []
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
     examples = concatenate_datasets(

@@ -327,15 +327,10 @@ def test_a_watcher_is_told_of_each_turn_each_observation_and_the_end(tiny_tokeni
 def test_a_bar_counts_the_trajectories_that_have_ended(
     tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for progress in (True, False):
-        run_rollouts(
-            questions(3),
-            writer_of(tiny_tokenizer, *ONE_SEARCH),
-            ScriptedEngine(),
-            RolloutSettings(),
-            progress=progress,
-        )
-        assert ("3/3" in capsys.readouterr().err) is progress
+    for asked in ({"progress": True}, {}):
+        generator = writer_of(tiny_tokenizer, *ONE_SEARCH)
+        run_rollouts(questions(3), generator, ScriptedEngine(), RolloutSettings(), **asked)
+        assert ("3/3" in capsys.readouterr().err) is bool(asked)
 
 
 def test_a_generator_that_makes_no_progress_ends_the_rollout(
