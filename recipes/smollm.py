@@ -76,6 +76,7 @@ class Smollm:
         self.model = Path(arguments.models_dir, MODEL).resolve()
         self.stages = Stages(folder / "logs", ROOT)
         self.on_gpu = torch.accelerator.is_available()
+        self.in_16_bits = self.on_gpu or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
     def prepare(self) -> None:
         """Get the model and split the questions."""
@@ -109,7 +110,11 @@ class Smollm:
         how = self.sft("sft-smollm2-135m", self.arguments.simulator_steps, simulator)
         how += ["--searches", str(searches), str(more_searches), *flags(measure_fidelity=False)]
         self.stages.run("simulator", "recipes/sft_simulator.py", *how, makes=simulator / "simulator.json")
-        measured = {"tuned": flags(model=simulator, port=0), "real": flags(engine="recorded")}
+        measured = {
+            "tuned": flags(model=simulator, port=0),
+            "untuned": flags(model=self.model, prompt="prompted", port=0),
+            "real": flags(engine="recorded"),
+        }
         for name, who in measured.items():
             to = self.folder / "fidelity" / name
             what = flags(queries=searches / "test.jsonl", num_queries=self.arguments.fidelity_queries, output=to)
@@ -120,8 +125,9 @@ class Smollm:
     def sft(self, config: str, steps: int, folder: Path) -> list[str]:
         """Return what both trainings of SmolLM2 are told."""
         how = flags(config=CONFIGS / f"{config}.yaml", model_name_or_path=self.model, max_steps=steps)
+        how += flags(bf16=self.in_16_bits)
         if self.on_gpu:  # the same eight examples a step
-            how += flags(bf16=True, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+            how += flags(per_device_train_batch_size=8, gradient_accumulation_steps=1)
         return how + flags(output_dir=folder, seed=self.arguments.seed, save_steps=1 + steps // 20) + go_on(folder)
 
     def train(self) -> None:
@@ -132,9 +138,10 @@ class Smollm:
             return
         how = flags(config=CONFIGS / f"{given.config}.yaml", max_steps=given.rl_steps, seed=given.seed)
         how += flags(save_steps=1 + given.rl_steps // 20)
-        if self.on_gpu:  # in 16 bits engine and trainer differ, so their ratio is corrected for
+        # In 16 bits engine and trainer differ, so their ratio is corrected for.
+        how += flags(bf16=self.in_16_bits, vllm_importance_sampling_correction=self.in_16_bits)
+        if self.on_gpu:
             how += flags(per_device_train_batch_size=5, gradient_accumulation_steps=given.rl_questions)
-            how += flags(bf16=True, vllm_importance_sampling_correction=True)
         else:
             how += flags(gradient_accumulation_steps=5 * given.rl_questions)
         how += flags(use_vllm=given.generator == "vllm")
@@ -162,14 +169,15 @@ class Smollm:
         before, after = (evaluated / f"{when}-bm25/trajectories.jsonl" for when in ("before", "after"))
         difference = compare(read_trajectories(before), read_trajectories(after))
         log = read_log(self.folder / "policy/trainer_state.json") or ()
-        cards = {name: read_json(self.folder / f"fidelity/{name}.json") for name in ("tuned", "real")}
+        cards = {name: read_json(self.folder / f"fidelity/{name}.json") for name in ("tuned", "untuned", "real")}
         return {
             **outcome(self.folder, "bm25"),
             "em_difference": difference["em"],
             "f1_difference": difference["f1"],
             "questions": read_json(before.with_name("results.json"))["n"],
-            "simulator": {name: rate for name, rate in cards["tuned"].items() if "_rate" in name},
-            "real_engine": {name: rate for name, rate in cards["real"].items() if "_rate" in name},
+            "fidelity": {
+                who: {name: rate for name, rate in card.items() if "_rate" in name} for who, card in cards.items()
+            },
             "model": read_json(source) if (source := self.model / "source.json").exists() else "copied by hand",
             "seed": self.arguments.seed,
             "generator": self.arguments.generator,

@@ -24,7 +24,7 @@ from zerosearch.training.config import SearchConfig
 
 STAGES = (
     *("model", "split", "cold start", "searches", "gaps", "more searches", "simulator"),
-    *("fidelity tuned", "fidelity real"),
+    *("fidelity tuned", "fidelity untuned", "fidelity real"),
     *("evaluation before", "training", "evaluation after"),
 )
 
@@ -109,6 +109,19 @@ def test_a_gpu_takes_whole_steps_in_16_bits(
         assert said["--bf16"] == "True"
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_trains_in_16_bits_if_it_multiplies_them(
+    recipe: ModuleType, given: list[str], commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(recipe.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(recipe.torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True} if able else {})
+    recipe.main(given)
+    for title in ("cold start", "simulator", "training"):
+        said = dict(zip(commands[title][1::2], commands[title][2::2], strict=False))
+        assert said["--bf16"] == str(able)
+    assert said["--vllm_importance_sampling_correction"] == str(able)
+
+
 def test_a_stage_that_was_stopped_goes_on_and_a_finished_one_is_left(
     recipe: ModuleType, given: list[str], commands: dict[str, list[str]]
 ) -> None:
@@ -171,6 +184,7 @@ def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]
         "policy/engine_queries.json": {"simulated": 9},
         "policy/trainer_state.json": {"global_step": 2, "log_history": log},
         "fidelity/tuned.json": {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1], "queries": 20},
+        "fidelity/untuned.json": {"useful_answer_rate": 0.25, "queries": 20},
         "fidelity/real.json": {"answer_rate": 0.5},
         "../models/SmolLM2-135M-Instruct/source.json": {"from": "the Hub"},
     }.items():
@@ -183,5 +197,8 @@ def test_results_hold_the_paired_difference(recipe: ModuleType, given: list[str]
     assert (found["em_before"], found["em_after"], found["steps"]) == (0.0, 1.0, 2)
     assert (found["generator"], found["train_seconds"]) == ("vllm", 80.0)
     assert (found["simulated_queries_in_training"], found["real_engine_queries_in_training"]) == (9, 0)
-    rates = {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1]}
-    assert (found["simulator"], found["real_engine"]) == (rates, {"answer_rate": 0.5})
+    assert found["fidelity"] == {
+        "tuned": {"useful_answer_rate": 0.75, "useful_answer_rate_interval": [0.5, 1]},
+        "untuned": {"useful_answer_rate": 0.25},
+        "real": {"answer_rate": 0.5},
+    }

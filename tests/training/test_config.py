@@ -9,6 +9,7 @@ import pytest
 
 from zerosearch.errors import UserError
 from zerosearch.training.config import SearchConfig
+from zerosearch.training.tuning import TuningConfig
 
 OVERLAP = {"overlap_steps": 1, "use_vllm": True, "vllm_mode": "server"}
 
@@ -58,6 +59,12 @@ OVERLAP = {"overlap_steps": 1, "use_vllm": True, "vllm_mode": "server"}
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         SearchConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_sixteen_bits_on_a_cpu_are_for_who_asks_for_them(tmp_path: Path) -> None:
+    for kind in (SearchConfig, TuningConfig):
+        assert not kind(output_dir=str(tmp_path)).bf16
+        assert kind(output_dir=str(tmp_path), bf16=True).bf16
 
 
 def test_defaults_are_the_papers(tmp_path: Path) -> None:

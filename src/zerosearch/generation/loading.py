@@ -325,7 +325,8 @@ def fit_to_cpu(config: TrainingArguments) -> None:
 
     if torch.accelerator.is_available():
         return
-    config.bf16 = False
+    if config.bf16 is None:  # TRL would take it for wanted
+        config.bf16 = False
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         config.ddp_backend = "gloo"  # without it accelerate sees one process; with use_cpu it drops DeepSpeed
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
