@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,11 @@ def test_what_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypatch: py
         (b'{"a": [{"b": {}}, {"\\u0062": 1, "b": 2}]}', "line 2 gives 'b' twice in one object"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_line_that_cannot_be_read_is_named(
+    tmp_path: Path, line: bytes, message: str, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # Python's own, which torch doubles once it has compiled something
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n" + line + b"\n")
     with pytest.raises(UserError, match=message) as caught:
         rows_of(tmp_path / "rows.jsonl")
