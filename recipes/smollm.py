@@ -48,7 +48,7 @@ class SmollmArguments:
     data: str = field(metadata={"help": f"Folder with {', '.join(DATA)}."})
     output_dir: str = "outputs/smollm"
     models_dir: str = field(default=str(models_folder()), metadata={"help": "Folder of recipes/get_model.py."})
-    config: Literal["smollm2-135m", "smollm2-135m-lora"] = field(
+    rl_config: Literal["smollm2-135m", "smollm2-135m-lora"] = field(
         default="smollm2-135m", metadata={"help": "The configuration of RL: all weights, or an adapter."}
     )
     generator: Literal["vllm", "transformers"] = "vllm"
@@ -136,7 +136,7 @@ class Smollm:
         made = policy / "trainer_state.json"
         if made.exists():
             return
-        how = flags(config=CONFIGS / f"{given.config}.yaml", max_steps=given.rl_steps, seed=given.seed)
+        how = flags(config=CONFIGS / f"{given.rl_config}.yaml", max_steps=given.rl_steps, seed=given.seed)
         how += flags(save_steps=1 + given.rl_steps // 20)
         # In 16 bits engine and trainer differ, so their ratio is corrected for.
         how += flags(bf16=self.in_16_bits, vllm_importance_sampling_correction=self.in_16_bits)

@@ -67,7 +67,9 @@ def commands(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
 def test_every_stage_is_a_command_that_its_recipe_takes(
     recipe: ModuleType, given: list[str], commands: dict[str, list[str]]
 ) -> None:
-    recipe.main([*given, "--rl_steps", "7", "--baseline", "group", "--beta", "0.01"])
+    recipe.main(
+        [*given, "--rl_config", "smollm2-135m-lora", "--rl_steps", "7", "--baseline", "group", "--beta", "0.01"]
+    )
     assert tuple(commands) == STAGES
     policy, simulator, rl = (load_recipe(name) for name in ("sft_policy", "sft_simulator", "grpo"))
     evaluation, fidelity = load_recipe("evaluate"), load_recipe("measure_fidelity")
@@ -90,6 +92,7 @@ def test_every_stage_is_a_command_that_its_recipe_takes(
     _, engine, training, model = parsed["training"]
     assert (training.max_steps, training.baseline, training.beta) == (7, "group", 0.01)
     assert (engine.engine, engine.simulator_url) == ("simulated", "http://127.0.0.1:6001/v1")
+    assert model.use_peft  # of the configuration that was named
     assert model.model_name_or_path == str(run / "cold-start") and training.output_dir == str(run / "policy")
     for when, scored in (("before", "cold-start"), ("after", "policy")):
         asked, engines, *_ = parsed[f"evaluation {when}"]
