@@ -61,10 +61,13 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         SearchConfig(output_dir=str(tmp_path), **settings)
 
 
-def test_sixteen_bits_on_a_cpu_are_for_who_asks_for_them(tmp_path: Path) -> None:
+def test_sixteen_bits_on_a_cpu_are_for_who_asks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (SearchConfig, TuningConfig):
         assert not kind(output_dir=str(tmp_path)).bf16
         assert kind(output_dir=str(tmp_path), bf16=True).bf16
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"bf16 true with DeepSpeed needs an accelerator; .*, bf16 false"):
+        SearchConfig(output_dir=str(tmp_path), bf16=True)
 
 
 def test_defaults_are_the_papers(tmp_path: Path) -> None:

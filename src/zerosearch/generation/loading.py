@@ -319,7 +319,8 @@ def model_options(model: ModelConfig, training: Any) -> dict[str, Any]:
 def fit_to_cpu(config: TrainingArguments) -> None:
     """Set what a machine without an accelerator needs, so that no user has to know it; elsewhere change nothing.
 
-    Call it before TrainingArguments' own `__post_init__`, which picks the device.
+    Call it before TrainingArguments' own `__post_init__`, which picks the device. Raises `UserError` for 16 bits with
+    DeepSpeed, which trains in 32 there.
     """
     import torch
 
@@ -328,6 +329,8 @@ def fit_to_cpu(config: TrainingArguments) -> None:
     if config.bf16 is None:  # TRL would take it for wanted
         config.bf16 = False
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        if config.bf16:  # TRL would advise use_cpu
+            raise UserError("bf16 true with DeepSpeed needs an accelerator; on a CPU, bf16 false trains in 32 bits")
         config.ddp_backend = "gloo"  # without it accelerate sees one process; with use_cpu it drops DeepSpeed
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
