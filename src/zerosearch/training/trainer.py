@@ -6,7 +6,8 @@ read them again when the pin of TRL moves:
 1. `_generate_and_score_completions` sees the dataset rows, which `rollout_func` is not given, and returns the batch,
    whose advantages are replaced;
 2. `_calculate_rewards` returns the rewards of all ranks, from which the advantages are made;
-3. `_prepare_inputs` and `_get_per_token_logps_and_entropies` skip work that changes no result: see `micro_batches`;
+3. `_prepare_inputs`, `_get_per_token_logps_and_entropies` and `vllm_importance_sampling_correction`, false during a
+   rollout, skip work that changes no result: see `micro_batches` and `sampler_gap`;
 4. `_compute_loss` is TRL's on the policy's tokens, without the KL for PPO, whose reward holds it;
 5. `_save_checkpoint` and `_load_optimizer_and_scheduler` save and load the critic and what was sampled ahead, too;
 6. `_metrics`, `_logs` and `_log_completion_extra` are what TRL logs and shows, `_step` and `_buffered_inputs` the
@@ -53,6 +54,7 @@ from zerosearch.training.likelihoods import log_likelihoods
 from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
 from zerosearch.training.overlap import Rollouts
 from zerosearch.training.runs import forget_later_steps, log_rollout
+from zerosearch.training.sampler_gap import SamplerGap
 from zerosearch.training.sentinel import CollapseSentinel
 
 # From the step, counted from 1, the number of steps, and what was logged so far (TRL's `log_history`) to p_noise.
@@ -66,6 +68,7 @@ class Handed:
     rows: Sequence[dict[str, Any]] = ()  # from `_generate_and_score_completions` to `rollout_func`
     rewards: torch.Tensor | None = None  # (N, reward functions), from `_calculate_rewards` back to it
     scored: torch.Tensor | None = None  # (B, C), the tokens to score: to `_get_per_token_logps_and_entropies`
+    to_correct: dict[str, Any] | None = None  # the batch of `_compute_loss` that this gives its importance ratio
 
 
 class SearchTrainer(FinishedRuns, GRPOTrainer):
@@ -137,6 +140,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             raise UserError("on_collapse rollback works unsharded; with stop, resume from the checkpoint it names")
         let_quantized_policy_learn(self.model)
         self.generator, self.rollouts = policy_generator(self), Rollouts(self)
+        self.sampler_gap = SamplerGap(args, self.accelerator)
         self.critic: Critic | None = None
         if args.algorithm == "ppo":
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -165,7 +169,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         self.rollouts.settle()  # before TRL pushes the weights
         self._handed.rows = inputs
         columns = [name for name in inputs[0] if name != "prompt"]  # before the rollout adds its own
-        batch = super()._generate_and_score_completions(inputs)
+        corrects = self.vllm_importance_sampling_correction
+        self.vllm_importance_sampling_correction = corrects and not self._corrects_in_loss()
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self.vllm_importance_sampling_correction = corrects
         if not self.model.training:
             return batch
         assert self._handed.rewards is not None
@@ -252,6 +261,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         shorter = min(args.steps_per_generation, args.gradient_accumulation_steps)
         return longer % shorter == 0 and args.loss_type != "bnpo" and args.top_entropy_quantile == 1.0
 
+    def _corrects_in_loss(self) -> bool:
+        """Say whether the weights at the loss are those at the rollout; PPO asks for log-probabilities before it."""
+        args = self.args
+        one_update = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) == 0
+        return one_update and args.use_vllm and args.algorithm != "ppo"
+
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -270,13 +285,19 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         scored = pad(self._handed.scored, (0, logits_to_keep - self._handed.scored.shape[1]))
         scored = scored.to(input_ids.device).bool() & attention_mask[:, -logits_to_keep:].bool()
         with self.accelerator.autocast(), compact_lm_head():
-            return scored_logps(
+            found = scored_logps(
                 model, input_ids, attention_mask, scored, batch_size, compute_entropy, compute_aux_loss
             )
+        if (inputs := self._handed.to_correct) is not None:
+            sampled = inputs["sampling_per_token_logps"]
+            inputs["importance_sampling_ratio"] = self.sampler_gap.ratio(found[0], sampled, scored)
+        return found
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute TRL's loss on the policy's tokens, with the entropy bonus averaged over those of the whole step."""
         self._handed.scored = mask = policy_mask(inputs)
+        corrects = self.vllm_importance_sampling_correction and self._corrects_in_loss()
+        self._handed.to_correct = inputs if corrects else None
         beta, coefficient = self.beta, self.entropy_coef
         if self.args.algorithm == "ppo":
             self.beta = 0.0
@@ -286,9 +307,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
             mean = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes / parts
             self.entropy_coef = coefficient * mask.sum() / mean
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            if corrects and self.accelerator.sync_gradients:
+                self.sampler_gap.log(self._metrics["train" if self.model.training else "eval"])
+            return loss
         finally:
-            self.beta = beta
+            self.beta, self._handed.to_correct = beta, None
             if weighted:
                 self.entropy_coef = coefficient
                 self._metrics["train"].pop("entropy_coef", None)  # the weighted one
