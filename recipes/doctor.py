@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.data import load_questions
@@ -44,6 +44,7 @@ from zerosearch.prompts import PROMPT_SETS
 from zerosearch.rollout.observations import ObservationWriter
 from zerosearch.training import memory, trainer  # noqa: F401 (the trainer: its libraries take memory on a CPU)
 from zerosearch.training.config import RunOptions, SearchConfig
+from zerosearch.training.generators import engine_adapters
 from zerosearch.training.memory import GIB, Launch, ModelShape, Part
 
 RECIPE = Path(__file__).resolve().parent / "grpo.py"
@@ -131,6 +132,7 @@ class Doctor:
     ) -> None:
         self.options, self.config, self.model = options, config, model
         name, revision = model.model_name_or_path, model.model_revision
+        engine_adapters(config, [], name, get_peft_config(model), get_quantization_config(model))  # or a refusal
         self.policy = model_config(name, revision, config.trust_remote_code)
         self.tokenizer = load_tokenizer(name, revision, config.trust_remote_code)
         questions = load_questions(run.dataset, run.dataset_split, run.dataset_limit)

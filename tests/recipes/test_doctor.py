@@ -144,9 +144,13 @@ def test_a_template_that_ends_turns_with_a_token_that_ends_nothing_is_told(
     assert "ends a turn with <|im_end|>\n" in printed and "end of a sequence" in printed
 
 
-def test_flags_are_those_of_the_recipe_and_a_mistake_gets_one_sentence(refusal: Refusal) -> None:
+def test_flags_are_those_of_the_recipe_and_a_mistake_gets_one_sentence(
+    refusal: Refusal, settings: dict[str, Any]
+) -> None:
     assert "unknown flag --max_turn" in refusal("doctor", ["--dataset", "x", "--max_turn", "3"])
     assert "is no launch configuration" in refusal("doctor", ["--dataset", "x", "--launch", "nowhere.yaml"])
+    merged = {"gpu_memory_gb": 80, "use_vllm": True, "sync_adapter": True}  # the whole policy, no adapter
+    assert "sync_adapter true needs a LoRA adapter" in refusal("doctor", as_flags(settings | merged))
 
 
 def test_the_probe_gets_the_flags_of_the_recipe_alone() -> None:
