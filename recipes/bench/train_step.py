@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import datasets
 import torch
@@ -72,6 +73,9 @@ class BenchArguments:
         default=0, metadata={"min": 0, "help": "Steps a process that are not timed; on a GPU, 1 at least."}
     )
     steps: int = field(default=1, metadata={"min": 1, "help": "Timed steps a process."})
+    corrects: bool = field(
+        default=False, metadata={"help": "Correct for an engine's log-probabilities, as training with vLLM does."}
+    )
     output: str = "outputs/bench/train_step.json"
     child: str | None = field(default=None, metadata={"help": "Set by the script: what this process measures."})
 
@@ -99,7 +103,7 @@ def trajectories(num_questions: int, vocabulary: int = VOCABULARY) -> list[Traje
                     trajectory.completion_ids += documents
                     trajectory.env_mask += [0] * len(documents)
             trajectory.append_environment([0])  # end of sequence
-            trajectory.logprobs = [0.0] * len(trajectory.completion_ids)
+            trajectory.logprobs = [-12.0] * len(trajectory.completion_ids)
             made.append(trajectory)
     return made
 
@@ -128,6 +132,7 @@ def make_trainer(arguments: BenchArguments, model: str, output_dir: str) -> GRPO
         "learning_rate": 1e-6,
         "beta": 0.001,
         "use_bias_correction_kl": False,
+        "vllm_importance_sampling_mode": "token_truncate",
         "max_completion_length": 4096,
         "gradient_checkpointing": arguments.shape == "qwen2.5-3b",
         "bf16": torch.accelerator.is_available(),
@@ -224,6 +229,9 @@ def measure(arguments: BenchArguments) -> dict[str, Any]:
         with torch.no_grad():  # away from the reference, or the KL would have no gradient
             for parameter in trainer.model.parameters():
                 parameter += 1e-3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        if arguments.corrects:  # as if the trajectories were of a vLLM, to which weights are pushed
+            trainer.use_vllm = trainer.args.use_vllm = True
+            trainer.vllm_generation, trainer._last_loaded_step = Mock(), -1
         watch = Watch(trainer.model, folder / f"{arguments.child}.pt")
         trainer.add_callback(watch)
         for model in (trainer.model, trainer.ref_model):
