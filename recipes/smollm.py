@@ -98,14 +98,15 @@ class Smollm:
     def tune_simulator(self) -> None:
         """Tune the simulator, and measure it beside the real engine's documents."""
         simulator, searches = self.folder / "simulator", self.folder / "simulator-data"
-        sets = flags(num_documents=3, fill_from_question=True, p_test=0.25, overwrite_output_dir=True)
+        every = flags(num_documents=3, fill_useful=True, overwrite_output_dir=True)
+        sets = every + flags(fill_from_question=True, p_test=0.25)
         sets += flags(traces=self.folder / "data/simulator.jsonl", output_dir=searches)
         self.stages.run("searches", "recipes/build_simulator_data.py", *sets, makes=searches / "README.md")
         gaps, more_searches = self.folder / "data/cloze.jsonl", self.folder / "cloze-data"
         made = flags(corpus=self.data / "wiki_passages.jsonl", leave_out=self.folder / "data/test.jsonl")
         made += flags(output=gaps, num_searches=self.arguments.gaps)
         self.stages.run("gaps", "data/cloze_searches.py", *made, makes=gaps)
-        sets = flags(traces=gaps, num_documents=3, p_test=0.0, output_dir=more_searches, overwrite_output_dir=True)
+        sets = every + flags(p_test=0.0, traces=gaps, output_dir=more_searches)
         self.stages.run("more searches", "recipes/build_simulator_data.py", *sets, makes=more_searches / "README.md")
         how = self.sft("sft-smollm2-135m", self.arguments.simulator_steps, simulator)
         how += ["--searches", str(searches), str(more_searches), *flags(measure_fidelity=False)]

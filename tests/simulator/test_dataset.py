@@ -66,19 +66,15 @@ def test_sets_can_be_filled_up_from_the_question_but_not_made_of_it_and_small_on
     assert set(contents(build_sets(EMMA, SetOptions(min_documents=2)))) == {("Emma author", x) for x in (True, False)}
 
 
-def test_useful_sets_can_be_filled_up_with_noisy_documents_where_the_engine_had_them() -> None:
-    options = SetOptions(fill_useful=True, fill_from_question=True, num_documents=3)
+def test_useful_sets_can_be_filled_up_with_noisy_documents_behind_them() -> None:
     search = trace("q", "It rains.", "By Jane Austen.", "It snows.", "?", verdicts=[False, True, False, None])
     assert contents(build_sets([search], SetOptions(fill_useful=True))) == {
-        ("q", True): ["It rains.", "By Jane Austen.", "It snows."],
+        ("q", True): ["By Jane Austen.", "It rains.", "It snows."],
         ("q", False): ["It rains.", "It snows."],
     }
     sets = contents(build_sets([search], SetOptions(fill_useful=True, num_documents=2)))
-    assert sets["q", True] == ["It rains.", "By Jane Austen."]
-    crowded = trace("q", "It rains.", "It snows.", "By Jane Austen.", verdicts=[False, False, True])
-    assert contents(build_sets([crowded], SetOptions(fill_useful=True, num_documents=1)))["q", True] == [
-        "By Jane Austen."
-    ]
+    assert sets["q", True] == ["By Jane Austen.", "It rains."]
+    options = SetOptions(fill_useful=True, fill_from_question=True, num_documents=3)
     filled = contents(build_sets(EMMA, options))
     assert filled["Austen novels", True] == ["Emma, by Jane Austen.", "By Jane Austen.", "Jane Austen wrote it."]
     assert ("weather", True) not in filled  # noisy documents alone are no useful set

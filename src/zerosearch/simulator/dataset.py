@@ -47,7 +47,7 @@ class SetOptions:
         default=False, metadata={"help": "Fill sets up with what other queries of the question found (rule only)."}
     )
     fill_useful: bool = field(
-        default=False, metadata={"help": "Fill useful sets up with noisy documents, in the order of the engine."}
+        default=False, metadata={"help": "Fill useful sets up with noisy documents, the useful ones first."}
     )
     p_test: float = field(default=0.1, metadata={"min": 0.0, "help": "Share of the questions that is for testing."})
 
@@ -105,14 +105,12 @@ def _sets_of_question(group: Sequence[Mapping[str, Any]], options: SetOptions) -
     for same_query in _grouped(group, "query").values():
         first = same_query[0]
         for useful in (True, False):
-            traces, found = same_query, _documents(same_query, first, useful, options)
-            if found and options.fill_from_question:
+            traces, documents = same_query, _documents(same_query, first, useful, options)
+            if documents and options.fill_from_question:
                 traces = [*same_query, *group]
-                found = _documents(traces, first, useful, options)
-            if found and useful and options.fill_useful:
-                found = dict([*found.items(), *_documents(traces, first, False, options).items()])
-            # The useful ones are chosen first, and stand where the engine had them.
-            documents = [text for _, text in sorted(list(found.values())[: options.num_documents])]
+                documents = _documents(traces, first, useful, options)
+            if documents and useful and options.fill_useful:
+                documents = [*documents, *_documents(traces, first, False, options)][: options.num_documents]
             if len(documents) < options.min_documents:
                 continue
             sets.append(
@@ -132,18 +130,16 @@ def _sets_of_question(group: Sequence[Mapping[str, Any]], options: SetOptions) -
 
 def _documents(
     traces: Sequence[Mapping[str, Any]], search: Mapping[str, Any], useful: bool, options: SetOptions
-) -> dict[str, tuple[int, str]]:
-    """Return the excerpts of the documents with this verdict, each once and with its place, by their words."""
+) -> list[str]:
+    """Return the excerpts of the documents with this verdict, in the engine's order, each once."""
     answers = search["golden_answers"] if useful else ()
-    documents: dict[str, tuple[int, str]] = {}
-    every = [
-        pair for trace in traces for pair in zip(trace["documents"], trace["verdicts"][options.judge], strict=True)
-    ]
-    for place, (document, verdict) in enumerate(every):
-        if verdict is useful and len(documents) < options.num_documents:
-            text = excerpt(as_passage(document), options.num_words, search["query"], answers)
-            documents.setdefault(normalize_answer(text), (place, text))
-    return documents
+    documents: dict[str, str] = {}
+    for trace in traces:
+        for document, verdict in zip(trace["documents"], trace["verdicts"][options.judge], strict=True):
+            if verdict is useful and len(documents) < options.num_documents:
+                text = excerpt(as_passage(document), options.num_words, search["query"], answers)
+                documents.setdefault(normalize_answer(text), text)
+    return list(documents.values())
 
 
 def excerpt(passage: Passage, num_words: int, query: str, answers: Sequence[str]) -> str:
