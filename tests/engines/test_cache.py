@@ -62,6 +62,12 @@ def test_a_cached_answer_needs_no_engine_and_says_the_same(tmp_path: Path) -> No
     assert (replaying.account.queries, replaying.account.replayed, replaying.account.sent) == (1, 1, 0)
 
 
+def test_what_results_held_in_an_earlier_version_is_passed_over(tmp_path: Path) -> None:
+    engine = CachedEngine(tmp_path / "c.sqlite", Rain())
+    engine.cache.put(engine._described(REQUEST), {"documents": ["rain"], "noisy": True, "noisy_share": 1.0})
+    assert searched(engine, REQUEST) == [SearchResult(("rain",), noisy=True)]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -131,7 +131,6 @@ def test_arrival_order_changes_nothing(tiny_tokenizer: PreTrainedTokenizerFast) 
     assert first == second
     coins = [turn.noisy for trajectory in first[0] for turn in trajectory.searched_turns]
     assert 0.3 < sum(coins) / len(coins) < 0.7
-    assert coins == [turn.noisy_share for trajectory in first[0] for turn in trajectory.searched_turns]
 
 
 def timeless(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -584,9 +583,9 @@ def test_half_a_character_of_an_engine_is_replaced(tiny_tokenizer: PreTrainedTok
 
 
 def test_what_a_search_took_is_kept(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    engine: Any = Odd(lambda: SearchResult(("It rains.",), noisy=True, retries=2, noisy_share=0.6, short_replies=3))
+    engine: Any = Odd(lambda: SearchResult(("It rains.",), noisy=True, retries=2, short_replies=3))
     search = roll_out(tiny_tokenizer, list(ONE_SEARCH), engine).turns[0]
-    assert (search.retries, search.short_replies, search.noisy, search.noisy_share) == (2, 3, True, 0.6)
+    assert (search.retries, search.short_replies, search.noisy) == (2, 3, True)
 
 
 def test_a_rollout_that_is_left_by_an_error_ends_its_searches(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

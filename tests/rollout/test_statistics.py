@@ -10,9 +10,9 @@ from zerosearch.rollout.trajectory import RolloutClock, Trajectory, Turn
 
 def test_rollout_metrics_by_hand() -> None:
     turns = [
-        Turn("", "search", "q", 3, noisy=True, noisy_share=1.0, retries=2, short_replies=1, latency_s=0.1),
+        Turn("", "search", "q", 3, noisy=True, retries=2, short_replies=1, latency_s=0.1),
         Turn("", "invalid", "", 2),
-        Turn("", "search", "q", 3, noisy=False, noisy_share=0.2, latency_s=0.3),
+        Turn("", "search", "q", 3, noisy=False, latency_s=0.3),
         Turn("", "answer", "x", 4),
     ]
     turns[0].num_observation_tokens = 10
@@ -37,7 +37,7 @@ def test_rollout_metrics_by_hand() -> None:
             "search/truncated": 0.0,
             "search/failed_search": 0.5,
             "search/logprob": -0.5,
-            "search/noisy_share": 0.6,
+            "search/noisy_share": 0.5,
             "search/latency_median_s": 0.2,
             "search/latency_p95_s": 0.2,
             "time/rollout_s": 3.0,

@@ -41,7 +41,6 @@ class SearchRequest:
 class SearchResult:
     """The documents, best first; whether they were asked to be noisy (`None`: the engine knows no noise).
 
-    Where an engine mixes both, `noisy` is what most of them are and `noisy_share` says how many.
     `short_replies` counts the replies that held too few documents and were asked for again. `titles` are those of the
     documents, "" for one without; an engine that does not tell titles from texts gives an empty tuple.
     """
@@ -49,7 +48,6 @@ class SearchResult:
     documents: tuple[str, ...]
     noisy: bool | None = None
     retries: int = 0
-    noisy_share: float | None = None
     short_replies: int = 0
     titles: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -110,8 +110,9 @@ class CachedEngine:
                 return await self._ask(described, request)
         self.account.queries += 1
         self.account.replayed += 1
-        lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
-        return SearchResult(**{**found, **lists, "retries": 0})
+        kept = {field.name: found[field.name] for field in fields(SearchResult) if field.name in found}
+        lists = {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+        return SearchResult(**{**kept, **lists, "retries": 0})
 
     async def aclose(self) -> None:
         await self.engine.aclose()

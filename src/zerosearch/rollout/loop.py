@@ -38,7 +38,7 @@ from zerosearch.prompts import PAPER, Agent
 from zerosearch.protocol import parse_action
 from zerosearch.rollout.in_flight import Arrival, ArrivalKind, InFlight, TimedOut, search_outcome
 from zerosearch.rollout.observations import Observation, ObservationWriter
-from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn, noisy_share
+from zerosearch.rollout.trajectory import Outcome, RolloutClock, Trajectory, Turn
 from zerosearch.rollout.watchdog import Watchdog
 
 # Ends the key of a turn's sampling, so that it is another number than the coin of the same turn's search.
@@ -391,8 +391,7 @@ class _Rollout:
             self._end(index, "failed_search")
             return
         turn.documents = self.agent.show_documents(outcome.documents, outcome.titles)
-        turn.noisy, turn.noisy_share = outcome.noisy, noisy_share(outcome)
-        turn.short_replies = outcome.short_replies
+        turn.noisy, turn.short_replies = outcome.noisy, outcome.short_replies
         if turn is trajectory.lookup:
             trajectory.prompt_ids = self.writer.prompt_ids(self.rows[index], turn.documents)
             self.watch(index, trajectory, "observation")

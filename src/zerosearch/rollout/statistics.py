@@ -17,7 +17,7 @@ class TrajectoryFacts:
 
     counts: dict[str, int]
     outcome: Outcome | None
-    noisy: tuple[float, ...]  # share of noisy documents, of the searches whose engine has such a notion
+    noisy: tuple[bool, ...]  # of the searches whose engine has such a notion
     latencies_s: tuple[float, ...]
     logprob: float  # of all the policy's tokens together
     error: str
@@ -28,7 +28,7 @@ class TrajectoryFacts:
         return cls(
             counts=trajectory.counts(),
             outcome=trajectory.outcome,
-            noisy=tuple(turn.noisy_share for turn in searched if turn.noisy_share is not None),
+            noisy=tuple(turn.noisy for turn in searched if turn.noisy is not None),
             latencies_s=tuple(turn.latency_s for turn in searched if turn.latency_s is not None),
             logprob=sum(trajectory.logprobs),
             error=trajectory.error,

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from zerosearch.engines import SearchResult
 from zerosearch.generation import SampledTurn
 from zerosearch.metrics import exact_match, f1
 from zerosearch.protocol import ActionKind
@@ -28,8 +27,7 @@ class Turn:
     is_cut: bool = False  # by the limit of tokens, its own or the trajectory's
     generation_s: float = 0.0  # from the moment it could start to its end
     documents: tuple[str, ...] = ()
-    noisy: bool | None = None
-    noisy_share: float | None = None  # of its documents; None where the engine has no such notion
+    noisy: bool | None = None  # whether its documents were to be; None where the engine has no such notion
     retries: int = 0
     short_replies: int = 0  # of a simulator, with too few documents
     latency_s: float | None = None  # of the search, from request to documents; None without one
@@ -177,8 +175,3 @@ class RolloutClock:
             yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
-
-
-def noisy_share(result: SearchResult) -> float | None:
-    """Return the share of documents that were asked to be noisy, `None` where the engine has no such notion."""
-    return float(result.noisy) if result.noisy_share is None and result.noisy is not None else result.noisy_share
