@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOCK_PASSAGES = 8192  # passages in memory at once while they are encoded
+BLOCK_PASSAGES = 1024  # passages in memory at once while they are encoded; the bar moves with each block
 TRAINING_VECTORS = 200_000  # a compressed index learns its codes from so many at most
 RECALL_QUERIES, RECALL_DEPTH = 500, 5  # the depth is that of a search (Section 4)
 RECALL_PROBES = [2**power for power in range(15)]  # to measure recall with, as far as there are cells
