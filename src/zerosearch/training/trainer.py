@@ -106,6 +106,7 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
     args: SearchConfig
     beta: float
     entropy_coef: Any
+    vllm_importance_sampling_correction: bool
     optimizer: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
