@@ -103,7 +103,7 @@ def trajectories(num_questions: int, vocabulary: int = VOCABULARY) -> list[Traje
                     trajectory.completion_ids += documents
                     trajectory.env_mask += [0] * len(documents)
             trajectory.append_environment([0])  # end of sequence
-            trajectory.logprobs = [-12.0] * len(trajectory.completion_ids)
+            trajectory.logprobs = [-12.0] * len(trajectory.completion_ids)  # about -ln(VOCABULARY)
             made.append(trajectory)
     return made
 

@@ -57,11 +57,9 @@ class SamplerGap:
         nothing = gap.new_zeros(1)
         gap, ratio = gap if len(gap) else nothing, ratio if len(ratio) else nothing
         found = torch.stack([gap.mean(), gap.max(), ratio.min(), ratio.mean(), ratio.max()])
-        means, low, high = (
-            getattr(self.accelerator.gather(found).view(-1, 5), name)(0) for name in ("mean", "amin", "amax")
-        )
-        metrics["sampling/sampling_logp_difference/mean"].append(means[0].item())
-        metrics["sampling/sampling_logp_difference/max"].append(high[1].item())
-        metrics["sampling/importance_sampling_ratio/min"].append(low[2].item())
-        metrics["sampling/importance_sampling_ratio/mean"].append(means[3].item())
-        metrics["sampling/importance_sampling_ratio/max"].append(high[4].item())
+        of_ranks = self.accelerator.gather(found).view(-1, 5)
+        metrics["sampling/sampling_logp_difference/mean"].append(of_ranks[:, 0].mean().item())
+        metrics["sampling/sampling_logp_difference/max"].append(of_ranks[:, 1].max().item())
+        metrics["sampling/importance_sampling_ratio/min"].append(of_ranks[:, 2].min().item())
+        metrics["sampling/importance_sampling_ratio/mean"].append(of_ranks[:, 3].mean().item())
+        metrics["sampling/importance_sampling_ratio/max"].append(of_ranks[:, 4].max().item())
