@@ -65,6 +65,7 @@ setup(
         "zerosearch": ["py.typed"],
         "zerosearch.report": ["*.css", "*.html"],
         "zerosearch.simulator": ["*.md"],
+        "zerosearch.training": ["*.md"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -80,7 +80,14 @@ def test_a_run_by_plain_python_is_pushed_overwritten_and_resumed(
     pushed = hub.committed
     assert {"tokenizer.json", "trajectories.jsonl", "last-checkpoint/model.safetensors"} <= pushed.keys()
     assert pushed["model.safetensors"] == (output / "model.safetensors").read_bytes()
-    assert b"zerosearch" in pushed["README.md"]
+    card = pushed["README.md"].decode()
+    assert card == (output / "README.md").read_text() and yaml.safe_load(card.split("---")[1])["tags"]
+    assert "by reinforce, with bm25 to answer" in card and "GRPO" not in card
+    assert "chat.py --model someone/policy --corpus corpus.jsonl --max_turns 2 --prompt paper\n" in card
+    assert POLICY_PROMPT.strip() in card
+    made = json.loads(card.split("```json")[1].split("```")[0])
+    assert made["steps"] == 3 and made["search/p_noise"]["last"] == 0.5 and made["searches"] == queries
+    assert made["rewards"] == ["f1_reward"] and str(tmp_path) not in card
     assert not [name for name in pushed if "training_args" in name or "lock" in name]
 
     config = tmp_path / "config.yaml"

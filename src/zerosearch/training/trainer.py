@@ -53,6 +53,7 @@ from zerosearch.training.generators import engine_adapters, policy_generator
 from zerosearch.training.likelihoods import log_likelihoods
 from zerosearch.training.micro_batches import compact_lm_head, policy_mask, scored_logps, sort_micro_batches, whole
 from zerosearch.training.overlap import Rollouts
+from zerosearch.training.policy_card import describe_policy
 from zerosearch.training.runs import forget_later_steps, log_rollout
 from zerosearch.training.sampler_gap import SamplerGap
 from zerosearch.training.sentinel import CollapseSentinel
@@ -397,6 +398,12 @@ class SearchTrainer(FinishedRuns, GRPOTrainer):
         self.rollouts.load(Path(checkpoint))
         if self.accelerator.is_main_process:
             forget_later_steps(Path(self.args.output_dir), self.state.global_step)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md of the output folder, at each checkpoint and before a push."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            describe_policy(self)
 
     def begin_again(self, checkpoint: Path) -> None:
         """Forget what came after a checkpoint of this run, so that `train` can go on from it in the same process."""
