@@ -105,6 +105,19 @@ def test_a_simulator_prompt_without_golden_answer_is_refused() -> None:
         simulator_prompt(question="Who wrote Emma?", golden_answers=[], query="Emma", noisy=False)
 
 
+@pytest.mark.parametrize(
+    ("golden_answers", "named"),
+    [
+        (["Austen " * 43, "Jane Austen", "Austen"], "Jane Austen"),
+        (["a" * 300, "Austen"], "a" * 300),
+        (["a" * 301, "b" * 301], "a" * 300),
+    ],
+)
+def test_the_simulator_is_told_an_answer_that_a_document_can_hold(golden_answers: list[str], named: str) -> None:
+    prompt = simulator_prompt(question="Who wrote Emma?", golden_answers=golden_answers, query="Emma", noisy=True)
+    assert f'"Who wrote Emma?" whose answer is {named}.\n' in prompt
+
+
 def test_a_simulator_that_is_told_the_query_alone_gets_the_prompted_form_without_the_rest() -> None:
     asked = {"question": "", "golden_answers": [], "query": "Emma author"}
     told = {"question": "Who wrote Emma?", "golden_answers": ["Austen"], "query": "Emma author"}

@@ -400,6 +400,7 @@ PromptSetName = Literal["paper", "tinyworld", "prompted"]
 
 AGENT_FIELDS = frozenset({"question", "documents"})
 READING_FIELDS = frozenset({"question", "reasoning", "query", "documents"})
+MAX_ANSWER_LENGTH = 300  # characters, more than a document of about 30 words has
 SIMULATOR_FIELDS = frozenset({"question", "golden_answer", "query", "quality", "Quality"})
 
 
@@ -413,9 +414,10 @@ def simulator_messages(
 ) -> list[dict[str, str]]:
     """Ask the simulator for documents that answer the query (`noisy=False`) or look as if they did (`noisy=True`).
 
-    In tuning and in every search alike. The paper's prompt has room for one answer: the first golden answer is the one
-    it names. Of a pair of templates, the one for the quality is used. The system message is empty, as in the
-    reference: without one, Qwen's chat template writes its own.
+    In tuning and in every search alike. The paper's prompt has room for one answer: it names the first golden answer
+    that a document can hold (Natural Questions has whole tables among its answers), or the beginning of the first. Of
+    a pair of templates, the one for the quality is used. The system message is empty, as in the reference: without
+    one, Qwen's chat template writes its own.
     Raises `UserError` for no golden answer where the template names one, and for a template with an unknown field or
     without `{query}`.
     """
@@ -424,9 +426,10 @@ def simulator_messages(
         raise UserError(f"the simulator needs a golden answer, and the question {question!r} has none")
     check_template(chosen, required={"query"}, allowed=SIMULATOR_FIELDS)
     quality = "noisy" if noisy else "useful"
+    short_ones = [answer for answer in golden_answers if len(answer) <= MAX_ANSWER_LENGTH]
     prompt = chosen.format(
         question=question,
-        golden_answer=golden_answers[0] if golden_answers else "",
+        golden_answer=[*short_ones, *golden_answers, ""][0][:MAX_ANSWER_LENGTH],
         query=query,
         quality=quality,
         Quality=quality.capitalize(),
