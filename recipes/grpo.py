@@ -103,15 +103,16 @@ def main(argv: list[str] | None = None) -> None:
             train_watched(trainer, checkpoint)
         except (SearchError, GenerationError, Collapse) as error:  # their message says what to do, no traceback would
             raise UserError(str(error)) from error
+        finally:
+            close_engine(engine)
+            if eval_engine is not engine:
+                close_engine(eval_engine)
         trainer.save_model(config.output_dir)
         trainer.save_state()
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
         if config.process_index == 0:
             print(costs(Path(config.output_dir), engine, eval_engine))
-        close_engine(engine)
-        if eval_engine is not engine:
-            close_engine(eval_engine)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 from chat_server import ChatServer
 from generation_parts import save_adapter
 from hub_stub import HubStub
+from rain import RainEngine
 from recipe_modules import Refusal, as_flags, load_recipe, run_python
 
 from zerosearch.prompts import POLICY_PROMPT
@@ -61,6 +62,18 @@ def test_a_mistake_gets_one_sentence(
     changes = {name: str(cut) if value == "CUT" else value for name, value in changes.items()}
     given = {name: value for name, value in (settings | changes).items() if value is not None}
     assert message in refusal("grpo", as_flags(given))
+
+
+def test_a_run_whose_searches_fail_ends_in_one_sentence_and_closes_its_engine(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, engine, closed = load_recipe("grpo"), RainEngine(fails=lambda request: True), []
+    monkeypatch.setattr(recipe, "choose_engine", lambda options, prompts: engine)
+    monkeypatch.setattr(recipe, "close_engine", closed.append)
+    with pytest.raises(SystemExit):
+        recipe.main(as_flags(settings))
+    assert "lost a search, more than max_failed_search_share" in capsys.readouterr().err.splitlines()[-1]
+    assert closed == [engine]
 
 
 @pytest.mark.slow
