@@ -74,7 +74,7 @@ class SimulatedEngine:
     max_tokens: int = 600
     num_documents: int = 5
     ask_leaks_again: bool = False
-    timeout_s: float = 120.0
+    timeout_s: float = 600.0  # a CPU that writes for 64 searches at once is slow to end any
     max_retries: int = 5
     max_concurrency: int = 0  # 0: 64 for each server
     api_key: str | None = None  # for an endpoint that wants one
