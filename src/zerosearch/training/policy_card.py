@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
-from zerosearch.files import read_json, write_text
+from zerosearch.files import write_text
 from zerosearch.metrics import METRICS
 from zerosearch.prompts import PROMPT_SETS
-from zerosearch.training.runs import QUERIES
+from zerosearch.training.runs import QUERIES, queries_in
 
 if TYPE_CHECKING:
     from zerosearch.training.trainer import SearchTrainer
@@ -43,7 +43,7 @@ def describe_policy(trainer: SearchTrainer) -> None:
     for value in ("reward", "search/p_noise", *(f"eval_{metric}" for metric in METRICS)):
         if logged := [entry[value] for entry in log if value in entry]:
             made[value] = {"first": logged[0], "last": logged[-1]}
-    made["searches"] = read_json(folder / QUERIES) if (folder / QUERIES).exists() else {}
+    made["searches"] = queries_in(folder / QUERIES)
     card = ModelCard.from_template(
         header,
         template_path=str(Path(__file__).with_suffix(".md")),

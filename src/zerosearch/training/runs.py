@@ -112,11 +112,16 @@ def newly_sent(engine: SearchEngine, trajectories: Sequence[Trajectory]) -> dict
 
 def count_queries(path: Path, ranks: Sequence[Mapping[str, int]]) -> None:
     """Add what each rank has sent, by engine, to the counts in a file."""
-    queries = read_json(path) if path.exists() else {}
+    queries = queries_in(path)
     for sent in ranks:
         for engine, count in sent.items():
             queries[engine] = queries.get(engine, 0) + count
     write_json(path, queries)
+
+
+def queries_in(path: Path) -> dict[str, int]:
+    """Return how many queries each engine got, by a file of `count_queries`."""
+    return read_json(path) if path.exists() else {}
 
 
 def costs(folder: Path, engine: SearchEngine, eval_engine: SearchEngine) -> str:
@@ -124,9 +129,9 @@ def costs(folder: Path, engine: SearchEngine, eval_engine: SearchEngine) -> str:
 
     Those of its evaluations stand apart, at the price of their calls alone.
     """
-    sent: dict[str, int] = read_json(folder / QUERIES) if (folder / QUERIES).exists() else {}
+    sent = queries_in(folder / QUERIES)
     usd = {one.engine: one.usd_of(sent.get(one.engine, 0)) for one in accounts_of(engine)}
-    evaluated = read_json(folder / EVALUATION_QUERIES) if (folder / EVALUATION_QUERIES).exists() else {}
+    evaluated = queries_in(folder / EVALUATION_QUERIES)
     prices = {one.engine: one.price_of(evaluated.get(one.engine, 0)) for one in accounts_of(eval_engine)}
     sent |= {f"{name}, evaluation": count for name, count in evaluated.items()}
     usd |= {f"{name}, evaluation": price for name, price in prices.items()}
