@@ -167,8 +167,10 @@ def _search(engine: SimulatedEngine, requests: Sequence[SearchRequest]) -> list[
 
     try:
         return run_in_background(together())
-    except* SearchError as failures:
-        raise UserError(f"the measurement stopped: {failures.exceptions[0]}") from failures
+    except ExceptionGroup as failures:  # not except*: what is raised there, Python 3.11.2 wraps in a group
+        if (searches := failures.subgroup(SearchError)) is None:
+            raise
+        raise UserError(f"the measurement stopped: {searches.exceptions[0]}") from failures
 
 
 def _head(chosen: Sequence[HeldOutQuery], about: Mapping[str, Any] | None) -> Card:
