@@ -112,6 +112,8 @@ def test_documents_put_first_and_notes_are_shown(capsys: pytest.CaptureFixture[s
     printed = ask("rag", lambda context: "<answer> Jane Austen </answer>")
     assert printed.startswith("  Doc 1: Emma: Found for Who wrote Emma?\n  Doc 2: Rain: It rains.\n<answer>")
 
+    assert "searching" not in ask("rag", lambda context: TURNS[0]), "it may only answer"
+
     def read_and_answer(context: str) -> str:
         if context.endswith("What helps:\n"):
             return "It is by Jane Austen."

@@ -113,6 +113,7 @@ class Chat:
         self.is_live = not hasattr(generator, "sample")
         self.generator = LiveGenerator(generator, self.screen.write) if self.is_live else generator
         self.engine, self.agent, self.settings, self.answer = engine, agent, settings, answer
+        self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
 
     def ask(self, question: str) -> None:
         """Roll out one question, and write what happens as it happens. Raises `SearchError` or `GenerationError`."""
@@ -134,11 +135,7 @@ class Chat:
             if not self.is_live:
                 self.screen.write(turn.text)
             self.screen.end_turn()
-            if (
-                turn.kind == "search"
-                and self.agent.gets_documents
-                and len(trajectory.turns) <= self.settings.max_turns
-            ):
+            if turn.kind == "search" and self.agent.gets_documents and len(trajectory.turns) <= self.max_turns:
                 self.screen.line(f"searching with {self.engine.name} ...", "note")
         elif event == "observation" and turn is not None:
             if turn.was_read:
