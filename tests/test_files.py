@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_half_a_line_is_dropped_and_said_so(tmp_path: Path, caplog: pytest.LogCa
     with path.open("ab") as file:
         file.write('{"n": "dré'.encode()[:-1])  # a kill in the middle of a letter
     log = JsonlLog(path)
-    assert log.dropped_bytes == 10 and "ended in half a line" in caplog.text
+    assert "ended in half a line, which a killed run left: 10 bytes" in caplog.text
     log.append({"n": 3})
     log.close()
     assert rows_of(path) == [{"n": 1}, {"n": ODD_TEXT}, {"n": 3}]
@@ -104,6 +105,12 @@ def test_symbolic_links_are_replaced_and_never_written_through(tmp_path: Path) -
         pass
     assert mine.read_text() == '{"mine": 1}\n'
     assert rows_of(out / "b.jsonl") == [{"mine": 1}, {"n": 2}] and (out / "c.md").read_text() == "text"
+
+
+def test_a_full_disk_is_named_once_and_closing_the_file_says_no_more() -> None:
+    full = pytest.raises(UserError, match=r"^/dev/full cannot be written: .*No space left")
+    with full, closing(JsonlLog(Path("/dev/full"))) as log:
+        log.append({"n": 1})
 
 
 def test_what_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,15 +85,13 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.dropped_bytes = 0
         if path.is_symlink() or not _ends_a_line(path):
             content = path.read_bytes() if path.is_file() else b""
             whole = content.rfind(b"\n") + 1
-            self.dropped_bytes = len(content) - whole
             with replacing(path) as file:
                 file.write(content[:whole])
-        if self.dropped_bytes:
-            logger.warning("%s ended in half a line, which a killed run left: %d bytes", path, self.dropped_bytes)
+            if dropped := len(content) - whole:
+                logger.warning("%s ended in half a line, which a killed run left: %d bytes", path, dropped)
         self._file = path.open("ab")
 
     def append(self, *rows: Mapping[str, Any]) -> None:
@@ -106,7 +104,8 @@ class JsonlLog:
             raise UserError(f"{self.path} cannot be written: {error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # it tries again to write what `append` could not, and has told of
+            self._file.close()
 
 
 def read_jsonl(path: str | Path, skip_half_line: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
