@@ -42,6 +42,15 @@ def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
     assert (options.steps, options.names, options.merge, options.kind) == (7, ["c"], False, "lora")
 
 
+def test_a_date_within_a_mapping_of_yaml_is_its_text(tmp_path: Path) -> None:
+    @dataclass
+    class Template:
+        kwargs: str | None = None
+
+    (template,) = parse(Template, argv=config(tmp_path, "kwargs: {date_string: 2024-07-26}\n"))
+    assert template.kwargs == '{"date_string": "2024-07-26"}'
+
+
 def test_yaml_may_give_one_value_for_a_list_and_null_for_none(tmp_path: Path) -> None:
     (options,) = parse(Options, argv=config(tmp_path, "names: one\nlimit: null\n"))
     assert (options.names, options.limit) == (["one"], None)

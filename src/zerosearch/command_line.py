@@ -138,7 +138,7 @@ def _flags_of_config(flags: list[str], parser: ArgumentParser, nullable: Collect
 def _as_flag(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, bool | dict) else value}"]
+    return [f"--{name}={json.dumps(value, default=str) if isinstance(value, bool | dict) else value}"]
 
 
 def _hint(name: str, parser: ArgumentParser) -> str:
