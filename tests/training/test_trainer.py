@@ -28,7 +28,7 @@ from zerosearch.rollout.trajectory import Trajectory
 from zerosearch.training.micro_batches import policy_mask
 from zerosearch.training.rewards import f1_reward
 from zerosearch.training.runs import append_trajectories
-from zerosearch.training.trainer import SearchTrainer
+from zerosearch.training.trainer import SearchTrainer, with_prompts
 
 MakeTrainer = Callable[..., SearchTrainer]
 
@@ -164,6 +164,12 @@ def test_the_agent_says_how_the_policy_is_asked_and_documents_are_shown(make_tra
     batch = one_batch(trainer)
     texts = trainer._tokenizer.batch_decode(batch["completion_ids"])
     assert any("[2 documents]" in text for text in texts) and not any("<information>" in text for text in texts)
+
+
+def test_a_streamed_dataset_gets_prompts_as_well() -> None:
+    streamed = datasets.Dataset.from_list([{"question": "Who wrote Emma?"}]).to_iterable_dataset()
+    (row,) = with_prompts({"held-out": streamed}, PAPER.policy)["held-out"]
+    assert row == {"question": "Who wrote Emma?", "prompt": PAPER.policy.messages("Who wrote Emma?")}
 
 
 def test_the_order_of_an_epoch_comes_from_seed_and_epoch_alone(make_trainer: MakeTrainer) -> None:

@@ -430,4 +430,4 @@ def with_prompts(dataset: Any, agent: Agent) -> Any:
         return {name: with_prompts(one, agent) for name, one in dataset.items()}
     if dataset is None or "prompt" in (dataset.column_names or []):
         return dataset
-    return dataset.map(lambda row: {"prompt": agent.messages(row["question"])}, desc="prompts")
+    return dataset.map(lambda row: {"prompt": agent.messages(row["question"])})
