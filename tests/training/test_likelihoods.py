@@ -26,6 +26,7 @@ def test_the_likelihood_of_a_text_is_that_of_its_tokens_after_their_context(make
     expected = torch.stack([logps[0, place - 1, ids[0, place]] for place in range(start, ids.shape[1])]).mean()
     others = [(before * 3, "", "rain"), (encode("x"), "<think>", "Emma Jane Austen novel"), (before, "", "Emma")] * 2
     found = log_likelihoods(trainer, [*others, (before, words, text)])
+    assert log_likelihoods(trainer, []) == []
     assert len(found) == 7 and found[:3] == pytest.approx(found[3:6], abs=1e-5)
     assert found[-1] == pytest.approx(expected.item(), abs=1e-4)
 

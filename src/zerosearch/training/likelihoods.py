@@ -23,6 +23,8 @@ def log_likelihoods(trainer: SearchTrainer, texts: Sequence[tuple[Sequence[int],
     A text comes as the token ids before it, the words that lead over to it, and itself. Every rank makes the same
     call, scores its share and gets all.
     """
+    if not texts:
+        return []
     share = -(-len(texts) // trainer.accelerator.num_processes)
     first = trainer.accelerator.process_index * share
     own = [texts[min(place, len(texts) - 1)] for place in range(first, first + share)]  # as many on each rank
