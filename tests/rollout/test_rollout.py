@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -408,6 +409,21 @@ def test_an_end_of_sequence_before_a_hint_is_dropped_unless_the_agent_keeps_it(
     contexts = [list(request.context_ids) for request in generator.requests[0]]
     whole = trajectory.prompt_ids + trajectory.completion_ids
     assert all(context == whole[: len(context)] for context in contexts), "ids only grow"
+
+
+def test_a_closing_tag_that_is_a_special_token_stays_in_the_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<search>", "</search>"], special_tokens=True)
+
+    class Tagging(ScriptedGenerator):
+        def write(self, request: TurnRequest) -> SampledTurn:
+            ids = tokenizer(ONE_SEARCH[len(self.requests[0]) - 1])["input_ids"]
+            return SampledTurn(request.trajectory, ids, [-0.5] * len(ids), "stop")
+
+    generator = Tagging(tokenizer, lambda trajectory, turn: "")
+    (trajectory,) = run_rollouts(questions(1), generator, ScriptedEngine(), RolloutSettings())
+    assert trajectory.turns[0].text == "<search> q </search>"
+    assert runs(trajectory, tokenizer)[:2] == [(1, "<search> q </search>"), (0, format_observation(["It rains."]))]
 
 
 def test_the_last_turn_may_only_answer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -188,7 +188,8 @@ class _Rollout:
         assert len(self.keys) == len(self.rows), "one key a row"
         generator, settings = self.generator, self.settings
         self.tokenizer = generator.tokenizer
-        self.special_ids = special_ids(generator.tokenizer)
+        tags = self.agent.grammar.tags  # which a tokenizer may have as special tokens, too
+        self.end_ids = {one for one in special_ids(self.tokenizer) if decoded_text(self.tokenizer, [one]) not in tags}
         template_kwargs = settings.chat_template_kwargs
         assert not isinstance(template_kwargs, str), "read from JSON when the settings were made"
         self.writer = ObservationWriter(
@@ -426,7 +427,7 @@ class _Rollout:
             self._end(index, "truncated")
             return
         turn = trajectory.turns[-1]
-        if turn.num_tokens and (last_id := trajectory.completion_ids[-1]) in self.special_ids:
+        if turn.num_tokens and (last_id := trajectory.completion_ids[-1]) in self.end_ids:
             if not self.agent.keeps_end_of_sequence:
                 own_ids = trajectory.completion_ids[-turn.num_tokens : -1]
                 trajectory.drop_last_sampled(decoded_text(self.tokenizer, own_ids))
