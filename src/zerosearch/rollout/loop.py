@@ -105,8 +105,7 @@ class RolloutSettings(Budgets):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.chat_template_kwargs, str):
-            kwargs = json_object(self.chat_template_kwargs.encode(), "chat_template_kwargs")
-            object.__setattr__(self, "chat_template_kwargs", kwargs)
+            self.chat_template_kwargs = json_object(self.chat_template_kwargs.encode(), "chat_template_kwargs")
 
 
 def run_rollouts(
@@ -358,7 +357,7 @@ class _Rollout:
         elif self.agent.gets_documents:
             self._search(index, action.content, len(trajectory.turns) - 1)
         else:
-            self._append(index, self.writer.nothing_found())
+            self._append(index, self.writer.documents(()))
 
     def _search(self, index: int, query: str, turn: int) -> None:
         if not self.may_go_on():

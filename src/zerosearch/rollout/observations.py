@@ -85,12 +85,8 @@ class ObservationWriter:
         text = self._following(own, MARK, {"role": "user", "content": self.agent.hint})
         return Observation(text, self._encode_rendered(text))
 
-    def nothing_found(self) -> Observation:
-        """Write what follows the search of an agent that gets no documents."""
-        return self.documents(())
-
     def documents(self, documents: Sequence[str]) -> Observation:
-        """Write what follows a search."""
+        """Write what follows a search; no documents, for an agent that gets none."""
         if not self.agent.grammar.tools:
             return self._fit(documents, self.agent.write_observation)
         return self._fit_reply(documents, format_documents)

@@ -249,8 +249,7 @@ def device_memory(
     if on_cpu:
         gaps = int((HEAP_GAPS_OF_ADAPTERS if shape.adapters else HEAP_GAPS) * activations)
         parts.append(Part("fragments of the heap (estimate)", gaps, 0))
-    generating = (shape, precision, config, launch, prompt_tokens, device_bytes, on_cpu, simulators)
-    parts.append(_generation_part(*generating))
+    parts.append(_generation_part(shape, precision, config, launch, prompt_tokens, device_bytes, on_cpu, simulators))
     runtime = CUDA_RUNTIME_BYTES if cpu_runtime_bytes is None else cpu_runtime_bytes + CPU_WORKSPACE_BYTES
     name = "Python and its libraries" if on_cpu else "CUDA, workspaces, fragments (estimate)"
     return [*parts, Part(name, runtime, runtime)]
