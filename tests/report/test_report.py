@@ -193,6 +193,14 @@ def test_missing_files_are_named_on_the_page(run_dir: Path) -> None:
     assert "policy/trainer_state.json holds no step" in page_of(run_dir).text
 
 
+def test_a_policy_scored_by_dataset_before_training_alone_has_a_page(run_dir: Path) -> None:
+    by_dataset = {"nq": scores(0.25, 0.3, 1.0), "popqa": scores(0.5, 0.6, 1.0)}
+    write_json(run_dir / "evaluation/before-bm25/results.json", scores(0.375, 0.45, 1.0, by_dataset=by_dataset))
+    (run_dir / "evaluation/after-bm25/results.json").unlink()
+    text = page_of(run_dir).text
+    assert "nq 0.250 [0.204, 0.295]" in text and "popqa 0.500 [0.454, 0.545]" in text
+
+
 def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         write_report(tmp_path / "nowhere")
@@ -206,6 +214,7 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
         ("results.json", "{", r"results\.json is not JSON"),
         ("results.json", "[]", r"results\.json is not a JSON object"),
         ("policy/trainer_state.json", "{}", "'log_history' is not a list of logged steps"),
+        ("policy/trainer_state.json", '{"log_history": 5}', "'log_history' is not a list of logged steps"),
         (
             "evaluation/after-bm25/results.json",
             '{"em": 0.5}',

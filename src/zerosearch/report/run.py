@@ -128,8 +128,9 @@ def read_log(path: Path) -> list[dict[str, Any]] | None:
     if state is None:
         return None
     history = state.get("log_history")
-    steps = [entry.get("step") if isinstance(entry, dict) else None for entry in history or ()]
-    if not isinstance(history, list) or not all(map(is_finite, steps)):
+    if not isinstance(history, list) or not all(
+        isinstance(one, dict) and is_finite(one.get("step")) for one in history
+    ):
         raise UserError(f"{path}: 'log_history' is not a list of logged steps")
     by_step = {entry["step"]: entry for entry in history if "loss" in entry or "reward" in entry}
     return [by_step[step] for step in sorted(by_step)]
