@@ -114,7 +114,7 @@ def read_launch(path: str | None) -> Launch:
 
     try:
         launch = load_config_from_file(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last of a file that holds no mapping
         raise UserError(f"{path} is no launch configuration: {error}") from error
     return Launch(launch.num_processes, (launch.deepspeed_config or {}).get("zero_stage", 0))
 
@@ -338,7 +338,8 @@ def probed(config: PlannedConfig, flags: Sequence[str]) -> tuple[dict[str, float
         command = [sys.executable, *launcher, str(RECIPE), *without_own(flags), *ours]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(f"the probe failed: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().rpartition("\n")[2]  # nothing, where the kernel killed it for its memory
+            raise UserError(f"the probe failed with exit status {done.returncode}: {said}")
         log = read_json(Path(folder, "trainer_state.json"))["log_history"]
     used = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return [entry for entry in log if "step_time" in entry][-1], used
@@ -347,13 +348,12 @@ def probed(config: PlannedConfig, flags: Sequence[str]) -> tuple[dict[str, float
 def without_own(flags: Sequence[str]) -> list[str]:
     """Return the flags that are grpo.py's, too."""
     own = {f"--{one.name}" for one in fields(PlannedConfig)} - {f"--{one.name}" for one in fields(SearchConfig)}
-    kept, remaining = [], iter(flags)
-    for flag in remaining:
-        name, equals, _ = flag.partition("=")
-        if name not in own:
-            kept.append(flag)
-        elif not equals:
-            next(remaining)
+    kept, is_own = [], False
+    for part in flags:
+        if part.startswith("--"):  # the values of a flag follow it, and --probe needs none
+            is_own = part.partition("=")[0] in own
+        if not is_own:
+            kept.append(part)
     return kept
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from jsonl_files import write_rows
 from recipe_modules import Refusal, as_flags, load_recipe
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from zerosearch.errors import UserError
 from zerosearch.training.memory import GIB
 
 QUESTIONS = [{"id": str(n), "question": f"Who wrote {n}?", "golden_answers": [f"gold {n}"]} for n in range(12)]
@@ -145,17 +147,30 @@ def test_a_template_that_ends_turns_with_a_token_that_ends_nothing_is_told(
 
 
 def test_flags_are_those_of_the_recipe_and_a_mistake_gets_one_sentence(
-    refusal: Refusal, settings: dict[str, Any]
+    refusal: Refusal, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     assert "unknown flag --max_turn" in refusal("doctor", ["--dataset", "x", "--max_turn", "3"])
     assert "is no launch configuration" in refusal("doctor", ["--dataset", "x", "--launch", "nowhere.yaml"])
+    (tmp_path / "empty.yaml").touch()
+    launch = str(tmp_path / "empty.yaml")
+    assert "empty.yaml is no launch configuration" in refusal("doctor", ["--dataset", "x", "--launch", launch])
     merged = {"gpu_memory_gb": 80, "use_vllm": True, "sync_adapter": True}  # the whole policy, no adapter
     assert "sync_adapter true needs a LoRA adapter" in refusal("doctor", as_flags(settings | merged))
 
 
 def test_the_probe_gets_the_flags_of_the_recipe_alone() -> None:
     flags = ["--gpu_memory_gb", "80", "--config", "x.yaml", "--probe=true", "--max_turns", "3"]
-    assert load_recipe("doctor").without_own(flags) == ["--config", "x.yaml", "--max_turns", "3"]
+    without_own = load_recipe("doctor").without_own
+    assert without_own(flags) == ["--config", "x.yaml", "--max_turns", "3"]
+    assert without_own(["--probe", "--config", "x.yaml", "--probe"]) == ["--config", "x.yaml"]
+
+
+def test_a_probe_that_is_killed_for_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor = load_recipe("doctor")
+    killed = subprocess.CompletedProcess([], returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(UserError, match="the probe failed with exit status -9"):
+        doctor.probed(SimpleNamespace(launch=None, eval_strategy="no"), [])
 
 
 def measured(settings: dict[str, Any]) -> tuple[float, float, float]:
