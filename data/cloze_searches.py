@@ -23,7 +23,7 @@ from zerosearch.data import Passage, load_questions
 from zerosearch.engines.bm25 import BM25Index
 from zerosearch.engines.corpus import read_corpus
 from zerosearch.errors import UserError
-from zerosearch.files import write_jsonl
+from zerosearch.files import claim_output_dir, write_jsonl
 from zerosearch.metrics import holds_answer
 from zerosearch.simulator.dataset import END_OF_SENTENCE
 
@@ -85,11 +85,13 @@ def searches(arguments: ClozeArguments) -> Iterator[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Write the searches, and say how many there are."""
     (arguments,) = parse(ClozeArguments, argv=argv)
+    output = Path(arguments.output)
+    claim_output_dir(output.parent, overwrite=True)
     rows = list(searches(arguments))
     if not rows:
         raise UserError(f"{arguments.corpus} has no passage left with a title and a name or a number to look for")
-    write_jsonl(Path(arguments.output), rows)
-    print(f"{arguments.output}: {len(rows):,} searches")
+    write_jsonl(output, rows)
+    print(f"{output}: {len(rows):,} searches")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Literal
 from zerosearch.command_line import exit_on_user_error, parse, say
 from zerosearch.engines.simulated import SimulatedEngine
 from zerosearch.errors import UserError
+from zerosearch.files import claim_output_dir
 from zerosearch.http import redacted_url
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe, options = parse(RecipeArguments, FidelityOptions, argv=argv)
     prompts = PROMPT_SETS[recipe.prompt]
     queries = read_held_out(recipe.queries, prompts.rule)
+    output = Path(recipe.output)
+    claim_output_dir(output.parent, overwrite=True)
     about = {"queries": recipe.queries, "engine": recipe.engine}
     with ExitStack() as stack:
         if recipe.engine == "recorded":
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             about |= {"model": recipe.model or recipe.simulator_model or redacted_url(url)}
             about |= {"prompt": recipe.prompt, "seed": options.seed, **asked}
             card = measure_simulator(engine, queries, options, about)
-    paths = [*write_card(card, Path(recipe.output)), write_fidelity_plot(card, Path(recipe.output))]
+    paths = [*write_card(card, output), write_fidelity_plot(card, output)]
     print(f"\n{card_markdown(card)}\n\n{', '.join(map(str, paths))}")
 
 

@@ -24,7 +24,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_a_passage_loses_a_name_or_a_number_that_its_search_finds_again(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "cloze.jsonl"
+    output = tmp_path / "new" / "cloze.jsonl"
     load_recipe("../data/cloze_searches").main(["--corpus", str(corpus), "--output", str(output)])
     rows = {row["golden_answers"][0]: row for row in rows_of(output)}
     assert rows.keys() == {"Maren Stahl", "Oscar Colby", "1848"}

@@ -158,5 +158,9 @@ def test_the_recipe_measures_any_endpoint(
     assert "| noisy replies that leak the answer | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
     error = refusal("measure_fidelity", [*flags, "--simulator_url", "http://127.0.0.1:9/v1"])
     assert "start one with: python recipes/serve_simulator.py" in error
+    in_a_file = ["--queries", str(queries), "--output", str(queries / "card")]
+    assert "queries.jsonl is a file" in refusal(
+        "measure_fidelity", [*in_a_file, "--simulator_url", "http://127.0.0.1:9"]
+    )
     assert "of 0 held-out queries" in refusal("measure_fidelity", [*flags, "--engine", "recorded"])
     assert "num_samples is 0: it must be at least 1" in refusal("measure_fidelity", [*flags, "--num_samples", "0"])
