@@ -38,7 +38,7 @@ from zerosearch.simulator.cards import create_repository, push_folder, write_sim
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions, measure_tuned
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
-from zerosearch.simulator.held_out import read_held_out
+from zerosearch.simulator.held_out import choose, read_held_out
 from zerosearch.simulator.server import exit_on_signals
 from zerosearch.training.tuning import TuningConfig, tune
 
@@ -105,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         flags = "--held_out, --measure_fidelity and --leave_out_held_out"
         raise UserError(f"{queries} holds no searches to measure with or to leave out: see {flags}")
     held_out = read_held_out(queries, prompts.rule) if reads_held_out else []
+    options = FidelityOptions(num_queries=recipe.fidelity_queries)
+    if recipe.measure_fidelity:
+        choose(held_out, recipe.fidelity_queries, options.seed)  # refuses what cannot be measured before it is tuned
     left_out = {held.query for held in held_out} if recipe.leave_out_held_out else set()
     examples = concatenate_datasets(
         [load_examples(source, recipe.searches_split, prompts.simulator, left_out) for source in recipe.searches]
@@ -129,7 +132,6 @@ def main(argv: list[str] | None = None) -> None:
         if recipe.measure_fidelity:
             exit_on_signals()  # so that no server stays
             about = {"model": str(folder), "prompt": recipe.prompt, "queries": str(queries)}
-            options = FidelityOptions(num_queries=recipe.fidelity_queries)
             card = measure_tuned(folder, held_out, options, prompts.simulator, model.dtype or "auto", about)
             write_card(card, folder / "fidelity")
             write_fidelity_plot(card, folder / "fidelity")

@@ -21,6 +21,7 @@ from recipe_modules import Refusal, as_flags, load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zerosearch.command_line import parse
+from zerosearch.errors import UserError
 from zerosearch.simulator import fidelity
 from zerosearch.training import tuning
 
@@ -221,6 +222,17 @@ def test_a_mistake_gets_one_sentence(
     changes: dict[str, Any], message: str, searches: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     assert message in refusal("sft_simulator", arguments(searches, tmp_path / "out", **changes))
+
+
+def test_searches_that_cannot_tell_a_faithful_simulator_are_refused_before_it_is_tuned(
+    searches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, held_out = load_recipe("sft_simulator"), write_rows(tmp_path / "held_out.jsonl", SEARCHES[:2])  # one query
+    monkeypatch.setattr(recipe, "find_spec", lambda name: True)
+    flags = arguments(searches, tmp_path / "out", measure_fidelity=True, held_out=held_out)
+    with pytest.raises(UserError, match="of 1 held-out queries 1 can tell"):
+        recipe.main.__wrapped__(flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_tuning_is_refused(searches: Path, tmp_path: Path, refusal: Refusal) -> None:

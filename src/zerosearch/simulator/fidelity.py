@@ -63,7 +63,7 @@ def measure_simulator(
     Raises `UserError` if fewer than two queries are decidable, or the endpoint fails for good.
     """
     options = options or FidelityOptions()
-    chosen = _chosen(queries, options.num_queries or 300, options.seed)
+    chosen = choose(queries, options.num_queries or 300, options.seed)
     engine.check()
     requests = [
         SearchRequest(
@@ -125,22 +125,11 @@ def measure_recorded(
     """
     options = options or FidelityOptions()
     found = [query for query in queries if any(query.real.values())]
-    chosen = _chosen(found, options.num_queries or len(found), options.seed)
+    chosen = choose(found, options.num_queries or len(found), options.seed)
     rng = np.random.default_rng(options.seed)
     samples = _recorded(chosen)
     rates = _answer_rates(chosen, {name.removeprefix("real "): replies for name, replies in samples.items()}, rng)
     return {**_head(chosen, about), **rates, "documents": _lengths(samples, rng)}
-
-
-def _chosen(queries: Sequence[HeldOutQuery], count: int, seed: int) -> list[HeldOutQuery]:
-    """Return the queries to measure with, of which two or more can be scored by rule."""
-    chosen = choose(queries, count, seed)
-    decidable = sum(not query.left_out for query in chosen)
-    if decidable < 2:
-        raise UserError(
-            f"of {len(chosen)} held-out queries {decidable} can tell whether documents answer them, and two must"
-        )
-    return chosen
 
 
 def _search(engine: SimulatedEngine, requests: Sequence[SearchRequest]) -> list[Documents]:

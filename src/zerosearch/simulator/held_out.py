@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zerosearch.errors import UserError
 from zerosearch.metrics import holds_answer, normalize_answer
 from zerosearch.simulator.judge import NOT_FOUND_IN_TEXT
 from zerosearch.simulator.traces import as_passage, read_traces
@@ -87,10 +88,17 @@ def read_held_out(path: str | Path, rule: Rule = "answer") -> list[HeldOutQuery]
 
 
 def choose(queries: Sequence[HeldOutQuery], count: int, seed: int) -> list[HeldOutQuery]:
-    """Return `count` queries drawn at random by the seed, or all of them if there are no more."""
-    if len(queries) <= count:
-        return list(queries)
-    return random.Random(f"held-out-{seed}").sample(list(queries), count)
+    """Return `count` queries drawn at random by the seed, or all of them if there are no more.
+
+    Raises `UserError` if fewer than two of them can be scored by rule.
+    """
+    drawn = random.Random(f"held-out-{seed}").sample(queries, count) if len(queries) > count else list(queries)
+    decidable = sum(not query.left_out for query in drawn)
+    if decidable < 2:
+        raise UserError(
+            f"of {len(drawn)} held-out queries {decidable} can tell whether documents answer them, and two must"
+        )
+    return drawn
 
 
 def _held_out(rows: Sequence[Mapping[str, Any]], rule: Rule) -> HeldOutQuery:
