@@ -15,8 +15,10 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.data import load_questions
+from zerosearch.engines import SearchError
 from zerosearch.engines.options import EngineOptions, make_engine
 from zerosearch.environment import Curriculum, SearchEnvironment, answer_reward
+from zerosearch.errors import UserError
 from zerosearch.generation.loading import load_tokenizer, model_options
 from zerosearch.noise import NoiseSchedule
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
@@ -50,9 +52,13 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[curriculum],
         peft_config=get_peft_config(model),
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except SearchError as error:  # its message says what to do, no traceback would
+        raise UserError(str(error)) from error
+    finally:
+        close_engine(engine)
     trainer.save_model(config.output_dir)
-    close_engine(engine)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_server import ChatServer
 from families import family_tokenizer, save_small_model
-from recipe_modules import as_flags, load_recipe
+from recipe_modules import Refusal, as_flags, load_recipe
 from scripted_rollouts import ScriptedEngine
 from transformers import AutoTokenizer
 
@@ -72,6 +72,28 @@ def flags(model: Path, questions: Path, url: str, output_dir: Path, *more: str) 
     given |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
     given |= {"dtype": "float32"}
     return [*as_flags(given), *more]
+
+
+class FailingTrainer:
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def train(self) -> None:
+        raise SearchError("the engine is gone")
+
+
+def test_a_search_that_fails_for_good_ends_the_run_in_one_sentence(
+    tiny_policy_dir: Path,
+    questions: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Refusal,
+) -> None:
+    monkeypatch.setattr("trl.GRPOTrainer", FailingTrainer)
+    more = ("--engine", "bm25", "--corpus", str(corpus))
+    said = refusal("trl_environment", flags(tiny_policy_dir, questions, "", tmp_path / "policy", *more))
+    assert said == "error: the engine is gone"
 
 
 @pytest.mark.slow
