@@ -86,6 +86,10 @@ def test_a_new_run_clears_what_it_writes_and_nothing_else(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"direct is a link: an evaluation is written into a folder"):
         run(todo, out)
     assert (tmp_path / "elsewhere/manifest.json").exists()
+    (out / "direct").unlink()
+    (out / "direct").touch()
+    with pytest.raises(UserError, match=r"the output folder .*direct is a file"):
+        run(todo, out, resume=True)
 
 
 def test_a_limit_ends_it_with_what_there_is(tmp_path: Path) -> None:

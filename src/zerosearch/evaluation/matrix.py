@@ -110,7 +110,7 @@ def run_evaluations(
             for one in of_model:
                 if len(todo) > 1:
                     announce(f"{one.name} ({len(found) + 1} of {len(todo)})")
-                one.folder.mkdir(exist_ok=True)
+                claim_output_dir(one.folder, overwrite=True)
                 try:
                     results = evaluate(
                         questions,
