@@ -65,7 +65,7 @@ def test_the_hold_out_depends_on_the_fact_alone():
 
 def test_questions_are_answered_by_their_path():
     for question in islice(EVALUATION.questions(random.Random(1)), 500):
-        assert all(EVALUATION.find(fact.subject, fact.relation) == fact for fact in question.path)
+        assert all(EVALUATION.of_subject[fact.subject][fact.relation] == fact for fact in question.path)
         if question.kind == "comparison":
             years = {fact.subject: int(fact.object) for fact in question.path}
             assert question.golden_answers[0] == min(years, key=years.__getitem__)

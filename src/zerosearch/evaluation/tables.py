@@ -96,10 +96,10 @@ def is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value: object, digits: int = 3) -> str:
+def number(value: object, digits: int = 3, sign: str = "") -> str:
     """Write a number, or the mean of `{mean, low, high}`; what is missing or not finite is "n/a"."""
     value = value.get("mean") if isinstance(value, Mapping) else value
-    return f"{value:.{digits}f}" if is_finite(value) else NOT_A_NUMBER
+    return f"{value:{sign}.{digits}f}" if is_finite(value) else NOT_A_NUMBER
 
 
 def interval(score: object, digits: int = 3, sign: str = "") -> str:
@@ -110,9 +110,7 @@ def interval(score: object, digits: int = 3, sign: str = "") -> str:
 
 def with_interval(score: object, digits: int = 3, sign: str = "") -> str:
     """Write `{mean, low, high}` as "mean [low, high]"; `sign` "+" writes the sign of positive numbers."""
-    mean = score.get("mean") if isinstance(score, Mapping) else score
-    shown = f"{mean:{sign}.{digits}f}" if is_finite(mean) else NOT_A_NUMBER
-    return f"{shown} {interval(score, digits, sign)}".rstrip()
+    return f"{number(score, digits, sign)} {interval(score, digits, sign)}".rstrip()
 
 
 def percent(score: Mapping[str, float] | None) -> str:

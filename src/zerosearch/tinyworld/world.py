@@ -150,9 +150,8 @@ def draw_name(kind: str, rng: random.Random) -> str:
         return f"The {rng.choice(WORK_ADJECTIVES)} {rng.choice(WORK_NOUNS)}"
     if kind == "organisation":
         return f"{rng.choice(ORGANISATION_NAMES)} {rng.choice(ORGANISATION_KINDS)}"
-    if kind == "year":
-        return str(rng.randint(FIRST_YEAR, LAST_YEAR))
-    raise ValueError(f"unknown kind of entity: {kind!r}")
+    assert kind == "year", kind
+    return str(rng.randint(FIRST_YEAR, LAST_YEAR))
 
 
 def golden_answers(kind: str, name: str) -> tuple[str, ...]:
@@ -210,10 +209,6 @@ class World:
                     facts.append(fact)
         return cls(facts)
 
-    def find(self, subject: str, relation: str) -> Fact | None:
-        """Return the fact that a subject has for a relation, if any."""
-        return self.of_subject.get(subject, {}).get(relation)
-
     def questions(self, rng: random.Random) -> Iterator[Question]:
         """Yield questions without end: 45 % of one hop, 40 % of two hops, 15 % comparisons (our choice)."""
         while True:
@@ -232,7 +227,7 @@ class World:
     def _two_hop(self, rng: random.Random) -> Question | None:
         first_name, second_name = rng.choice(TWO_HOP_PATHS)
         first = rng.choice(self.of_relation[first_name])
-        second = self.find(first.object, second_name)
+        second = self.of_subject.get(first.object, {}).get(second_name)
         if second is None:
             return None
         relation = RELATION[second_name]
