@@ -1,6 +1,6 @@
 """Draw the training curves of several runs into one picture: an ablation beside the run it changes.
 
-    python recipes/curves.py --runs outputs/f1 outputs/price --keys rewards/f1_reward/mean search/searches \\
+    python recipes/curves.py --runs outputs/f1 outputs/price --keys rewards/f1_reward/mean search/searches \
         --output outputs/price.svg
 """
 

@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         clear(directory, MADE_BY_THE_DEMO)
         stages = Stages(directory / "logs", ROOT)
         train_seconds = run(arguments, directory, stages)
-        outcome = results(directory, arguments, train_seconds, time.monotonic() - stages.started)
-        write_json(directory / "results.json", outcome)
+        total_seconds = time.monotonic() - stages.started
+        write_json(directory / "results.json", results(directory, arguments, train_seconds, total_seconds))
         report = write_report(directory)
     print(f"\n{summary_table(directory)}\n\nreport: {report}\nresults: {directory / 'results.json'}")
 
