@@ -116,6 +116,8 @@ def read_launch(path: str | None) -> Launch:
         launch = load_config_from_file(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last of a file that holds no mapping
         raise UserError(f"{path} is no launch configuration: {error}") from error
+    if launch.num_processes < 1:
+        raise UserError(f"{path} says num_processes: {launch.num_processes}; it must say how many")
     return Launch(launch.num_processes, (launch.deepspeed_config or {}).get("zero_stage", 0))
 
 

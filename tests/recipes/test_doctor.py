@@ -154,6 +154,8 @@ def test_flags_are_those_of_the_recipe_and_a_mistake_gets_one_sentence(
     (tmp_path / "empty.yaml").touch()
     launch = str(tmp_path / "empty.yaml")
     assert "empty.yaml is no launch configuration" in refusal("doctor", ["--dataset", "x", "--launch", launch])
+    Path(launch).write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 0\n")
+    assert "num_processes: 0; it must say how many" in refusal("doctor", ["--dataset", "x", "--launch", launch])
     merged = {"gpu_memory_gb": 80, "use_vllm": True, "sync_adapter": True}  # the whole policy, no adapter
     assert "sync_adapter true needs a LoRA adapter" in refusal("doctor", as_flags(settings | merged))
 

@@ -67,6 +67,15 @@ def test_two_signs_of_which_one_is_done_by_the_policy_are_a_collapse(changed: di
         assert first_collapse(log) is None and signs_of_collapse(log)[-1], f"{one} alone is a sign, and no more"
 
 
+def test_a_thought_that_some_turns_repeat_until_they_are_cut_is_a_sign() -> None:
+    """One malformed turn in eight, as in a run of SmolLM2 that came apart; healthy runs rise by 0.03."""
+    log = [entry(step) for step in range(1, 11)]
+    rising = [entry(step, search__invalid_actions=0.12 * 2.8) for step in range(11, 20)]
+    assert signs_of_collapse(log + rising)[12].keys() == {"malformed turns"}
+    healthy = [entry(step, search__invalid_actions=0.031 * 2.8) for step in range(11, 20)]
+    assert not any(signs_of_collapse(log + healthy))
+
+
 def test_a_short_fall_and_what_was_not_logged_are_no_collapse() -> None:
     log = [entry(step) for step in range(1, 11)]
     log[4:6] = [entry(step, reward=0.0, search__answered=0.0, kl=9.0) for step in (5, 6)]
