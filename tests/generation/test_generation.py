@@ -230,7 +230,22 @@ def test_a_sequence_ends_where_either_the_tokenizer_or_the_generation_config_end
     assert {turn.token_ids[-1] for turn in turns.values() if turn.finish == "eos"} == {rain, tokenizer.eos_token_id}
 
 
-def test_a_model_without_a_longest_context_takes_what_is_asked_for(tmp_path: Path) -> None:
+def test_weights_that_are_missing_are_one_sentence(tiny_policy_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_policy_dir, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the weights of .*model' cannot be loaded: .*no file named model"):
+        load_generator(str(folder), "transformers", 512)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot be loaded: .*model-00001-of-00002\.safetensors"):
+        load_generator(str(folder), "transformers", 512)
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"the weights of .*adapter' cannot be loaded"):
+        load_generator(str(tmp_path / "adapter"), "transformers", 512)
+
+
+def test_a_model_without_a_longest_context_takes_what_is_asked_for() -> None:
     assert longest_context(BloomConfig(), 3000) == 3000
     assert longest_context(Qwen2Config(max_position_embeddings=2048), 3000) == 2048
     assert longest_context(Qwen2Config(max_position_embeddings=2048), 1000) == 1000

@@ -163,17 +163,20 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
 
 
 def load_model(model: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model; an adapter comes merged into its base."""
+    """Load a causal language model; an adapter comes merged into its base. Raises `UserError` for missing weights."""
     from transformers import AutoModelForCausalLM
 
     base = base_of_adapter(model, revision)
     options = {"trust_remote_code": trust_remote_code, "dtype": "auto"}
-    if base is None:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
-    from peft import PeftModel
+    try:
+        if base is None:
+            return AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+        from peft import PeftModel
 
-    loaded = AutoModelForCausalLM.from_pretrained(base, **options)
-    return PeftModel.from_pretrained(loaded, model, revision=revision).merge_and_unload()
+        loaded = AutoModelForCausalLM.from_pretrained(base, **options)
+        return PeftModel.from_pretrained(loaded, model, revision=revision).merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the weights of {model!r} cannot be loaded: {error}") from error
 
 
 def whole_model(model: str, folder: Path, revision: str = "main", trust_remote_code: bool = False) -> str:
