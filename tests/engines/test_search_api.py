@@ -272,6 +272,13 @@ def test_a_query_may_stand_in_the_address(http_server: Server) -> None:
     assert http_server.seen[0].raw_path == "/find/a%2Fb%3Fc?n=7"
 
 
+def test_the_number_of_documents_may_stand_in_a_header(http_server: Server) -> None:
+    http_server.answer = in_turn((200, {"pages": [{"about": "A novel."}]}))
+    named = {"headers": {"X-Count": "{num_documents}"}, "results": "pages", "text": "about"}
+    (result,) = searched(SearchAPIEngine(SearchAPI(name="mine", url=http_server.url, **named), KEY), REQUEST)
+    assert result.documents == ("A novel.",) and http_server.seen[0].headers["X-Count"] == "5"
+
+
 def test_a_blank_query_is_not_sent(http_server: Server) -> None:
     assert searched(engine_of("serpapi", http_server), SearchRequest("  ", "Q?", ("a",))) == [SearchResult(())]
     assert http_server.seen == []

@@ -34,8 +34,9 @@ PLACE = re.compile(r"\{(query|num_documents|key)\}")
 class SearchAPI(BaseModel):
     """A search service.
 
-    "{query}", "{num_documents}" and "{key}" are filled in wherever they stand in what is sent. With a `body` a search
-    is a POST of it as JSON, else a GET. Where something stands in a reply is a path: names with dots between them.
+    "{query}", "{num_documents}" and "{key}" are filled in wherever they stand in what is sent, but for a query in a
+    header. With a `body` a search is a POST of it as JSON, else a GET. Where something stands in a reply is a path:
+    names with dots between them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,7 +110,7 @@ class SearchAPIEngine:
         self.client = HTTPClient(
             self.service,
             remedy=self.api.remedy,
-            headers=self._filled(self.api.headers),
+            headers={name: str(value) for name, value in self._filled(self.api.headers).items()},
             secrets=(self.key,),
             final_signs=self.api.final_signs,
             timeout_s=self.timeout_s,
