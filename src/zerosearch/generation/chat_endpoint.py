@@ -24,7 +24,7 @@ from zerosearch.generation import FinishReason, GenerationError, SampledTurn, Sa
 from zerosearch.http import ChatReply, HTTPClient, ServiceError, checked_key, read_chat, read_models, redacted_url
 from zerosearch.protocol import STOP_STRINGS, without_closed_thoughts
 
-PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]", re.DOTALL)
+PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]")
 TIMEOUT_S = 600.0  # of one call
 END_OF_TURN = re.compile("|".join(STOP_STRINGS))
 OPENING_TAG = re.compile("|".join(stop.replace("/", "") for stop in STOP_STRINGS))
