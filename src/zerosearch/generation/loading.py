@@ -186,7 +186,8 @@ def whole_model(model: str, folder: Path, revision: str = "main", trust_remote_c
     """
     if base_of_adapter(model, revision) is None:
         return model
-    merged = folder / f"merged-{'-'.join(model_identity(model, revision).values()).rpartition('-')[2][:12]}"
+    _, version = model_identity(model, revision).values()
+    merged = folder / f"merged-{version[:12]}"
     if not merged.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as unfinished, unsharded_loading():
