@@ -101,14 +101,14 @@ def main(argv: list[str] | None = None) -> None:
             )
         try:
             train_watched(trainer, checkpoint)
+            trainer.save_model(config.output_dir)
+            trainer.save_state()
         except (SearchError, GenerationError, Collapse) as error:  # their message says what to do, no traceback would
             raise UserError(str(error)) from error
         finally:
             close_engine(engine)
             if eval_engine is not engine:
                 close_engine(eval_engine)
-        trainer.save_model(config.output_dir)
-        trainer.save_state()
         if config.push_to_hub:
             trainer.push_to_hub(dataset_name=None if Path(arguments.dataset).exists() else arguments.dataset)
         if config.process_index == 0:
