@@ -21,6 +21,17 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_status_2(capsys: pytest.
     assert capsys.readouterr().err == "error: row 3 has no golden answers\n"
 
 
+def test_ctrl_c_is_one_line_on_stderr_and_exit_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_user_error
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_arguments_and_result_pass_through() -> None:
     assert exit_on_user_error(lambda left, right: left - right)(3, right=1) == 2
 

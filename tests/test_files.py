@@ -80,6 +80,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert rows_of(path) == [{"n": "é"}, {"n": ODD_TEXT}] and os.listdir(tmp_path) == ["rows.jsonl"]
 
 
+def test_an_empty_path_is_said_to_be_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\. cannot be written"):
+        write_json(Path(""), {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_any_text_can_be_written_and_is_read_as_characters(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"model": "caf\udce9", "é": "\x00"})  # bytes of a command line that are not UTF-8
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "model": "caf\\udce9",\n  "é": "\\u0000"\n}\n'

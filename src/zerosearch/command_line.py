@@ -13,6 +13,7 @@ from functools import wraps
 from io import TextIOWrapper
 from math import isnan
 from pathlib import Path
+from signal import SIGINT
 from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from zerosearch.errors import UserError
@@ -89,7 +90,7 @@ def say(text: str) -> None:
 def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Wrap a recipe's main: a `UserError` becomes `error: <message>` on stderr and exit status 2, no traceback.
 
-    What a terminal's encoding lacks is written as an escape, too.
+    Ctrl-C becomes "stopped" and exit status 130. What a terminal's encoding lacks is written as an escape.
     """
 
     @wraps(main)
@@ -102,6 +103,9 @@ def exit_on_user_error(main: Callable[Parameters, Result]) -> Callable[Parameter
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise SystemExit(128 + SIGINT) from None
 
     return wrapped
 

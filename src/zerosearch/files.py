@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A kill leaves the old file or the new one. A symbolic link is replaced, never written through.
     Raises `UserError` if the file cannot be written.
     """
-    draft = path.with_name(f"{path.name}.draft")
+    draft = path.parent / f"{path.name}.draft"
     try:
         draft.unlink(missing_ok=True)
         with draft.open("xb") as file:

@@ -64,6 +64,8 @@ class VLLMServerGenerator:
     way is repeated, with the same seed, at most `max_retries` times.
     """
 
+    max_concurrency = 1024
+
     def __init__(
         self,
         base_url: str,
@@ -73,19 +75,17 @@ class VLLMServerGenerator:
         *,
         timeout_s: float = 1200.0,
         max_retries: int = 5,
-        max_concurrency: int = 1024,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.name = f"the vLLM server at {redacted_url(self.base_url)}"
         self.tokenizer = tokenizer
         self.max_context_tokens, self.adapter = max_context_tokens, adapter
-        self.max_concurrency = max_concurrency
         self.client = HTTPClient(
             "the vLLM server",
             remedy=f"see what it printed last, and start it again: {self.start_command()}",
             timeout_s=timeout_s,
             max_retries=max_retries,
-            max_concurrency=max_concurrency,
+            max_concurrency=self.max_concurrency,
         )
 
     def start_command(self) -> str:
