@@ -18,8 +18,9 @@ from typing import Any
 from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import claim_output_dir, sole_writer, write_json, write_jsonl
+from zerosearch.hub import create_repository, push_folder
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
-from zerosearch.simulator.cards import create_repository, push_folder, write_dataset_card
+from zerosearch.simulator.cards import write_dataset_card
 from zerosearch.simulator.dataset import SPLITS, SetOptions, build_sets, statistics, statistics_table
 from zerosearch.simulator.examples import simulator_example
 from zerosearch.simulator.judge import RULE, rule_verdicts

@@ -32,9 +32,10 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import write_json
 from zerosearch.generation.loading import load_tokenizer
+from zerosearch.hub import create_repository, push_folder
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
-from zerosearch.simulator.cards import create_repository, push_folder, write_simulator_card
+from zerosearch.simulator.cards import write_simulator_card
 from zerosearch.simulator.examples import load_examples
 from zerosearch.simulator.fidelity import FidelityOptions, measure_tuned
 from zerosearch.simulator.fidelity_card import card_markdown, write_card

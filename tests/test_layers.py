@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src/zerosearch"
 FLOORS = [
     {"errors", "text", "metrics", "intervals", "noise", "protocol", "files", "prompts", "data", "checkpoints"},
-    {"command_line", "http", "stages"},
+    {"command_line", "http", "hub", "stages"},
     {"engines", "generation"},
     {"rollout", "tinyworld", "environment"},
     {"training", "simulator", "evaluation"},

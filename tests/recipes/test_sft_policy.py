@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hub_stub import HubStub
 from jsonl_files import write_rows
 from recipe_modules import Refusal, as_flags, load_recipe
 from transformers import AutoModelForCausalLM
+
+from zerosearch.prompts import POLICY_PROMPT
 
 TRACES = [
     {
@@ -84,6 +88,21 @@ def test_trajectories_are_learned_by_their_score_and_an_adapter_is_saved_alone(
     load_recipe("sft_policy").main(flags(tiny_policy_dir, tmp_path / "out", **changes))
     assert json.loads((tmp_path / "out/cold_start.json").read_text())["examples"] == 2
     assert (tmp_path / "out/adapter_model.safetensors").is_file() and not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_cold_start_is_pushed_with_a_card_that_says_how_it_was_made_and_is_asked(
+    tiny_policy_dir: Path, traces: Path, hub: HubStub, tmp_path: Path
+) -> None:
+    pushing = {"traces": traces, "push_to_hub": True, "hub_model_id": "someone/cold", "max_steps": 1}
+    load_recipe("sft_policy").main(flags(tiny_policy_dir, tmp_path / "out", **pushing))
+    assert {"model.safetensors", "tokenizer.json", "cold_start.json"} <= hub.committed.keys()
+    assert "training_args.bin" not in hub.committed
+    card = hub.committed["README.md"].decode()
+    assert card == (tmp_path / "out/README.md").read_text()
+    assert "so far by 3 demonstrations alone" in card and POLICY_PROMPT.strip() in card
+    assert "chat.py --model someone/cold --corpus corpus.jsonl --max_turns 2 --prompt paper\n" in card
+    assert json.loads(card.split("```json")[1].split("```")[0])["steps"] == 1
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["zerosearch", "trl", "sft"]
 
 
 def test_what_cannot_work_is_refused(refusal: Refusal, tiny_policy_dir: Path, traces: Path, tmp_path: Path) -> None:

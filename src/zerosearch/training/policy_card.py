@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
-from zerosearch.files import write_text
+from zerosearch.generation.loading import base_of_adapter
+from zerosearch.hub import write_card
 from zerosearch.metrics import METRICS
-from zerosearch.prompts import PROMPT_SETS
+from zerosearch.prompts import PROMPT_SETS, Agent
 from zerosearch.training.runs import QUERIES, queries_in
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ def describe_policy(trainer: SearchTrainer) -> None:
     """Replace the text of TRL's card, which is about GRPO and a pipeline, and keep its tags, base and dataset."""
     folder, log = Path(trainer.args.output_dir), trainer.state.log_history
     trl_data = ModelCard.load(folder / "README.md").data
-    name = trainer.hub_model_id or str(folder)
-    ask = f"python recipes/chat.py --model {name} --corpus corpus.jsonl --max_turns {trainer.args.max_turns}"
-    named = [key for key, prompts in PROMPT_SETS.items() if prompts.policy == trainer.agent]
-    ask += f" --prompt {named[0]}" if named else ""
     header = ModelCardData(
         library_name="peft" if is_peft_model(trainer.model) else "transformers",
         pipeline_tag="text-generation",
@@ -44,14 +41,29 @@ def describe_policy(trainer: SearchTrainer) -> None:
         if logged := [entry[value] for entry in log if value in entry]:
             made[value] = {"first": logged[0], "last": logged[-1]}
     made["searches"] = queries_in(folder / QUERIES)
-    card = ModelCard.from_template(
-        header,
-        template_path=str(Path(__file__).with_suffix(".md")),
-        title=Path(name).name,
-        algorithm=trainer.args.algorithm if trainer.advantages is None else "an advantage function of its own",
-        engine=trainer.engine.name,
-        ask=ask,
-        prompt=trainer.agent.template,
-        made_with=json.dumps(made, indent=2, ensure_ascii=False),
+    algorithm = trainer.args.algorithm if trainer.advantages is None else "an advantage function of its own"
+    trained = f"by {algorithm}, with {trainer.engine.name} to answer its searches"
+    _write(folder, header, trainer.agent, trained, made, trainer.hub_model_id)
+
+
+def describe_cold_start(folder: Path, agent: Agent, made: Mapping[str, Any], repository: str | None) -> None:
+    """Write the card of a policy that has learned from demonstrations; `made` says how, `base_model` included."""
+    header = ModelCardData(
+        library_name="transformers" if base_of_adapter(str(folder)) is None else "peft",
+        pipeline_tag="text-generation",
+        tags=["zerosearch", "trl", "sft"],
+        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
     )
-    write_text(folder / "README.md", f"{card}\n")
+    _write(folder, header, agent, f"so far by {made['examples']:,} demonstrations alone", made, repository)
+
+
+def _write(
+    folder: Path, header: ModelCardData, agent: Agent, trained: str, made: Mapping[str, Any], repository: str | None
+) -> None:
+    ask = (
+        f"python recipes/chat.py --model {repository or folder} --corpus corpus.jsonl --max_turns {made['max_turns']}"
+    )
+    named = [key for key, prompts in PROMPT_SETS.items() if prompts.policy == agent]
+    ask += f" --prompt {named[0]}" if named else ""
+    words = {"trained": trained, "ask": ask, "prompt": agent.template}
+    write_card(folder, Path(__file__).with_suffix(".md"), header, made, repository, **words)
