@@ -182,7 +182,8 @@ def test_an_index_that_exists_is_used_as_it_is(
         ("odd.index", "FAISS cannot read the index"),
     ):
         with pytest.raises(UserError, match=message):
-            DenseIndex(passages, tmp_path / "index", settings(model_dir, faiss_index=str(tmp_path / name)))
+            DenseIndex(passages, tmp_path / name[:4], settings(model_dir, faiss_index=str(tmp_path / name)))
+    assert not (tmp_path / "none").exists()  # refused before the corpus is read
 
 
 def test_an_index_that_is_cut_while_it_is_mapped_fails_the_search_and_not_the_process(

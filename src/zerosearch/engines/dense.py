@@ -75,6 +75,8 @@ class DenseIndex(PassageIndex):
         if path is None:
             del settings["faiss_index"]
             self._new_index(dimensions)  # a wrong factory is refused before hours of encoding
+        elif not Path(path).is_file():  # before the corpus is read
+            raise UserError(f"there is no FAISS index {path}")
         else:
             settings["faiss_index"] = str(Path(path).resolve())
         super().__init__(corpus, index_dir, settings)
@@ -183,8 +185,6 @@ class DenseIndex(PassageIndex):
     def _read(self, path: Path) -> Any:
         import faiss
 
-        if not path.is_file():
-            raise UserError(f"there is no FAISS index {path}")
         self._index_files.append(UnchangedFile(path))
         try:
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
