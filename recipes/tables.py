@@ -1,6 +1,6 @@
 """The paper's Tables 3 to 7 on TinyWorld, the price of the released code's defects, and newer methods, over seeds.
 
-    make paper-tables                          # or: python recipes/tables.py; five hours on two cores
+    make paper-tables                          # or: python recipes/tables.py; 4.5 hours on two cores
     python recipes/tables.py --runs curriculum no-mask grpo --seeds 2            # a quick look
 
 Each run trains a policy by recipes/grpo.py or a variant of it, at equal budget, and answers TinyWorld's test questions
