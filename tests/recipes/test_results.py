@@ -48,3 +48,8 @@ def test_a_table_is_rendered_between_its_markers(tmp_path: Path, monkeypatch: py
         "| what | EM | n |\n|---|---:|---:|\n| a | 0.50 [0.25, 1.00] | 1,200 |\n| b | - | 1.500 |\n\n"
         "Machine: two cores. Command:\n\n```bash\nmake demo\n```\n<!-- end -->\nafter"
     )
+
+
+def test_some_of_the_tables_of_a_file_can_stand_alone() -> None:
+    rows = render.rendered("<!-- results/tables.json: 5 7 -->\n<!-- end -->").splitlines()[3:]
+    assert {row.split("|")[1].strip() for row in rows if row.startswith("|")} == {"5", "7"}
