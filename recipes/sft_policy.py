@@ -29,14 +29,14 @@ from zerosearch.errors import UserError
 from zerosearch.evaluation.answering import FIELDS, read_trajectories
 from zerosearch.files import write_json
 from zerosearch.generation.loading import load_tokenizer
-from zerosearch.hub import create_repository, push_folder
+from zerosearch.hub import push_folder
 from zerosearch.prompts import PROMPT_SETS, Agent, PromptSetName
 from zerosearch.rollout.loop import Budgets, RolloutSettings
 from zerosearch.simulator.dataset import excerpt
 from zerosearch.simulator.traces import as_passage, read_traces
 from zerosearch.training.demonstrations import Demonstration, example, from_record, from_traces, replay
 from zerosearch.training.policy_card import describe_cold_start
-from zerosearch.training.tuning import TuningConfig, tune
+from zerosearch.training.tuning import TuningConfig, take_over_push, tune
 
 MADE_HERE = ("cold_start.json",)
 
@@ -107,11 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{source} gives none to learn from: {counted}")
     print(f"{source}: {counted}")
     examples = Dataset.from_list([example(trajectory) for trajectory in kept])
-    folder, repository = Path(training.output_dir), None
+    folder = Path(training.output_dir)
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
-        if training.push_to_hub and training.process_index == 0:
-            repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
-        training.push_to_hub = False  # TRL would push a card of its own
+        repository = take_over_push(training)
         about = {
             "base_model": model.model_name_or_path,
             "source": source,

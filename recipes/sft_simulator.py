@@ -32,7 +32,7 @@ from zerosearch.command_line import exit_on_user_error, parse
 from zerosearch.errors import UserError
 from zerosearch.files import write_json
 from zerosearch.generation.loading import load_tokenizer
-from zerosearch.hub import create_repository, push_folder
+from zerosearch.hub import push_folder
 from zerosearch.prompts import PROMPT_SETS, PromptSetName
 from zerosearch.report.plots import write_fidelity_plot
 from zerosearch.simulator.cards import write_simulator_card
@@ -41,7 +41,7 @@ from zerosearch.simulator.fidelity import FidelityOptions, measure_tuned
 from zerosearch.simulator.fidelity_card import card_markdown, write_card
 from zerosearch.simulator.held_out import choose, read_held_out
 from zerosearch.simulator.server import exit_on_signals
-from zerosearch.training.tuning import TuningConfig, tune
+from zerosearch.training.tuning import TuningConfig, take_over_push, tune
 
 MADE_HERE = ("adapter", "simulator.json", "fidelity.json", "fidelity.md", "fidelity.svg")  # beside the model
 
@@ -113,11 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     examples = concatenate_datasets(
         [load_examples(source, recipe.searches_split, prompts.simulator, left_out) for source in recipe.searches]
     )
-    folder, repository = Path(training.output_dir), None
+    folder = Path(training.output_dir)
     with training_run(training, recipe.overwrite_output_dir, MADE_HERE) as checkpoint:
-        if training.push_to_hub and training.process_index == 0:
-            repository = create_repository(training.hub_model_id or folder.name, "model", training.hub_private_repo)
-        training.push_to_hub = False  # TRL would push a card of its own
+        repository = take_over_push(training)
         made = {
             "base_model": model.model_name_or_path,
             "searches": ", ".join(recipe.searches),

@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src/zerosearch"
 FLOORS = [
     {"errors", "text", "metrics", "intervals", "noise", "protocol", "files", "prompts", "data", "checkpoints"},
-    {"command_line", "http", "hub", "stages"},
+    {"command_line", "http", "stages"},
     {"engines", "generation"},
-    {"rollout", "tinyworld", "environment"},
+    {"hub", "rollout", "tinyworld", "environment"},
     {"training", "simulator", "evaluation"},
     {"report"},
 ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import CardData, HfApi, RepoCard
+from huggingface_hub import CardData, HfApi, ModelCardData, RepoCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from zerosearch.errors import UserError
 from zerosearch.files import LOCK, write_text
+from zerosearch.generation.loading import base_of_adapter
 
 NOT_PUSHED = (LOCK, "*.draft", "checkpoint-*/**", "training_args.bin", "logs/**")
 
@@ -40,6 +41,16 @@ def push_folder(folder: Path, repo_id: str, kind: Literal["model", "dataset"], m
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{folder} is complete, but could not be pushed to {repo_id!r}: {error}") from error
     return str(commit.repo_url)
+
+
+def tuned_model(folder: Path, base_model: str, tags: Sequence[str] = ()) -> ModelCardData:
+    """Return the header of the card of a model, or an adapter, that TRL's SFTTrainer tuned."""
+    return ModelCardData(
+        library_name="transformers" if base_of_adapter(str(folder)) is None else "peft",
+        pipeline_tag="text-generation",
+        tags=["zerosearch", *tags, "trl", "sft"],
+        base_model=None if Path(base_model).exists() else base_model,
+    )
 
 
 def write_card(

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCardData, ModelCardData
+from huggingface_hub import DatasetCardData
 
 from zerosearch.generation.loading import base_of_adapter
-from zerosearch.hub import write_card
+from zerosearch.hub import tuned_model, write_card
 from zerosearch.prompts import SimulatorTemplate
 from zerosearch.simulator.dataset import SPLITS, statistics_table
 
@@ -40,19 +40,13 @@ def write_simulator_card(
 
     `made` says how it was made, `base_model` included; `fidelity` is its measurement as Markdown.
     """
-    is_adapter = base_of_adapter(str(folder)) is not None
     serve = [f"python recipes/serve_simulator.py --model {repository or folder}"]
-    if repository and is_adapter:  # vLLM serves an adapter from a folder
+    if repository and base_of_adapter(str(folder)) is not None:  # vLLM serves an adapter from a folder
         serve = [
             f"hf download {repository} --local-dir {folder.name}",
             f"python recipes/serve_simulator.py --model {folder.name}",
         ]
-    header = ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["zerosearch", "search-simulator", "trl", "sft"],
-        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
-    )
+    header = tuned_model(folder, made["base_model"], ["search-simulator"])
     prompt = template if isinstance(template, str) else template.useful
     words = {"prompt": prompt, "fidelity": fidelity, "serve": serve}
     write_card(folder, TEMPLATES / "simulator_card.md", header, made, repository, **words)

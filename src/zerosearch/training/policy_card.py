@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
-from zerosearch.generation.loading import base_of_adapter
-from zerosearch.hub import write_card
+from zerosearch.hub import tuned_model, write_card
 from zerosearch.metrics import METRICS
 from zerosearch.prompts import PROMPT_SETS, Agent
 from zerosearch.training.runs import QUERIES, queries_in
@@ -48,21 +47,15 @@ def describe_policy(trainer: SearchTrainer) -> None:
 
 def describe_cold_start(folder: Path, agent: Agent, made: Mapping[str, Any], repository: str | None) -> None:
     """Write the card of a policy that has learned from demonstrations; `made` says how, `base_model` included."""
-    header = ModelCardData(
-        library_name="transformers" if base_of_adapter(str(folder)) is None else "peft",
-        pipeline_tag="text-generation",
-        tags=["zerosearch", "trl", "sft"],
-        base_model=None if Path(made["base_model"]).exists() else made["base_model"],
-    )
+    header = tuned_model(folder, made["base_model"])
     _write(folder, header, agent, f"so far by {made['examples']:,} demonstrations alone", made, repository)
 
 
 def _write(
     folder: Path, header: ModelCardData, agent: Agent, trained: str, made: Mapping[str, Any], repository: str | None
 ) -> None:
-    ask = (
-        f"python recipes/chat.py --model {repository or folder} --corpus corpus.jsonl --max_turns {made['max_turns']}"
-    )
+    name = repository or folder
+    ask = f"python recipes/chat.py --model {name} --corpus corpus.jsonl --max_turns {made['max_turns']}"
     named = [key for key, prompts in PROMPT_SETS.items() if prompts.policy == agent]
     ask += f" --prompt {named[0]}" if named else ""
     words = {"trained": trained, "ask": ask, "prompt": agent.template}

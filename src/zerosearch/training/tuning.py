@@ -14,6 +14,7 @@ from zerosearch.checkpoints import FinishedRuns
 from zerosearch.errors import UserError, user_mistakes
 from zerosearch.generation.loading import check_checkpoint, fit_to_cpu, model_options, start_weights, unsharded_loading
 from zerosearch.generation.tokenization import chat_messages
+from zerosearch.hub import create_repository
 from zerosearch.training.micro_batches import compact_lm_head
 
 # Settings of transformers' that nothing here acts on.
@@ -79,6 +80,16 @@ def tune(
         save_merged(model, training, output_dir)
         tokenizer.save_pretrained(output_dir)
     return summary(trainer, model)
+
+
+def take_over_push(training: SFTConfig) -> str | None:
+    """Make the repository that `push_to_hub` asks for and return its whole id; None where this process pushes nothing.
+
+    TRL is kept from pushing: it would do so before all is written, with a card of its own.
+    """
+    pushes, training.push_to_hub = training.push_to_hub and training.process_index == 0, False
+    name = training.hub_model_id or Path(training.output_dir).name
+    return create_repository(name, "model", training.hub_private_repo) if pushes else None
 
 
 def check_settings(training: SFTConfig) -> None:
