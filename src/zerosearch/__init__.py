@@ -22,8 +22,8 @@ __version__ = "0.1.0"
 # On a CPU torch's threads spin while they wait: a step beside a busy simulator took 61 s instead of 2.5 s (two cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # On a CPU they warn of kernels that they could download, and of a GPU's that a CUDA build of torch brings in vain.
-for speaker in ("bitsandbytes", "torch.utils.cpp_extension", "vllm.triton_utils.importing"):
-    logging.getLogger(speaker).setLevel(logging.ERROR)
+for _speaker in ("bitsandbytes", "torch.utils.cpp_extension", "vllm.triton_utils.importing"):
+    logging.getLogger(_speaker).setLevel(logging.ERROR)
 if os.environ.setdefault("DO_NOT_TRACK", "1") == "1" and "huggingface_hub.constants" in sys.modules:
     sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined] # read already
 

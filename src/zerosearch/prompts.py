@@ -282,6 +282,10 @@ class Agent:
         """Say whether a search engine is ever asked."""
         return self.looks_up_question or (self.gets_documents and self.max_turns != 0)
 
+    def turns(self, allowed: int) -> int:
+        """Return how many of its turns may search, where the settings allow so many."""
+        return allowed if self.max_turns is None else self.max_turns
+
     def prompt(self, question: str, documents: str = "") -> str:
         """Return the prompt for a question, which ends in a question mark there.
 

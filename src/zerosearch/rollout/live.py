@@ -113,7 +113,7 @@ class Chat:
         self.is_live = not hasattr(generator, "sample")
         self.generator = LiveGenerator(generator, self.screen.write) if self.is_live else generator
         self.engine, self.agent, self.settings, self.answer = engine, agent, settings, answer
-        self.max_turns = settings.max_turns if agent.max_turns is None else agent.max_turns
+        self.max_turns = agent.turns(settings.max_turns)
 
     def ask(self, question: str) -> None:
         """Roll out one question, and write what happens as it happens. Raises `SearchError` or `GenerationError`."""

@@ -194,7 +194,7 @@ class _Rollout:
         self.writer = ObservationWriter(
             generator.tokenizer, self.agent, settings.max_observation_tokens, template_kwargs
         )
-        self.max_turns = settings.max_turns if self.agent.max_turns is None else self.agent.max_turns
+        self.max_turns = self.agent.turns(settings.max_turns)
         self.num_begun = self.num_ended = 0
         self.context_limit = min(settings.max_trajectory_tokens, generator.max_context_tokens)
         # One of the two is there: turns are sampled here or elsewhere.
